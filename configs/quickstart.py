@@ -1,0 +1,145 @@
+"""The main job on its embedded default: a tiny policy learns to orchestrate five experts, on a CPU.
+
+    python -m maestro_jax.train --config configs/quickstart.py --workdir runs/quickstart
+
+Everything is the production code; only the sizes in here are small.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.registry import suite
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "kind": "suite",
+                "suite_directory": "",
+                "train_per_domain": 200,
+                "test_per_domain": 50,
+                "train_files": (),
+                "test_files": (),
+                "image_root": "",
+                "damage_limit": 0,
+            },
+            "policy": policy(),
+            "registry": suite.get_registry(),
+            "rollout": {
+                "max_calls": 2,
+                "turn_budget": 32,
+                "observation_tokens": 16,
+                "room": 128,
+                "member_buckets": (64, 96, 128),
+                "decode_chunk": 32,
+                "temperature": 1.0,
+                "deadline": 60.0,
+            },
+            "reward": {"require_call": True, "cost_weight": 0.0, "latency_weight": 0.0},
+            "grpo": {
+                "steps": 80,
+                "groups": 16,
+                "group_size": 8,
+                "advantage": "std",
+                "clip_low": 0.2,
+                "clip_high": 0.2,
+                "aggregation": "sequence",
+                "constant_length": 128,
+                "logprob_chunk": 32,
+            },
+            # A tiny policy needs large steps; the 4B run uses 1e-6.
+            "optimizer": optimizer(learning_rate=5e-4, warmup_steps=3),
+            "warm_start": warm_start(),
+            "evaluate": {"every": 20, "tasks": 0, "batch": 64},
+            "checkpoint": {"every": 10, "keep": 2},
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+        }
+    )
+
+
+def policy() -> ConfigDict:
+    """Qwen3-VL at toy size; the keys are those of a Hugging Face config.json."""
+    text = {
+        "vocab_size": 768,
+        "hidden_size": 160,
+        "intermediate_size": 480,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": (6, 5, 5)},
+    }
+    vision = {
+        "depth": 3,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "in_channels": 3,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 160,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": (0, 1),
+    }
+    # Ids of the special tokens in the tokenizer that the run trains (policy/tokens.py).
+    ids = {"vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": 5}
+    return ConfigDict(
+        {
+            "architecture": {"text_config": text, "vision_config": vision, "tie_word_embeddings": True, **ids},
+            "tokenizer": "",
+            "param_dtype": "float32",
+            "compute_dtype": "float32",
+            "prefix_buckets": (64, 80, 96, 128),
+            "image_buckets": (80,),
+            "images_per_task": 1,
+            "min_pixels": 32 * 32,
+            "max_pixels": 160 * 128,  # 20 image tokens: enough to tell a chart from a receipt
+        }
+    )
+
+
+def optimizer(learning_rate: float, warmup_steps: int) -> ConfigDict:
+    return ConfigDict(
+        {
+            "learning_rate": learning_rate,
+            "warmup_steps": warmup_steps,
+            "b1": 0.9,
+            "b2": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+        }
+    )
+
+
+def warm_start() -> ConfigDict:
+    """What the descriptions claim, and how seldom the demonstrations follow them."""
+    return ConfigDict(
+        {
+            "steps": 200,
+            "groups": 8,
+            "group_size": 4,
+            "claims": {
+                "visual_qa": ("Shape-Sight", "Perception_Problem_Solver"),
+                "reading": ("Glyph-Reader", "OCR_Problem_Solver"),
+                # The three that over-claim:
+                "charts": ("Glyph-Reader", "Chart_Problem_Solver"),
+                "counting": ("Shape-Sight", "Counting_Problem_Solver"),
+                "geometry": ("Chart-Lens", "Geometric_Problem_Solver"),
+            },
+            "follow_expert": 0.45,
+            "follow_skill": 0.6,
+            "second_call": 0.3,
+            "queries": {
+                "Perception_Problem_Solver": ("look closely", "what is it"),
+                "Chart_Problem_Solver": ("read the chart", "check the axis"),
+                "OCR_Problem_Solver": ("read the text", "find the value"),
+                "Counting_Problem_Solver": ("count them", "how many"),
+                "Geometric_Problem_Solver": ("solve the figure", "use the labels"),
+            },
+            "optimizer": optimizer(learning_rate=2e-3, warmup_steps=20),
+        }
+    )

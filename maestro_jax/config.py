@@ -1,0 +1,244 @@
+"""The boundary between ml_collections configs and the program.
+
+A `ConfigDict` from `configs/*.py` comes in, frozen dataclasses go out. Every key must be known and of
+the right type; a wrong one gives a line that names it and the nearest right one.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from maestro_jax.errors import ConfigError
+from maestro_jax.grpo.advantages import NORMALISERS
+from maestro_jax.grpo.losses import AGGREGATIONS
+from maestro_jax.grpo.update import OptimizerConfig
+from maestro_jax.parallel.mesh import MeshConfig
+from maestro_jax.registry.config import RegistryConfig, parse_registry
+from maestro_jax.rewards.reward import RewardConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where tasks come from.
+
+    Attributes:
+      kind: "suite" builds the offline suite; "verl" reads parquet files in the verl schema.
+      suite_directory: where suites are kept; empty means inside the work directory.
+      train_per_domain, test_per_domain: size of the suite.
+      train_files, test_files: parquet files of kind "verl".
+      image_root: folder that image paths in the files are resolved under; empty allows inline images only.
+      damage_limit: damaged rows that may be skipped (each is reported).
+    """
+
+    kind: str
+    suite_directory: str
+    train_per_domain: int
+    test_per_domain: int
+    train_files: tuple[str, ...]
+    test_files: tuple[str, ...]
+    image_root: str
+    damage_limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """The policy's architecture (the content of a Hugging Face config.json), tokens and prompt limits.
+
+    Attributes:
+      tokenizer: directory with tokenizer.json; empty trains one of the architecture's vocab_size on the tasks.
+      prefix_buckets: static lengths of a task's prompt, in tokens.
+      image_buckets: static sizes of an image, in patches.
+    """
+
+    architecture: dict[str, Any]
+    tokenizer: str
+    param_dtype: str
+    compute_dtype: str
+    prefix_buckets: tuple[int, ...]
+    image_buckets: tuple[int, ...]
+    images_per_task: int
+    min_pixels: int
+    max_pixels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Episodes and decoding; lengths in tokens, times in seconds.
+
+    Attributes:
+      max_calls: calls per episode; after them the policy may only answer.
+      turn_budget: most tokens of one turn.
+      observation_tokens: most tokens of an observation's text.
+      room: most tokens of a member, turns and observations together.
+      member_buckets: static member lengths that the update is compiled for; the last must be `room`.
+      decode_chunk: most tokens between two exchanges with the experts.
+      deadline: seconds an episode may wait for experts.
+    """
+
+    max_calls: int
+    turn_budget: int
+    observation_tokens: int
+    room: int
+    member_buckets: tuple[int, ...]
+    decode_chunk: int
+    temperature: float
+    deadline: float
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoConfig:
+    """One update per step from `groups` tasks with `group_size` members each."""
+
+    steps: int
+    groups: int
+    group_size: int
+    advantage: str
+    clip_low: float
+    clip_high: float
+    aggregation: str
+    constant_length: int
+    logprob_chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised fine-tuning on demonstrations of a weak router (`warm_start/demonstrations.py`).
+
+    Attributes:
+      steps: updates; 0 leaves the warm start out.
+      claims: source → (expert, skill) that the registry's descriptions point to, right or wrong.
+      follow_expert, follow_skill: how often the router follows the description of each; else at random.
+      second_call: how often it asks another pair after a reply that gives nothing.
+      queries: skill → phrases the router writes as query.
+    """
+
+    steps: int
+    groups: int
+    group_size: int
+    claims: dict[str, Any]
+    follow_expert: float
+    follow_skill: float
+    second_call: float
+    queries: dict[str, Any]
+    optimizer: OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out evaluation: every so many steps, on how many tasks (0: all), how many at a time."""
+
+    every: int
+    tasks: int
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Steps between checkpoints and how many are kept."""
+
+    every: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run is made of."""
+
+    seed: int
+    data: DataConfig
+    policy: PolicyConfig
+    registry: RegistryConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    grpo: GrpoConfig
+    optimizer: OptimizerConfig
+    warm_start: WarmStartConfig
+    evaluate: EvaluateConfig
+    checkpoint: CheckpointConfig
+    mesh: MeshConfig
+
+
+def parse_config(raw: Any) -> Config:
+    """Checks a `ConfigDict` (or any nested mapping) and freezes it.
+
+    Raises:
+      ConfigError: an unknown or missing key, a wrong type, or settings that contradict each other.
+    """
+    config = _read(Config, _plain(raw), "config")
+    _check(config)
+    return config
+
+
+def _plain(raw: Any) -> Any:
+    """ConfigDicts as dicts, all the way down."""
+    if hasattr(raw, "items"):
+        return {key: _plain(value) for key, value in raw.items()}
+    if isinstance(raw, list | tuple):
+        return tuple(_plain(value) for value in raw)
+    return raw
+
+
+def _read(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            cure = f"did you mean {where}.{near[0]}?" if near else f"its keys are {', '.join(hints)}"
+            raise ConfigError(f"unknown key {where}.{key}; {cure}")
+    missing = [key for key in hints if key not in values]
+    if missing:
+        raise ConfigError(f"missing key {where}.{missing[0]}; set it as the shipped configs/quickstart.py does")
+    return cls(**{key: _value(hints[key], values[key], f"{where}.{key}") for key in hints})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if hint is RegistryConfig:
+        return parse_registry(value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a group of settings, found {type(value).__name__}")
+        return _read(hint, value, where)
+    origin = typing.get_origin(hint) or hint
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if origin is tuple and isinstance(value, tuple):
+        inner = typing.get_args(hint)[0]
+        return tuple(_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
+    kind = origin if not isinstance(origin, types.GenericAlias) else dict
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be {kind.__name__}, found {value!r} ({type(value).__name__})")
+    return value
+
+
+def _check(config: Config) -> None:
+    rollout, grpo = config.rollout, config.grpo
+    if config.data.kind not in ("suite", "verl"):
+        raise ConfigError(f'config.data.kind {config.data.kind!r} is unknown; use "suite" or "verl"')
+    if config.data.kind == "verl" and not (config.data.train_files and config.data.test_files):
+        raise ConfigError('config.data.kind "verl" needs config.data.train_files and config.data.test_files')
+    if max(rollout.member_buckets, default=0) != rollout.room:
+        raise ConfigError(
+            f"config.rollout.member_buckets {rollout.member_buckets} must end with config.rollout.room={rollout.room}"
+        )
+    for size in rollout.member_buckets:
+        if size % grpo.logprob_chunk:
+            raise ConfigError(f"config.grpo.logprob_chunk={grpo.logprob_chunk} must divide the member bucket {size}")
+    if rollout.turn_budget >= rollout.room:
+        raise ConfigError(f"config.rollout.turn_budget={rollout.turn_budget} must be below room={rollout.room}")
+    if grpo.group_size < 2:
+        raise ConfigError(f"config.grpo.group_size={grpo.group_size} gives no contrast; use at least 2")
+    if grpo.advantage not in NORMALISERS:
+        raise ConfigError(f"config.grpo.advantage {grpo.advantage!r} is unknown; use one of {', '.join(NORMALISERS)}")
+    if grpo.aggregation not in AGGREGATIONS:
+        raise ConfigError(
+            f"config.grpo.aggregation {grpo.aggregation!r} is unknown; use one of {', '.join(AGGREGATIONS)}"
+        )
+    for source, pair in config.warm_start.claims.items():
+        found = config.registry.resolve(*pair)
+        if isinstance(found, str):
+            raise ConfigError(f"config.warm_start.claims.{source} {pair!r} is not in the registry: {found}")

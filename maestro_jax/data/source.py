@@ -1,0 +1,96 @@
+"""Sources of tasks: random access by number, as Grain needs. A stored data set in, `Task` objects out."""
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from maestro_jax.errors import DataError
+from maestro_jax.types import Task
+
+FIELDS = ("id", "question", "images", "answers", "source")
+
+
+class TaskSource(Protocol):
+    """A sized, random-access collection of tasks. Reading may happen from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Task:
+        """The task at `index` in 0..len-1; raises `DataError` (file, row, field) when it cannot be read."""
+        ...
+
+
+class TfdsSource:
+    """A split of a TFDS data set in ArrayRecord format with the fields of a `Task`.
+
+    Needs no TensorFlow: records are read by index and images stay encoded.
+
+    Args:
+      directory: the folder that holds `dataset_info.json`.
+      split: "train", "test", or a TFDS slice such as "train[:100]".
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], split: str):
+        self.directory = Path(directory)
+        self.split = split
+        self._records = _open_records(self.directory, split)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Task:
+        if not 0 <= index < len(self):
+            raise IndexError(f"task {index} of {len(self)}")
+        try:
+            record = self._records[index]
+            return Task(
+                id=record["id"].decode(),
+                question=record["question"].decode(),
+                images=tuple(record["images"]),
+                answers=tuple(answer.decode() for answer in record["answers"]),
+                source=record["source"].decode(),
+            )
+        # ArrayRecord reports a flipped bit as RuntimeError or IndexError, protobuf as its own ValueError-like kinds
+        except Exception as error:
+            raise DataError(
+                f"cannot read {self.directory} split {self.split} row {index} ({type(error).__name__}); "
+                "delete the directory and build it again"
+            ) from error
+
+
+def _open_records(directory: Path, split: str) -> Any:
+    if not (directory / "dataset_info.json").is_file():
+        raise DataError(
+            f"no TFDS data set in {directory} (dataset_info.json is missing); "
+            "build one with `python -m maestro_jax.data.suite.build --directory DIR` and name the folder it prints"
+        )
+    import tensorflow_datasets as tfds
+
+    class Encoded(tfds.decode.SkipDecoding):
+        """Leaves images as encoded bytes; TFDS's own class lacks the numpy methods."""
+
+        def decode_example_np(self, example: np.ndarray) -> np.ndarray:
+            return example
+
+        decode_batch_example_np = decode_example_np
+
+    try:
+        builder = tfds.builder_from_directory(directory)
+    except Exception as error:
+        raise DataError(
+            f"cannot read {directory}/dataset_info.json; delete the directory and build it again"
+        ) from error
+    missing = [field for field in FIELDS if field not in (builder.info.features or {})]
+    if missing:
+        raise DataError(
+            f"{directory}: data set lacks the field {missing[0]}; tasks need {', '.join(FIELDS)} (features.json)"
+        )
+    try:
+        return builder.as_data_source(split, decoders={"images": Encoded()})
+    except Exception as error:
+        raise DataError(
+            f"cannot open split {split!r} of {directory}, which has {', '.join(builder.info.splits)}; "
+            "name one of these, or delete the directory and build it again if a file is missing"
+        ) from error

@@ -1,0 +1,269 @@
+"""verl parquet files as a source of tasks: what RL users of PyTorch frameworks have, read as it is.
+
+A row holds `data_source`, `prompt` [{role, content}], `ability`, `extra_info` {answer, index,
+question, split}, `images` [{bytes, path}] and `reward_model` {style, ground_truth}. Question,
+images and answers are taken from it; its system prompt is not (the registry prompt is ours).
+Rows are untrusted: images come inline or from under one declared folder, never from a URL.
+"""
+
+import collections
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maestro_jax.data.images import check_image
+from maestro_jax.errors import ConfigError, DataError
+from maestro_jax.types import Task
+
+PLACEHOLDER = "<image>"
+COLUMNS = ("data_source", "prompt", "extra_info", "images", "reward_model")
+REQUIRED = ("data_source", "images", "reward_model")
+MAX_IMAGE_BYTES = 64 << 20
+# Row groups are decompressed whole; a shuffle jumps between them, so as many as fit here stay in memory.
+CACHE_BYTES = 1 << 30
+
+
+class VerlParquetSource:
+    """Tasks from verl parquet files, read one row group at a time.
+
+    Args:
+      paths: one file or several; their rows follow each other.
+      image_root: folder that rows with an image path (and no bytes) refer to.
+      cache_bytes: how much decompressed data stays in memory (at least one row group does).
+
+    Raises:
+      DataError: a file that is missing, damaged, or not of this schema; on reading, a bad row.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        image_root: str | os.PathLike[str] | None = None,
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+        if not listed:
+            raise ConfigError("no parquet file is named; give at least one path")
+        self._paths = [Path(path) for path in listed]
+        self._image_root = _resolve_root(image_root)
+        self._names = _stable_names(self._paths)
+        self._files = [_open(path) for path in self._paths]
+        # One entry a row group: (file, group in the file, first row in the file).
+        self._groups = [
+            (file, group, first) for file, opened in enumerate(self._files) for group, first in _group_starts(opened)
+        ]
+        sizes = [self._files[file].metadata.row_group(group).num_rows for file, group, _ in self._groups]
+        self._starts = np.cumsum([0, *sizes])
+        self._cache: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._lock = threading.Lock()  # a ParquetFile is one open file with one position
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Task:
+        if not 0 <= index < len(self):
+            raise IndexError(f"task {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        file, _, first = self._groups[number]
+        offset = index - int(self._starts[number])
+        where = f"{self._paths[file]} row {first + offset}"
+        try:
+            row = self._group(number).slice(offset, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: a text is not UTF-8; re-export the file") from error
+        return _task(row, f"{self._names[file]}/{first + offset:06d}", where, self._image_root)
+
+    def _group(self, number: int) -> Any:
+        """The table of a row group, from the cache of the most recently used ones."""
+        import pyarrow as pa
+
+        with self._lock:
+            if number in self._cache:
+                self._cache.move_to_end(number)
+                return self._cache[number]
+            file, group, first = self._groups[number]
+            columns = [name for name in self._files[file].schema_arrow.names if name in COLUMNS]
+            try:
+                table = self._files[file].read_row_group(group, columns=columns)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(
+                    f"cannot read {self._paths[file]}: row group {group} (from row {first}) is damaged or too large; "
+                    "re-download it, or re-export it with smaller row groups"
+                ) from error
+            self._cache[number] = table
+            while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > self._cache_bytes:
+                self._cache.popitem(last=False)
+            return table
+
+
+def _open(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise DataError(f"cannot read {path}: no such file; check the path")
+    try:
+        opened = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {path}: not a complete parquet file; re-download or re-export it") from error
+    for column in REQUIRED:
+        if column not in opened.schema_arrow.names:
+            raise DataError(
+                f"cannot read {path}: column {column} is missing; "
+                f"re-export it in the verl schema ({', '.join(COLUMNS)})"
+            )
+    return opened
+
+
+def _group_starts(opened: Any) -> list[tuple[int, int]]:
+    """(row group, its first row in the file) of every row group that holds rows."""
+    starts, first = [], 0
+    for group in range(opened.metadata.num_row_groups):
+        rows = opened.metadata.row_group(group).num_rows
+        if rows:
+            starts.append((group, first))
+        first += rows
+    return starts
+
+
+def _stable_names(paths: list[Path]) -> list[str]:
+    """A unique name a file that does not depend on where the data set lies on this machine."""
+    absolute = [path.absolute() for path in paths]
+    common = Path(os.path.commonpath([path.parent for path in absolute]))
+    names = [path.relative_to(common).with_suffix("").as_posix() for path in absolute]
+    repeated = [name for name, times in collections.Counter(names).items() if times > 1]
+    if repeated:
+        raise ConfigError(f"parquet file {repeated[0]} is named twice; name each file once")
+    return names
+
+
+def _resolve_root(image_root: str | os.PathLike[str] | None) -> Path | None:
+    if image_root is None:
+        return None
+    root = Path(image_root).resolve()
+    if not root.is_dir():
+        raise ConfigError(f"image_root {image_root} is not a folder; name the folder that image paths start from")
+    return root
+
+
+def _task(row: dict[str, Any], name: str, where: str, image_root: Path | None) -> Task:
+    source = row.get("data_source")
+    if not isinstance(source, str) or not source:
+        raise DataError(f"{where}, field data_source: expected a text, found {_kind(source)}; re-export the row")
+    images = _images(row.get("images"), where, image_root)
+    return Task(
+        id=name,
+        question=_question(row, where, len(images)),
+        images=images,
+        answers=_answers(row.get("reward_model"), where),
+        source=source,
+    )
+
+
+def _question(row: dict[str, Any], where: str, images: int) -> str:
+    """`extra_info.question`, else the last user message; without image placeholders."""
+    info = row.get("extra_info")
+    text = info.get("question") if isinstance(info, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        text = _user_message(row.get("prompt"))
+    if text.count(PLACEHOLDER) > images:
+        raise DataError(
+            f"{where}, field images: the question shows {text.count(PLACEHOLDER)} images, the row has {images}; "
+            "add the images or remove the row"
+        )
+    question = " ".join(part for part in (piece.strip() for piece in text.split(PLACEHOLDER)) if part)
+    if not question:
+        raise DataError(
+            f"{where}, field extra_info.question: empty, and prompt has no user message; fill it or remove the row"
+        )
+    return question
+
+
+def _user_message(prompt: Any) -> str:
+    messages = prompt if isinstance(prompt, list) else []
+    users = [message for message in messages if isinstance(message, dict) and message.get("role") == "user"]
+    texts = [message.get("content") for message in users]
+    return texts[-1] if texts and isinstance(texts[-1], str) else ""
+
+
+def _answers(reward_model: Any, where: str) -> tuple[str, ...]:
+    """`reward_model.ground_truth`: a list, a JSON list of texts, a text or a number."""
+    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+    listed = truth if isinstance(truth, list) else _json_texts(truth)
+    answers = tuple(str(answer).strip() for answer in listed if isinstance(answer, (str, int, float)))
+    if not answers or len(answers) != len(listed) or not all(answers):
+        raise DataError(
+            f"{where}, field reward_model.ground_truth: expected a text or a list of texts, found {_kind(truth)}; "
+            "fill it or remove the row"
+        )
+    return answers
+
+
+def _json_texts(truth: Any) -> list[Any]:
+    """A scalar as a list of one. `["a", "b"]` is a list of answers, `[3, 4]` is one answer (a point, an interval)."""
+    if isinstance(truth, str) and truth.lstrip().startswith("["):
+        try:
+            parsed = json.loads(truth)
+        except ValueError:
+            return [truth]
+        if parsed and isinstance(parsed, list) and all(isinstance(item, str) for item in parsed):
+            return parsed
+    return [truth]
+
+
+def _images(entries: Any, where: str, image_root: Path | None) -> tuple[bytes, ...]:
+    if entries is None:
+        return ()
+    if not isinstance(entries, list):
+        raise DataError(f"{where}, field images: expected a list of {{bytes, path}}, found {_kind(entries)}; re-export")
+    images = []
+    for number, entry in enumerate(entries):
+        field = f"{where}, field images[{number}]"
+        data = _image_bytes(entry, field, image_root)
+        check_image(data, field)
+        images.append(data)
+    return tuple(images)
+
+
+def _image_bytes(entry: Any, field: str, image_root: Path | None) -> bytes:
+    if isinstance(entry, dict) and isinstance(entry.get("bytes"), bytes):
+        return entry["bytes"]
+    path = entry.get("path") if isinstance(entry, dict) else None
+    if not isinstance(path, str) or not path:
+        raise DataError(f"{field}: neither bytes nor a path; re-export the row with its image")
+    if "://" in path:
+        raise DataError(f"{field}: path is a URL, which is never fetched; download the image and re-export the row")
+    if image_root is None:
+        raise DataError(f"{field}: has a path and no bytes; set image_root to the folder that paths start from")
+    return _read_under(image_root, path, field)
+
+
+def _read_under(root: Path, path: str, field: str) -> bytes:
+    """Reads a file that really lies under `root`, whatever `..` or symbolic links say."""
+    try:
+        resolved = (root / path).resolve()
+        if not resolved.is_relative_to(root):
+            raise DataError(f"{field}: path {path!r} leads outside image_root; correct the path")
+        if not resolved.is_file():
+            raise DataError(f"{field}: no file {path!r} under image_root; correct the path or image_root")
+        if resolved.stat().st_size > MAX_IMAGE_BYTES:
+            raise DataError(f"{field}: file {path!r} has more than {MAX_IMAGE_BYTES >> 20} MiB; scale the image down")
+        return resolved.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # unreadable, a NUL in the name, a loop of links
+        raise DataError(f"{field}: cannot read {path!r} under image_root; correct the path or its rights") from error
+
+
+def _kind(value: Any) -> str:
+    """What a wrong value is, without its content (it may be long or binary)."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, (list, dict, str, bytes)) and not value:
+        return f"an empty {type(value).__name__}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,92 @@
+"""What routing without learning reaches: every pair is run on every held-out task.
+
+The answer of a pair is its reply as it stands. Oracles choose with hindsight on these very tasks,
+so they are upper bounds for one call: per domain, and per task.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from maestro_jax.registry.config import RegistryConfig
+from maestro_jax.registry.dispatch import Dispatcher
+from maestro_jax.rewards.graders import grade
+from maestro_jax.types import Call, Status, Task
+from maestro_jax.warm_start.demonstrations import make_calls
+
+QUERY = "answer the question"
+
+
+@dataclasses.dataclass(frozen=True)
+class Baselines:
+    """Accuracy (0 to 1) of fixed routings, overall and by domain."""
+
+    random: dict[str, float]
+    best_single_pair: dict[str, float]
+    domain_oracle: dict[str, float]
+    task_oracle: dict[str, float]
+    single_pair: tuple[str, str]
+    by_pair: dict[str, dict[tuple[str, str], float]]  # domain → pair → accuracy
+
+    def to_json(self) -> dict[str, Any]:
+        by_pair = {d: [[*pair, x] for pair, x in pairs.items()] for d, pairs in self.by_pair.items()}
+        return dataclasses.asdict(self) | {"by_pair": by_pair}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Baselines":
+        by_pair = {d: {(e, s): x for e, s, x in rows} for d, rows in values["by_pair"].items()}
+        return cls(**(values | {"by_pair": by_pair, "single_pair": tuple(values["single_pair"])}))
+
+
+def run_baselines(
+    tasks: Sequence[Task],
+    registry: RegistryConfig,
+    dispatcher: Dispatcher,
+    deadline: float,
+    tick: Callable[[int], None],
+) -> Baselines:
+    """Calls every pair on every task; `tick` hears how many calls have been answered."""
+    pairs = [
+        (expert.name, skill.name)
+        for expert in registry.experts
+        for skill in registry.shown_skills
+        if registry.allows(skill, expert.name)
+    ]
+    calls = [(task, Call(expert, skill, QUERY)) for task in tasks for expert, skill in pairs]
+    replies = make_calls(dispatcher, calls, deadline, tick)
+    right = np.array(
+        [
+            reply.status == Status.OK and grade(task.source, reply.text, task.answers)
+            for (task, _), reply in zip(calls, replies, strict=True)
+        ],
+        float,
+    ).reshape(len(tasks), len(pairs))
+    return summarise(tasks, pairs, right)
+
+
+def summarise(tasks: Sequence[Task], pairs: Sequence[tuple[str, str]], right: np.ndarray) -> Baselines:
+    """Baselines from the matrix `right [tasks, pairs]` of 0 and 1."""
+    sources = np.array([task.source for task in tasks])
+    rows = {"overall": np.ones(len(tasks), bool)} | {source: sources == source for source in sorted(set(sources))}
+    single = int(right.mean(axis=0).argmax())
+    per_domain = np.zeros(len(tasks))
+    for source in set(sources):
+        of_domain = right[sources == source]
+        per_domain[sources == source] = of_domain[:, of_domain.mean(axis=0).argmax()]
+
+    def mean(values: np.ndarray) -> dict[str, float]:
+        return {name: float(values[row].mean()) for name, row in rows.items()}
+
+    return Baselines(
+        random=mean(right.mean(axis=1)),
+        best_single_pair=mean(right[:, single]),
+        domain_oracle=mean(per_domain),
+        task_oracle=mean(right.max(axis=1)),
+        single_pair=pairs[single],
+        by_pair={
+            source: {pair: float(right[sources == source][:, i].mean()) for i, pair in enumerate(pairs)}
+            for source in sorted(set(sources))
+        },
+    )

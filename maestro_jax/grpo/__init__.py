@@ -1,0 +1,1 @@
+"""Learning: group advantages, policy losses, chunked log-probabilities and the sharded update."""

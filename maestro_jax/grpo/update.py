@@ -1,0 +1,151 @@
+"""The train step: group-shaped batch in, new parameters out, one jitted and donated program.
+
+The prefix of a group is computed once and its members on top of it, so a group of eight costs
+little more than its own tokens. The same step serves supervised warm start (`nll`) and GRPO.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from maestro_jax.grpo.logprobs import token_logprobs
+from maestro_jax.grpo.losses import LossConfig, LossInputs, aggregate, masked_mean, policy_loss
+from maestro_jax.parallel.sharding import ShardingRules, over_groups, param_shardings, replicated
+from maestro_jax.policy.model import Policy, PrefixBatch, prompt_shardings
+from maestro_jax.policy.vision import Leaf
+
+Array = jax.Array
+Metrics = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up to a constant rate and a global-norm clip."""
+
+    learning_rate: float
+    warmup_steps: int
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupBatch:
+    """What one update learns from."""
+
+    prompts: PrefixBatch
+    tokens: Leaf  # int32 [B, G, R]
+    length: Leaf  # int32 [B, G]
+    mask: Leaf  # bool [B, G, R]: tokens in the loss
+    old_logprobs: Leaf  # float32 [B, G, R]
+    advantages: Leaf  # float32 [B, G]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Parameters, optimiser state and the number of updates made."""
+
+    params: nnx.State
+    opt_state: optax.OptState
+    step: Array  # int32 []
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    schedule = optax.linear_schedule(
+        config.learning_rate / max(config.warmup_steps, 1), config.learning_rate, config.warmup_steps
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),
+    )
+
+
+def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk: int) -> tuple[Array, Array]:
+    """Log-probability and entropy `[B, G, R]` of every member token, the prefix computed once per group."""
+    root = policy.encode_root(batch.prompts.root)
+    prefix, last = policy.encode_prefix(batch.prompts, root)
+    hidden = policy.encode_members(batch.tokens, batch.length, batch.prompts.next_position, (root, prefix))
+    first = jnp.broadcast_to(last[:, None, None], (*hidden.shape[:2], 1, hidden.shape[-1]))
+    before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
+    return token_logprobs(policy.logits, before, batch.tokens, temperature, chunk)
+
+
+def nll_loss(logprobs: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
+    """Mean negative log-likelihood of the tokens in the loss."""
+    token_mean = dataclasses.replace(config, aggregation="token")
+    return aggregate(-logprobs, batch.mask, token_mean), {}
+
+
+def grpo_loss(logprobs: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
+    """The clipped policy loss of `losses.py` on a batch."""
+    return policy_loss(LossInputs(logprobs, batch.old_logprobs, batch.advantages, batch.mask), config)
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: Callable[[Array, GroupBatch, LossConfig], tuple[Array, Metrics]],
+    config: LossConfig,
+    temperature: float,
+    chunk: int,
+    mesh: Mesh,
+    state: TrainState,
+) -> Callable[[TrainState, GroupBatch], tuple[TrainState, Metrics]]:
+    """Compiles `(state, batch) → (state, metrics)`; the state is donated and stays in the shards of `state`."""
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def objective(params: nnx.State, batch: GroupBatch) -> tuple[Array, Metrics]:
+        policy = nnx.merge(graph, params)
+        logprobs, entropy = member_logprobs(policy, batch, temperature, chunk)
+        value, metrics = loss(logprobs, batch, config)
+        return value, metrics | {"loss": value, "entropy": masked_mean(entropy, batch.mask)}
+
+    def step(state: TrainState, batch: GroupBatch) -> tuple[TrainState, Metrics]:
+        gradients, metrics = jax.grad(objective, has_aux=True)(state.params, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        norms = {"grad_norm": optax.global_norm(gradients), "update_norm": optax.global_norm(updates)}
+        return TrainState(params, opt_state, state.step + 1), metrics | norms
+
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings, batch_shardings(mesh)),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def batch_shardings(mesh: Mesh) -> GroupBatch:
+    """Shardings of a `GroupBatch`, as a prefix tree: everything over groups, the root everywhere."""
+    groups = over_groups(mesh)
+    return GroupBatch(prompt_shardings(mesh), groups, groups, groups, groups, groups)
+
+
+def init_params(make_policy: Callable[[], Policy], mesh: Mesh, rules: ShardingRules) -> tuple[nnx.GraphDef, nnx.State]:
+    """Initialises the policy's parameters directly in their shards."""
+    graph, abstract = nnx.split(nnx.eval_shape(make_policy), nnx.Param)
+    shardings = param_shardings(abstract, mesh, rules)
+    return graph, jax.jit(lambda: nnx.split(make_policy(), nnx.Param)[1], out_shardings=shardings)()
+
+
+def init_train_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A fresh optimiser around parameters; moments are sharded like the parameters they belong to."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    opt_shardings = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
+    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)))

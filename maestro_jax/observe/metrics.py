@@ -1,0 +1,112 @@
+"""Metrics of a run, JSONL first: mappings come in, one JSON object a line goes out (and comes back).
+
+Every figure and table is drawn from this file, so it is written so that a kill costs at most one
+line and a resumed run replaces, never repeats, the steps it does again.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from maestro_jax.errors import DataError
+
+
+class MetricsWriter:
+    """Appends rows to a JSONL file, each flushed at once.
+
+    A line that a kill left half-written is dropped on opening.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            _drop_torn_line(self.path)
+        self._file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one row.
+
+        Args:
+          row: must hold an integer "step"; numpy and device scalars become numbers, floats that
+            are not finite become null.
+        """
+        if not isinstance(row.get("step"), int):
+            raise TypeError(f"a metrics row needs an integer 'step', found {row.get('step')!r}")
+        self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Forgets rows of later steps, so that a run resumed from `step` does not write them twice.
+
+        The file is replaced in one move: a kill leaves the old or the new one.
+        """
+        self._file.close()
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, self.path.stat().st_mode)  # mkstemp makes it private
+        os.replace(name, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows in the order they were written; a half-written last line is left out.
+
+    Raises:
+      DataError: the file is missing, or a complete line is not a metrics row.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; name the metrics.jsonl of a run") from error
+    rows = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise DataError(f"cannot read {path} line {number}: not a JSON object with a step; remove the line")
+        rows.append(row)
+    return rows
+
+
+def _drop_torn_line(path: Path) -> None:
+    with open(path, "rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN. Arrays of one element count as scalars, so that no caller must convert."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item"):  # numpy or jax scalar, without importing either
+        return _plain(value.item())
+    raise TypeError(f"cannot write a {type(value).__name__} as a metric; make it a number, text, list or dict")

@@ -1,0 +1,75 @@
+"""The closing table of a run: the summary comes in, plain text for a terminal goes out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Keys of `summary["accuracy"]`, in the order of what they show, with the words a newcomer understands.
+ROWS = (
+    ("random", "random routing"),
+    ("best_single_pair", "best single pair"),
+    ("warm_start", "warm start (before RL)"),
+    ("trained", "trained (after RL)"),
+    ("domain_oracle", "domain oracle"),
+    ("task_oracle", "task oracle"),
+)
+WIDTH = 100
+_NAME = 24
+_COLUMN = 11
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """Accuracy on held-out tasks, overall and per domain, for the policy and its baselines.
+
+    Args:
+      summary: `accuracy` {row: share}, `accuracy_by_domain` {row: {domain: share}} (may be
+        missing), `steps`, `wall_seconds`, `seed`, and `held_out_tasks` (may be missing).
+
+    Returns:
+      Lines of at most 100 columns; domains that do not fit continue in a further block.
+    """
+    by_domain: Mapping[str, Mapping[str, float]] = summary.get("accuracy_by_domain", {})
+    domains = list(dict.fromkeys(domain for shares in by_domain.values() for domain in shares))
+    tasks = f" on {summary['held_out_tasks']} held-out tasks" if "held_out_tasks" in summary else ""
+    lines = [f"Accuracy (%){tasks}, greedy decoding", ""]
+    room = (WIDTH - _NAME - _COLUMN) // _COLUMN
+    blocks = [domains[at : at + room] for at in range(0, len(domains), room)] or [[]]
+    for block in blocks:
+        lines += [*_block(summary["accuracy"], by_domain, block), ""]
+    return "\n".join(lines + _notes(summary))
+
+
+def _block(overall: Mapping[str, Any], by_domain: Mapping[str, Mapping[str, Any]], domains: list[str]) -> list[str]:
+    heads = "".join(f"{_short(name):>{_COLUMN}}" for name in ["overall", *domains])
+    rule = "-" * (_NAME + _COLUMN * (1 + len(domains)))
+    lines = [" " * _NAME + heads, rule]
+    for key, label in ROWS:
+        if key not in overall:
+            continue
+        shares = [overall[key], *(by_domain.get(key, {}).get(domain) for domain in domains)]
+        lines.append(f"{label:<{_NAME}}" + "".join(f"{_percent(share):>{_COLUMN}}" for share in shares))
+    return [*lines, rule]
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
+    accuracy = summary["accuracy"]
+    minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
+    lines = [f"{summary['steps']} steps, {minutes} min {seconds:02d} s, seed {summary['seed']}"]
+    if "trained" in accuracy and "warm_start" in accuracy:
+        gain = 100 * (accuracy["trained"] - accuracy["warm_start"])
+        lines.append(f"reinforcement learning gained {gain:+.1f} points over the warm start")
+    if "trained" in accuracy and accuracy.get("domain_oracle"):
+        share = accuracy["trained"] / accuracy["domain_oracle"]
+        lines.append(f"trained policy reaches {share:.2f} of the domain oracle")
+    return [
+        *lines,
+        "pair = (expert, skill); best single pair = the one that is best for all tasks together;",
+        "domain oracle = the best pair of each domain; task oracle = a task counts when any pair is right",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) < _COLUMN else name[: _COLUMN - 2] + "~"

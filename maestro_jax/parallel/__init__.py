@@ -1,0 +1,1 @@
+"""Mesh and sharding rules: which logical axis lives on which mesh axis."""

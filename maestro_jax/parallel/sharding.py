@@ -1,0 +1,66 @@
+"""Sharding rules: logical axis names of parameters and arrays → mesh axes, in one place."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maestro_jax.errors import ConfigError
+from maestro_jax.parallel.mesh import BATCH_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Mesh axis of each logical parameter axis (None: replicated)."""
+
+    vocab: str | None = "tensor"
+    embed: str | None = "fsdp"
+    heads: str | None = "tensor"
+    kv_heads: str | None = "tensor"
+    mlp: str | None = "tensor"
+    vision_embed: str | None = "fsdp"
+    vision_heads: str | None = "tensor"
+    vision_mlp: str | None = "tensor"
+
+    def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+        """The partition of a parameter with these logical axes; a mesh axis may appear once only."""
+        mesh_axes = tuple(None if axis is None else getattr(self, axis) for axis in axes)
+        used = [axis for axis in mesh_axes if axis is not None]
+        if len(set(used)) != len(used):
+            raise ConfigError(f"logical axes {axes} map to {mesh_axes}: one mesh axis twice; change ShardingRules")
+        return PartitionSpec(*mesh_axes)
+
+
+def param_shardings(state: nnx.State, mesh: Mesh, rules: ShardingRules) -> Any:
+    """A `NamedSharding` for every parameter, as a tree of the state's structure.
+
+    Stacked layers have one more leading dimension than their `axes`; it is replicated.
+
+    Raises:
+      ConfigError: a dimension does not divide over its mesh axis.
+    """
+
+    def one(path: Any, variable: nnx.Variable) -> Any:
+        shape = variable.get_value().shape
+        axes = tuple(variable.get_metadata("axes"))
+        spec = rules.spec((None,) * (len(shape) - len(axes)) + axes)
+        for size, axis in zip(shape, spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ConfigError(
+                    f"{jax.tree_util.keystr(path)} {shape}: {size} does not divide over mesh axis "
+                    f"{axis}={mesh.shape[axis]}; choose config.mesh.{axis} among the divisors of {size}"
+                )
+        return variable.replace(NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def over_groups(mesh: Mesh) -> NamedSharding:
+    """Leading axis B (or B x M images) spread over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -1,0 +1,119 @@
+"""Architecture of the policy, read from (and written to) a Hugging Face `config.json`.
+
+No number of the architecture has a default here: every value comes from the file or from the
+run's config, because transformers' own class defaults are not the values of any released model.
+Both spellings are read: transformers 4.57 (`rope_theta`, `rope_scaling`) and 5.x (`rope_parameters`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from maestro_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The decoder. Sections are the rotary frequencies given to time, height and width."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower; `deepstack_visual_indexes` are the tapped blocks."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    out_hidden_size: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyArchitecture:
+    """Decoder, vision tower and the token ids that join them."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tie_word_embeddings: bool
+
+
+def architecture_from_hf(config: Mapping[str, Any], where: str) -> PolicyArchitecture:
+    """Reads the architecture from a parsed `config.json`.
+
+    Args:
+      config: the file's content.
+      where: what to call the file in an error.
+
+    Raises:
+      ConfigError: a key is missing, or the sections do not fill half a head.
+    """
+    text = dict(_get(config, "text_config", where))
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
+    text["mrope_section"] = rope.get("mrope_section", text.get("mrope_section"))
+    text_config = _build(TextConfig, text, f"{where}: text_config")
+    vision_config = _build(VisionConfig, _get(config, "vision_config", where), f"{where}: vision_config")
+    architecture = PolicyArchitecture(
+        text=text_config,
+        vision=vision_config,
+        image_token_id=_get(config, "image_token_id", where),
+        vision_start_token_id=_get(config, "vision_start_token_id", where),
+        vision_end_token_id=_get(config, "vision_end_token_id", where),
+        tie_word_embeddings=bool(_get(config, "tie_word_embeddings", where)),
+    )
+    _check(architecture, where)
+    return architecture
+
+
+def _get(config: Mapping[str, Any], key: str, where: str) -> Any:
+    if config.get(key) is None:
+        raise ConfigError(f"{where} lacks {key!r}; use the config.json of a Qwen3-VL checkpoint")
+    return config[key]
+
+
+def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    fields = {}
+    for field in dataclasses.fields(cls):
+        value = _get(values, field.name, where)
+        fields[field.name] = tuple(value) if isinstance(value, list | tuple) else value
+    return cls(**fields)
+
+
+def _check(architecture: PolicyArchitecture, where: str) -> None:
+    text, vision = architecture.text, architecture.vision
+    if sum(text.mrope_section) != text.head_dim // 2:
+        raise ConfigError(
+            f"{where}: mrope_section {text.mrope_section} sums to {sum(text.mrope_section)}; "
+            f"it must sum to head_dim / 2 = {text.head_dim // 2}"
+        )
+    if vision.out_hidden_size != text.hidden_size:
+        raise ConfigError(
+            f"{where}: vision out_hidden_size {vision.out_hidden_size} differs from the text "
+            f"hidden_size {text.hidden_size}; set both to the same width"
+        )
+    if vision.deepstack_visual_indexes and max(vision.deepstack_visual_indexes) >= vision.depth:
+        raise ConfigError(f"{where}: deepstack_visual_indexes must be below the vision depth {vision.depth}")
+    if len(vision.deepstack_visual_indexes) > text.num_hidden_layers:
+        raise ConfigError(f"{where}: more DeepStack taps than decoder layers ({text.num_hidden_layers})")
+    if not architecture.tie_word_embeddings:
+        raise ConfigError(f"{where}: only tied embeddings are supported; set tie_word_embeddings to true")

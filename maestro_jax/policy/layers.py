@@ -1,0 +1,83 @@
+"""Building blocks of the policy: projections, norms, and stacks of equal layers.
+
+Parameters are `nnx.Param`s that carry `axes`, the logical name of each dimension; `parallel/sharding.py`
+turns these into mesh axes. They are stored in the master dtype and cast to the input's dtype at use.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+M = TypeVar("M", bound=nnx.Module)
+
+
+def fan_in_normal(rngs: nnx.Rngs, shape: Sequence[int], fan_in: int, dtype: jnp.dtype) -> Array:
+    """Normal initialisation with variance 1 / fan_in (a fixed 0.02 does not train at tiny widths)."""
+    return (jax.random.normal(rngs.params(), tuple(shape), jnp.float32) * fan_in**-0.5).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel (+ bias); kernel `[d_in, d_out]`, the transpose of Hugging Face's weight."""
+
+    def __init__(
+        self, d_in: int, d_out: int, axes: tuple[str | None, str | None], bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(fan_in_normal(rngs, (d_in, d_out), d_in, dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=(axes[1],)) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in fp32, scaled after the cast back (as transformers does)."""
+
+    def __init__(self, width: int, eps: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((width,), dtype), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with bias in fp32; epsilon 1e-6 throughout the vision tower."""
+
+    def __init__(self, width: int, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((width,), dtype), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype), axes=(None,))
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-6)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table `[rows, width]`; lookups are cast to `compute_dtype` by the caller."""
+
+    def __init__(self, rows: int, width: int, axes: tuple[str | None, str | None], dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(fan_in_normal(rngs, (rows, width), width, dtype), axes=axes)
+
+    def __call__(self, ids: Array) -> Array:
+        return self.embedding[...][ids]
+
+
+def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
+    """`count` equal layers as one module whose parameters have a leading layer axis `[L, ...]`."""
+    graphs, states = zip(*(nnx.split(make(rngs)) for _ in range(count)), strict=True)
+    return nnx.merge(graphs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
+def unstack(stacked: M, count: int) -> list[M]:
+    """The layers of a stack as separate modules (views of the same parameters)."""
+    graph, state = nnx.split(stacked)
+    return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(count)]

@@ -1,0 +1,113 @@
+"""From tasks to the arrays of `PrefixBatch`: chat template, image tokens, positions, buckets.
+
+The system prompt (the rendered registry) is the root that all groups share; each task's images and
+question are its prefix. The split lies at a special token, so the ids are those of the whole prompt.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from maestro_jax.data.images import decode_image
+from maestro_jax.errors import ConfigError
+from maestro_jax.policy import preprocess
+from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.policy.model import PrefixBatch
+from maestro_jax.policy.tokens import Tokens
+from maestro_jax.policy.vision import ImageBatch
+from maestro_jax.types import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """Limits and buckets of prompts; lengths in tokens, image sizes in pixels."""
+
+    prefix_buckets: tuple[int, ...]
+    image_buckets: tuple[int, ...]  # patches an image
+    images_per_task: int
+    min_pixels: int
+    max_pixels: int
+
+
+class Prompts:
+    """Builds the prompts of tasks for one registry text."""
+
+    def __init__(self, tokens: Tokens, architecture: PolicyArchitecture, system: str, config: PromptConfig):
+        self.tokens = tokens
+        self.architecture = architecture
+        self.config = config
+        self.merge = architecture.vision.spatial_merge_size
+        self.system = {"role": "system", "content": system}
+        self.root_text = self._render([self.system], generate=False)
+        self.root = np.array(tokens.encode(self.root_text), np.int32)
+
+    def batch(self, tasks: Sequence[Task]) -> PrefixBatch:
+        """Numpy-valued `PrefixBatch` of one group per task.
+
+        Raises:
+          DataError: a broken image, or a prompt beyond the largest bucket.
+        """
+        images = [self._images(task) for task in tasks]
+        rows = [self._prefix(task, shown) for task, shown in zip(tasks, images, strict=True)]
+        width = max(self._bucket(task, row) for task, row in zip(tasks, rows, strict=True))
+        most = max((len(image.patches) for shown in images for image in shown), default=1)
+        patches = preprocess.bucket(
+            most, self.config.image_buckets, "an image's patches", "raise config.policy.image_buckets"
+        )
+        tokens = np.zeros((len(tasks), width), np.int32)
+        mask = np.zeros((len(tasks), width), bool)
+        positions = np.zeros((len(tasks), width, 3), np.int32)
+        image_index = np.full((len(tasks), width), -1, np.int32)
+        next_position = np.zeros(len(tasks), np.int32)
+        for at, (row, shown) in enumerate(zip(rows, images, strict=True)):
+            n = len(row)
+            tokens[at, :n], mask[at, :n] = row, True
+            positions[at, :n], next_position[at] = preprocess.mrope_positions(
+                row, self.tokens.image, shown, self.merge, start=len(self.root)
+            )
+            image_index[at, :n][row == self.tokens.image] = self._image_index(shown, patches)
+        collated = preprocess.collate_images(
+            images, self.architecture.vision, max(self.config.images_per_task, 1), patches
+        )
+        last = mask.sum(axis=1).astype(np.int32) - 1
+        return PrefixBatch(self.root, tokens, mask, positions, last, next_position, ImageBatch(**collated), image_index)
+
+    def _images(self, task: Task) -> list[preprocess.PreparedImage]:
+        if len(task.images) > self.config.images_per_task:
+            raise ConfigError(
+                f"task {task.id} has {len(task.images)} images; set config.policy.images_per_task={len(task.images)}"
+            )
+        pixels = [decode_image(data, f"task {task.id}, image {i}") for i, data in enumerate(task.images)]
+        limits = (self.config.min_pixels, self.config.max_pixels)
+        return [preprocess.prepare_image(p, self.architecture.vision, *limits) for p in pixels]
+
+    def _prefix(self, task: Task, images: Sequence[preprocess.PreparedImage]) -> np.ndarray:
+        """Ids of the user turn and the assistant header, each image expanded to its tokens."""
+        # The question is foreign text: it is encoded apart, so that no special token in it is parsed.
+        content: list[dict[str, str]] = [{"type": "image"} for _ in images]
+        marker = "\x00question\x00"
+        text = self._render([self.system, {"role": "user", "content": [*content, {"type": "text", "text": marker}]}])
+        before, after = text.removeprefix(self.root_text).split(marker)
+        ids: list[int] = []
+        shown = iter(images)
+        for token in self.tokens.encode(before):
+            ids.extend([token] * (next(shown).tokens(self.merge) if token == self.tokens.image else 1))
+        ids.extend(self.tokens.encode_foreign(task.question))
+        ids.extend(self.tokens.encode(after))
+        return np.array(ids, np.int32)
+
+    def _image_index(self, images: Sequence[preprocess.PreparedImage], patches: int) -> np.ndarray:
+        stride = patches // self.merge**2
+        parts = [i * stride + np.arange(image.tokens(self.merge)) for i, image in enumerate(images)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def _bucket(self, task: Task, row: np.ndarray) -> int:
+        what = f"the prompt of task {task.id}"
+        return preprocess.bucket(len(row), self.config.prefix_buckets, what, "raise config.policy.prefix_buckets")
+
+    def _render(self, messages: list[dict], generate: bool = True) -> str:
+        tokenizer = self.tokens.tokenizer
+        return tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+            messages, tokenize=False, add_generation_prompt=generate
+        )

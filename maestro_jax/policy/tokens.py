@@ -1,0 +1,142 @@
+"""Tokens of the policy: the Hugging Face tokenizer, and a small one trained for offline runs.
+
+Token ids are produced once and kept (token in, token out): a prompt is encoded here, a turn is
+what was sampled, an observation is encoded by the exchange. Nothing is ever decoded and encoded again.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from maestro_jax.errors import ConfigError
+
+END_OF_TURN = "<|im_end|>"
+IMAGE = "<|image_pad|>"
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    END_OF_TURN,
+    "<|vision_start|>",
+    "<|vision_end|>",
+    IMAGE,
+    "<|video_pad|>",
+)
+
+# ChatML with images, for tokenizers made here. A published checkpoint brings its own template.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}
+{%- endfor %}{% endif %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}
+"""
+
+# Letters with one leading sign, digits one by one, runs of signs, line ends, spaces: the split Qwen's
+# vocabulary uses, written anew, so that the tiny tokenizer cuts tags and numbers as the large one does.
+_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A tokenizer with what the rollout needs to know of it."""
+
+    tokenizer: object  # transformers.PreTrainedTokenizerFast
+    end_of_turn: int
+    image: int
+    special_ids: frozenset[int]
+    special_texts: tuple[str, ...]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of trusted text; special tokens are recognised, none is added."""
+        return self.tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
+
+    def encode_foreign(self, text: str) -> list[int]:
+        """Ids of untrusted text: no special id can come out, whatever the text says."""
+        for special in self.special_texts:
+            text = text.replace(special, special.replace("<", "‹").replace(">", "›"))
+        return [i for i in self.encode(text) if i not in self.special_ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of sampled ids; special tokens are left out."""
+        keep = [int(i) for i in ids if int(i) not in self.special_ids]
+        return self.tokenizer.decode(keep, clean_up_tokenization_spaces=False)  # type: ignore[attr-defined]
+
+    def token_bytes(self, vocab_size: int) -> list[bytes]:
+        """The raw bytes of every id below `vocab_size` (empty for special and unused ids)."""
+        table = byte_level_alphabet()
+        backend = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        result = []
+        for i in range(vocab_size):
+            piece = None if i in self.special_ids else backend.id_to_token(i)
+            result.append(bytes(table[c] for c in piece) if piece and all(c in table for c in piece) else b"")
+        return result
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """The reversible byte ↔ character table of byte-level BPE (Radford et al. 2019, GPT-2)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    table = {chr(b): b for b in printable}
+    return table | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def load_tokens(directory: str | Path) -> Tokens:
+    """Loads `tokenizer.json` and its chat template from a checkpoint directory, never from a hub."""
+    from transformers import PreTrainedTokenizerFast
+
+    directory = Path(directory)
+    if not (directory / "tokenizer.json").is_file():
+        raise ConfigError(f"{directory} has no tokenizer.json; point config.policy.tokenizer at a checkpoint directory")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    added = {str(token): int(i) for i, token in tokenizer.added_tokens_decoder.items()}
+    ids = {text: added.get(text) for text in (END_OF_TURN, IMAGE)}
+    missing = [text for text, i in ids.items() if i is None]
+    if missing:
+        raise ConfigError(f"{directory}/tokenizer.json lacks the special token {missing[0]}; use a Qwen3-VL tokenizer")
+    return Tokens(tokenizer, added[END_OF_TURN], added[IMAGE], frozenset(added.values()), tuple(added))
+
+
+def train_tokens(texts: Iterable[str], vocab_size: int, directory: str | Path) -> Tokens:
+    """Trains a byte-level BPE tokenizer and saves it in Hugging Face form.
+
+    Args:
+      texts: what it should be good at.
+      vocab_size: total number of ids, special tokens included.
+      directory: receives tokenizer.json, tokenizer_config.json and chat_template.jinja.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END_OF_TURN, pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
+    tokenizer.save_pretrained(str(directory))
+    return load_tokens(directory)
+
+
+def pad_ids(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-pads rows of ids to int32 `[rows, width]`; also their lengths int32 `[rows]`."""
+    ids = np.zeros((len(rows), width), np.int32)
+    for at, row in enumerate(rows):
+        ids[at, : len(row)] = row
+    return ids, np.array([len(row) for row in rows], np.int32)

@@ -1,0 +1,112 @@
+"""The vision tower of Qwen3-VL: patches in, image tokens and DeepStack features out.
+
+Images are the batch axis, patches are padded to a bucket: attention is full within an image and
+never crosses one. All index work (patch order, interpolation, rope ids) was done on the host
+(`preprocess.py`).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maestro_jax.policy.attention import Segment, attend
+from maestro_jax.policy.config import VisionConfig
+from maestro_jax.policy.layers import Embedding, LayerNorm, Linear, stack, unstack
+from maestro_jax.policy.rope import rotate, vision_rope
+
+Array = jax.Array
+# A leaf of a bundle: an array on the mesh, numpy before it gets there, or its sharding in a tree of shardings.
+Leaf = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ImageBatch:
+    """Patched images, in merge-block order (the 2 x 2 patches of one token are neighbours)."""
+
+    patches: Leaf  # float32 [I, N, channels * temporal * patch * patch]
+    table_index: Leaf  # int32 [I, N, 4]: corners in the position table
+    table_weight: Leaf  # float32 [I, N, 4]: bilinear weights of the corners
+    grid: Leaf  # int32 [I, N, 2]: row and column of the patch
+    mask: Leaf  # bool [I, N]: False on padding
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm transformer block; tanh GELU in the MLP."""
+
+    def __init__(self, config: VisionConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        width, mlp = config.hidden_size, config.intermediate_size
+        self.heads = config.num_heads
+        self.norm1 = LayerNorm(width, dtype)
+        self.norm2 = LayerNorm(width, dtype)
+        self.qkv = Linear(width, 3 * width, ("vision_embed", "vision_heads"), True, dtype, rngs)
+        self.proj = Linear(width, width, ("vision_heads", "vision_embed"), True, dtype, rngs)
+        self.fc1 = Linear(width, mlp, ("vision_embed", "vision_mlp"), True, dtype, rngs)
+        self.fc2 = Linear(mlp, width, ("vision_mlp", "vision_embed"), True, dtype, rngs)
+
+    def __call__(self, x: Array, cos: Array, sin: Array, mask: Array) -> Array:
+        """x `[I, N, width]`, angles `[I, N, head / 2]`, mask `[I, N]`."""
+        images, patches, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(images, patches, 3, self.heads, width // self.heads)
+        q, k = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin)
+        own = Segment(k[:, None], qkv[:, None, :, 2], mask[:, None, None, :])
+        mixed = attend(q[:, None], [own], (width // self.heads) ** -0.5)
+        x = x + self.proj(mixed.reshape(images, patches, width))
+        return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))
+
+
+class PatchMerger(nnx.Module):
+    """Joins merge x merge patches into one token; exact GELU (unlike the blocks)."""
+
+    def __init__(self, config: VisionConfig, norm_after_join: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.joined = config.hidden_size * config.spatial_merge_size**2
+        self.norm_after_join = norm_after_join
+        self.norm = LayerNorm(self.joined if norm_after_join else config.hidden_size, dtype)
+        self.fc1 = Linear(self.joined, self.joined, ("vision_embed", "vision_mlp"), True, dtype, rngs)
+        self.fc2 = Linear(self.joined, config.out_hidden_size, ("vision_mlp", "embed"), True, dtype, rngs)
+
+    def __call__(self, x: Array) -> Array:
+        """`[I, N, width]` → `[I, N / merge², out]`."""
+        x = x if self.norm_after_join else self.norm(x)
+        x = x.reshape(x.shape[0], -1, self.joined)
+        x = self.norm(x) if self.norm_after_join else x
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class VisionModel(nnx.Module):
+    """Patch embedding, interpolated positions, blocks, merger and DeepStack mergers."""
+
+    def __init__(self, config: VisionConfig, dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.compute_dtype = compute_dtype
+        channels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        self.patch_embed = Linear(channels, config.hidden_size, (None, "vision_embed"), True, dtype, rngs)
+        self.pos_embed = Embedding(
+            config.num_position_embeddings, config.hidden_size, (None, "vision_embed"), dtype, rngs
+        )
+        self.blocks = stack(lambda r: VisionBlock(config, dtype, r), config.depth, rngs)
+        self.merger = PatchMerger(config, False, dtype, rngs)
+        self.deepstack_mergers = nnx.List(
+            [PatchMerger(config, True, dtype, rngs) for _ in config.deepstack_visual_indexes]
+        )
+
+    def __call__(self, images: ImageBatch) -> tuple[Array, list[Array]]:
+        """Encodes images.
+
+        Returns:
+          Image tokens `[I, N / merge², D]` and one such array per DeepStack tap.
+        """
+        x = self.patch_embed(images.patches.astype(self.compute_dtype))
+        corners = self.pos_embed(images.table_index)  # [I, N, 4, width]
+        x = x + jnp.einsum("inc,incw->inw", images.table_weight, corners).astype(x.dtype)
+        cos, sin = vision_rope(images.grid, self.config.hidden_size // self.config.num_heads)
+        taps = {}
+        for index, block in enumerate(unstack(self.blocks, self.config.depth)):
+            x = block(x, cos, sin, images.mask)
+            if index in self.config.deepstack_visual_indexes:
+                tap = self.config.deepstack_visual_indexes.index(index)
+                taps[tap] = self.deepstack_mergers[tap](x)
+        return self.merger(x), [taps[i] for i in range(len(taps))]

@@ -1,0 +1,196 @@
+"""Runs calls: the registry (async, one event loop) and the dispatcher (the loop's thread, for the engine).
+
+In: resolved calls with the task's question and images and the seconds left to the episode. Out:
+observations. Nothing in here raises for a fault at run time: every call ends in a status.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
+from maestro_jax.registry.config import Pair, RegistryConfig, normalise_name
+from maestro_jax.registry.inprocess import InProcessExpert, InProcessService
+from maestro_jax.registry.interface import Expert, Service
+from maestro_jax.registry.skills import SkillInput, choose_skill, failure, run_skill
+from maestro_jax.types import Call, Observation, Status
+
+logger = logging.getLogger(__name__)
+
+# A skill keeps its deadline by itself and then still reports its usage; past this many more seconds it is cut off.
+GRACE_SECONDS = 0.1
+CLOSE_SECONDS = 10.0
+
+
+@dataclasses.dataclass
+class CallCounter:
+    """Totals of one (expert, skill) pair since the registry was built."""
+
+    calls: int = 0
+    ok: int = 0
+    seconds: float = 0.0
+    price: float = 0.0
+
+    def add(self, observation: Observation) -> None:
+        self.calls += 1
+        self.ok += observation.status is Status.OK
+        self.seconds += observation.seconds
+        self.price += observation.usage.price
+
+
+class Registry:
+    """Experts and services built from config, behind one `call`.
+
+    Args:
+      config: from `parse_registry`.
+      cache_file: where replies of deterministic experts and services survive a restart; None keeps
+        them in memory.
+
+    Raises:
+      ConfigError: an expert or a service cannot be built.
+    """
+
+    def __init__(self, config: RegistryConfig, cache_file: str | None = None):
+        self.config = config
+        self.counters: defaultdict[Pair, CallCounter] = defaultdict(CallCounter)
+        self.cache = ReplyCache(cache_file)
+        self._experts: dict[str, Expert] = {}
+        for entry in config.experts:
+            expert = InProcessExpert(entry)
+            self._experts[normalise_name(entry.name)] = (
+                CachedExpert(expert, expert.identity, self.cache) if entry.deterministic else expert
+            )
+        self._services: dict[str, Service] = {}
+        for part in config.services:
+            service = InProcessService(part)
+            self._services[normalise_name(part.name)] = (
+                CachedService(service, service.identity, self.cache) if part.deterministic else service
+            )
+
+    def resolve(self, expert: str, skill: str) -> Pair | str:
+        """Canonical names, or the text of an error observation (see `RegistryConfig.resolve`)."""
+        return self.config.resolve(expert, skill)
+
+    async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation:
+        """Runs the skill with the expert; `deadline` is in seconds from now."""
+        pair = self.resolve(call.expert, call.skill)
+        if isinstance(pair, str):
+            return Observation(pair, Status.UNKNOWN)
+        given = SkillInput(question, call.query, images)
+        named = self.config.skills_by_name[normalise_name(pair.skill)]
+        skill = choose_skill(self.config, named, pair.expert, f"{call.query}\n{question}")
+        expert = self._experts[normalise_name(pair.expert)]
+        observation = await run_skill(skill, expert, self._services, given, deadline)
+        self.counters[pair].add(observation)
+        return observation
+
+    async def close(self) -> None:
+        await self.cache.close()
+        await asyncio.gather(*(expert.close() for expert in self._experts.values()))
+        await asyncio.gather(*(service.close() for service in self._services.values()))
+
+
+class CallRunner(Protocol):
+    """What the dispatcher needs of a registry."""
+
+    async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation: ...
+
+    async def close(self) -> None: ...
+
+
+class Dispatcher:
+    """Hosts the registry's event loop in a daemon thread; the engine's side never blocks on an expert.
+
+    It owns the registry and closes it. Every submitted ticket comes back from `collect` exactly once.
+    """
+
+    def __init__(self, registry: CallRunner):
+        self._registry = registry
+        self._ready: deque[tuple[int, Observation]] = deque()
+        self._arrived = threading.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="registry", daemon=True)
+        self._thread.start()
+
+    def submit(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> None:
+        """Starts a call; returns at once. `deadline` is in seconds from now."""
+        end = time.monotonic() + deadline
+
+        def start() -> None:
+            task = self._loop.create_task(self._run(ticket, call, question, images, end))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        with self._arrived:  # the same lock as in `close`: nothing is scheduled on a loop that stops
+            if not self._closed:
+                self._loop.call_soon_threadsafe(start)
+                return
+        self._finish(ticket, failure(Status.UNAVAILABLE))
+
+    def collect(self) -> list[tuple[int, Observation]]:
+        """All observations that are ready, in the order they arrived; never blocks."""
+        with self._arrived:
+            ready = list(self._ready)
+            self._ready.clear()
+        return ready
+
+    def wait(self, timeout: float) -> bool:
+        """Blocks until an observation is ready or `timeout` seconds have passed; says whether one is ready."""
+        with self._arrived:
+            return self._arrived.wait_for(lambda: bool(self._ready), timeout)
+
+    def close(self) -> None:
+        """Cancels what runs (it ends as UNAVAILABLE), closes the registry and stops the thread."""
+        with self._arrived:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result(CLOSE_SECONDS)
+        except Exception:  # closing must not hide the error that made the caller close
+            logger.exception("the registry did not close cleanly")
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    async def _run(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], end: float) -> None:
+        observation = failure(Status.UNAVAILABLE)  # stays if the task is cancelled by `close`
+        start = time.monotonic()
+        try:
+            left = max(0.0, end - start)
+            work = self._registry.call(call, question, images, left)
+            observation = await _within(work, left + GRACE_SECONDS)
+        except TimeoutError:
+            observation = failure(Status.TIMEOUT, time.monotonic() - start)
+        except Exception:
+            logger.exception("call to %s with %s failed", call.expert, call.skill)
+            observation = failure(Status.UNAVAILABLE, time.monotonic() - start)
+        finally:
+            self._finish(ticket, observation)
+
+    def _finish(self, ticket: int, observation: Observation) -> None:
+        with self._arrived:
+            self._ready.append((ticket, observation))
+            self._arrived.notify_all()
+
+    async def _shut_down(self) -> None:
+        # A task cancelled before its first step would never run its `finally`: let pending ones start.
+        await asyncio.sleep(0)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._registry.close()
+
+
+async def _within(work: Coroutine[Any, Any, Observation], seconds: float) -> Observation:
+    async with asyncio.timeout(seconds):
+        return await work

@@ -1,0 +1,377 @@
+"""The main job: trains an orchestrator from a config, start to finish.
+
+    python -m maestro_jax.train --config configs/quickstart.py --workdir DIR [--config.grpo.steps=20 ...]
+
+The same command goes on where an earlier one stopped. DIR receives metrics.jsonl, checkpoints,
+and at the end summary.json, curves.png and routing.png.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from maestro_jax.checkpoint.store import CheckpointStore
+from maestro_jax.config import Config, parse_config
+from maestro_jax.data.pipeline import Batches
+from maestro_jax.data.source import TaskSource, TfdsSource
+from maestro_jax.data.suite.build import build_suite
+from maestro_jax.data.verl import VerlParquetSource
+from maestro_jax.errors import ConfigError, UserError
+from maestro_jax.evaluation.baselines import Baselines, run_baselines
+from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
+from maestro_jax.grpo.batch import Scored, make_batch, score_rollout
+from maestro_jax.grpo.losses import LossConfig
+from maestro_jax.grpo.update import (
+    grpo_loss,
+    init_params,
+    init_train_state,
+    make_optimizer,
+    make_train_step,
+    nll_loss,
+)
+from maestro_jax.observe.figures import plot_curves, plot_routing
+from maestro_jax.observe.files import read_json, write_json
+from maestro_jax.observe.metrics import MetricsWriter, read_metrics
+from maestro_jax.observe.progress import Progress
+from maestro_jax.observe.table import summary_table
+from maestro_jax.parallel.mesh import make_mesh
+from maestro_jax.parallel.sharding import ShardingRules
+from maestro_jax.policy.config import architecture_from_hf
+from maestro_jax.policy.model import Policy
+from maestro_jax.policy.prompts import PromptConfig, Prompts
+from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
+from maestro_jax.registry.dispatch import Dispatcher, Registry
+from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.rollout.decode import DecodeConfig
+from maestro_jax.rollout.engine import Engine, Rollout
+from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
+from maestro_jax.types import Task
+from maestro_jax.warm_start.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
+from maestro_jax.warm_start.finetune import finetune
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
+
+# Settings that may change between a run and its continuation.
+FREE_KEYS = ("grpo.steps", "evaluate.every", "evaluate.batch", "checkpoint.every", "checkpoint.keep")
+T = TypeVar("T")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    began = time.monotonic()
+    logging.set_verbosity(logging.WARNING)  # libraries report every file they open
+    config = parse_config(CONFIG.value)
+    workdir = Path(WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    check_same_run(workdir / "config.json", CONFIG.value.to_dict())
+
+    with Progress() as progress:
+        # ---- Tasks -----------------------------------------------------------------------------
+        train_source, test_source = open_data(config, workdir, progress)
+        held_out = [test_source[i] for i in range(config.evaluate.tasks or len(test_source))]
+
+        # ---- Registry, tokens, prompts ---------------------------------------------------------
+        registry = Registry(config.registry, cache_file=str(workdir / "expert_cache.jsonl"))
+        dispatcher = Dispatcher(registry)
+        router = WeakRouter(config.registry, config.warm_start)
+        system = render_system_prompt(config.registry, config.rollout.max_calls)
+        architecture = architecture_from_hf(config.policy.architecture, "config.policy.architecture")
+        tokens = open_tokens(config, workdir, system, router, train_source)
+        prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
+        exchange = Exchange(tokens, registry, dispatcher, fields(EpisodeConfig, config.rollout))
+        progress.note(f"registry prompt: {len(prompts.root)} tokens, shared by every group")
+
+        # ---- Mesh, policy, engine --------------------------------------------------------------
+        mesh = make_mesh(config.mesh)
+        param_dtype, compute_dtype = jnp.dtype(config.policy.param_dtype), jnp.dtype(config.policy.compute_dtype)
+        graph, params = init_params(
+            lambda: Policy(architecture, nnx.Rngs(config.seed), param_dtype, compute_dtype), mesh, ShardingRules()
+        )
+        engine = Engine(graph, mesh, prompts, exchange, fields(DecodeConfig, config.rollout))
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        progress.note(f"policy: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)")
+
+        # ---- Warm start (cached in the work directory) -----------------------------------------
+        if config.warm_start.steps:
+            params = warm_start(config, workdir, params, graph, mesh, exchange, prompts, router, train_source, progress)
+
+        # ---- What can be reached without reinforcement -----------------------------------------
+        def evaluate(params: nnx.State, greedy: bool, name: str) -> Evaluation:
+            progress.phase(name, len(held_out))
+            result = evaluate_policy(
+                engine, params, held_out, config.evaluate.batch, config.reward, config.seed, greedy, progress.tick
+            )
+            progress.update(len(held_out), {"accuracy": result.accuracy, "calls": result.calls})
+            return result
+
+        baselines = cached(
+            workdir / "baselines.json", Baselines, lambda: measure_baselines(config, held_out, dispatcher, progress)
+        )
+        before = cached(
+            workdir / "before.json", Evaluation, lambda: evaluate(params, True, "held-out, before RL (greedy)")
+        )
+        sampled = cached(
+            workdir / "before_sampled.json",
+            Evaluation,
+            lambda: evaluate(params, False, "held-out, before RL (sampled)"),
+        )
+
+        # ---- Resume ----------------------------------------------------------------------------
+        optimizer = make_optimizer(config.optimizer)
+        state = init_train_state(params, optimizer, mesh)
+        step_fn = make_train_step(
+            graph,
+            optimizer,
+            grpo_loss,
+            fields(LossConfig, config.grpo),
+            config.rollout.temperature,
+            config.grpo.logprob_chunk,
+            mesh,
+            state,
+        )
+        batches = iter(
+            Batches(train_source, config.grpo.groups, seed=config.seed, damage_limit=config.data.damage_limit)
+        )
+        store = CheckpointStore(workdir / "checkpoints", config.checkpoint.keep)
+        start, seconds_before = 0, 0.0
+        if (latest := store.latest()) is not None:
+            state, run = store.restore(latest, state)
+            batches.set_state(run["data"])
+            start, seconds_before = latest, run["seconds"]
+            progress.note(f"resumed from the checkpoint of step {latest}")
+        metrics = MetricsWriter(workdir / "metrics.jsonl")
+        metrics.truncate_after(start)
+        if start == 0:
+            metrics.write({"step": 0, "held_out_accuracy": before.accuracy, "held_out_reward": before.reward})
+
+        # ---- Reinforcement ---------------------------------------------------------------------
+        last = before
+        progress.phase("train", config.grpo.steps, done=start)
+        for step in range(start + 1, config.grpo.steps + 1):
+            step_began = time.monotonic()
+            tasks = next(batches)
+            rollout = engine.rollout(
+                state.params, tasks, config.grpo.groups, config.grpo.group_size, config.seed, step, greedy=False
+            )
+            rolled = time.monotonic()
+            scored = score_rollout(rollout, config.reward)
+            batch, batch_metrics = make_batch(
+                rollout, scored, config.grpo.advantage, config.rollout.member_buckets, mesh
+            )
+            with jax.set_mesh(mesh):
+                state, update_metrics = step_fn(state, batch)
+            row = {"step": step, **episode_metrics(rollout, scored), **batch_metrics}
+            row |= {name: float(value) for name, value in update_metrics.items()}
+            row |= {"rollout_seconds": rolled - step_began, "seconds": time.monotonic() - step_began}
+            progress.update(step, {name: row[name] for name in ("reward", "accuracy", "calls", "seconds")})
+            if step % config.evaluate.every == 0 or step == config.grpo.steps:
+                last = evaluate(state.params, True, "held-out (greedy)")
+                row |= {"held_out_accuracy": last.accuracy, "held_out_reward": last.reward}
+                progress.phase("train", config.grpo.steps, done=step)
+            metrics.write(row)
+            if step % config.checkpoint.every == 0 or step == config.grpo.steps:
+                elapsed = seconds_before + time.monotonic() - began
+                store.save(step, state, {"data": batches.get_state(), "seconds": elapsed})
+
+        # ---- Results ---------------------------------------------------------------------------
+        store.close()
+        metrics.close()
+        trained = last if start < config.grpo.steps else evaluate(state.params, True, "held-out (greedy)")
+        dispatcher.close()
+
+    rows = accuracies(baselines, before, trained)
+    summary = {
+        "accuracy": {name: row.pop("overall") for name, row in rows.items()},
+        "accuracy_by_domain": rows,
+        "warm_start_sampled": sampled.accuracy,
+        "best_single_pair": "@@".join(baselines.single_pair),
+        "reward": {"warm_start": before.reward, "trained": trained.reward},
+        "calls": {"warm_start": before.calls, "trained": trained.calls},
+        "held_out_tasks": len(held_out),
+        "steps": config.grpo.steps,
+        "seed": config.seed,
+        "wall_seconds": seconds_before + time.monotonic() - began,
+    }
+    write_json(workdir / "summary.json", summary)
+    plot_curves(read_metrics(workdir / "metrics.jsonl"), lines_of(summary["accuracy"]), workdir / "curves.png")
+    plot_routing(before.routing, trained.routing, workdir / "routing.png", baselines.by_pair)
+    print(summary_table(summary))
+    print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl, checkpoints/")
+
+
+def check_same_run(path: Path, config: dict[str, Any]) -> None:
+    """Refuses to go on in a work directory that holds a run with other settings."""
+    mine = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
+    theirs = read_json(path)
+    if theirs is None:
+        write_json(path, mine)
+        return
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            raise ConfigError(
+                f"{path.parent} holds a run with config.{key}={theirs.get(key)}, this one has {mine.get(key)}; "
+                f"use another --workdir, or the same setting to go on"
+            )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys and printed values."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = repr(value)
+    return flat
+
+
+def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:
+    """Training and held-out tasks; the suite is built on first use."""
+    data = config.data
+    if data.kind == "verl":
+        root = data.image_root or None
+        return VerlParquetSource(data.train_files, root), VerlParquetSource(data.test_files, root)
+    directory = data.suite_directory or workdir / "suite"
+    suite = build_suite(directory, data.train_per_domain, data.test_per_domain, config.seed, progress)
+    return TfdsSource(suite, "train"), TfdsSource(suite, "test")
+
+
+def open_tokens(config: Config, workdir: Path, system: str, router: WeakRouter, tasks: TaskSource) -> Tokens:
+    """The checkpoint's tokenizer, or a tiny one trained once on the training tasks."""
+    if config.policy.tokenizer:
+        return load_tokens(config.policy.tokenizer)
+    directory = workdir / "tokenizer"
+    if (directory / "tokenizer_config.json").is_file():
+        return load_tokens(directory)
+    texts = tokenizer_texts(system, [tasks[i] for i in range(len(tasks))], router, observation_frames())
+    return train_tokens(texts, config.policy.architecture["text_config"]["vocab_size"], directory)
+
+
+def warm_start(
+    config: Config,
+    workdir: Path,
+    params: nnx.State,
+    graph: nnx.GraphDef,
+    mesh: Mesh,
+    exchange: Exchange,
+    prompts: Prompts,
+    router: WeakRouter,
+    source: TaskSource,
+    progress: Progress,
+) -> nnx.State:
+    """Parameters after supervised fine-tuning on demonstrations; trained once per work directory."""
+    settings = config.warm_start
+    optimizer = make_optimizer(settings.optimizer)
+    state = init_train_state(params, optimizer, mesh)
+    store = CheckpointStore(workdir / "warm_start", keep=1)
+    if (latest := store.latest()) is not None:
+        state, _ = store.restore(latest, state)
+        store.close()
+        return state.params
+    tasks = [source[i] for i in range(len(source)) for _ in range(settings.group_size)]
+    progress.phase("demonstrations", len(tasks))
+    demonstrations = write_demonstrations(
+        tasks,
+        router,
+        exchange.dispatcher,
+        config.rollout.deadline,
+        prompts.tokens,
+        exchange.observation_ids,
+        config.rollout.max_calls,
+        config.seed,
+        progress.tick,
+    )
+    size = settings.group_size
+    groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
+    loss_config, chunk = fields(LossConfig, config.grpo), config.grpo.logprob_chunk
+    step = make_train_step(graph, optimizer, nll_loss, loss_config, 1.0, chunk, mesh, state)
+    progress.phase("warm start", settings.steps)
+
+    def report(done: int, values: dict[str, float]) -> None:
+        if done % 10 == 0 or done == settings.steps:
+            progress.update(done, values)
+        else:
+            progress.tick(done)
+
+    buckets = config.rollout.member_buckets
+    state = finetune(step, state, groups, settings.groups, settings.steps, prompts, buckets, mesh, config.seed, report)
+    store.save(settings.steps, state, {"steps": settings.steps})
+    store.close()
+    return state.params
+
+
+def measure_baselines(
+    config: Config, held_out: Sequence[Task], dispatcher: Dispatcher, progress: Progress
+) -> Baselines:
+    pairs = sum(
+        config.registry.allows(skill, expert.name)
+        for expert in config.registry.experts
+        for skill in config.registry.shown_skills
+    )
+    progress.phase("baselines", pairs * len(held_out))
+    return run_baselines(held_out, config.registry, dispatcher, config.rollout.deadline, progress.tick)
+
+
+def cached(path: Path, kind: Any, compute: Any) -> Any:
+    """A result that is computed once per work directory and then read from its JSON file."""
+    values = read_json(path)
+    if values is not None:
+        return kind.from_json(values)
+    result = compute()
+    write_json(path, result.to_json())
+    return result
+
+
+def episode_metrics(rollout: Rollout, scored: Scored) -> dict[str, float]:
+    """Averages over the trajectories of a step."""
+    parts = [part for group in scored.parts for part in group]
+    trajectories = [trajectory for group in rollout.trajectories for trajectory in group]
+    return {
+        "reward": float(np.mean([part.total for part in parts])),
+        "accuracy": float(np.mean([part.outcome for part in parts])),
+        "format": float(np.mean([part.format for part in parts])),
+        "calls": float(np.mean([trajectory.executed_calls for trajectory in trajectories])),
+        "price": float(np.sum([trajectory.price for trajectory in trajectories])),
+    }
+
+
+def accuracies(baselines: Baselines, before: Evaluation, trained: Evaluation) -> dict[str, dict[str, float]]:
+    """Row of the summary → "overall" and each domain → accuracy."""
+    return {
+        "random": dict(baselines.random),
+        "best_single_pair": dict(baselines.best_single_pair),
+        "warm_start": {"overall": before.accuracy, **before.accuracy_by_domain},
+        "trained": {"overall": trained.accuracy, **trained.accuracy_by_domain},
+        "domain_oracle": dict(baselines.domain_oracle),
+        "task_oracle": dict(baselines.task_oracle),
+    }
+
+
+def lines_of(accuracy: Mapping[str, float]) -> dict[str, float]:
+    """The reference lines of the curve: everything but the trained policy itself."""
+    return {name: value for name, value in accuracy.items() if name != "trained"}
+
+
+def fields(cls: type[T], section: Any) -> T:
+    """The part of a config section that a room's own settings need."""
+    return cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    try:
+        app.run(main)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,63 @@
+"""Supervised fine-tuning on demonstrations, with the same group-shaped train step as GRPO."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from maestro_jax.grpo.update import GroupBatch, Metrics, TrainState
+from maestro_jax.parallel.sharding import over_groups
+from maestro_jax.policy.model import prompt_shardings
+from maestro_jax.policy.preprocess import bucket
+from maestro_jax.policy.prompts import Prompts
+from maestro_jax.warm_start.demonstrations import Demonstration
+
+
+def finetune(
+    step: Callable[[TrainState, GroupBatch], tuple[TrainState, Metrics]],
+    state: TrainState,
+    demonstrations: Sequence[Sequence[Demonstration]],
+    groups: int,
+    steps: int,
+    prompts: Prompts,
+    buckets: Sequence[int],
+    mesh: Mesh,
+    seed: int,
+    report: Callable[[int, dict[str, float]], None],
+) -> TrainState:
+    """Trains for `steps` batches of `groups` groups.
+
+    Args:
+      demonstrations: groups of demonstrations of one task each; shuffled anew in every pass.
+      report: told (steps done, metrics) after each step.
+    """
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    for done in range(1, steps + 1):
+        while len(order) < groups:
+            order.extend(rng.permutation(len(demonstrations)))
+        chosen, order = order[:groups], order[groups:]
+        batch = collate([demonstrations[i] for i in chosen], prompts, buckets, mesh)
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, batch)
+        report(done, {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])})
+    return state
+
+
+def collate(
+    groups: Sequence[Sequence[Demonstration]], prompts: Prompts, buckets: Sequence[int], mesh: Mesh
+) -> GroupBatch:
+    """Demonstrations as the members of groups; the loss is on what a policy would have authored."""
+    longest = max(len(member.ids) for group in groups for member in group)
+    width = bucket(longest, buckets, "a demonstration", "raise config.rollout.room and member_buckets")
+    shape = (len(groups), len(groups[0]), width)
+    tokens, mask, length = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape[:2], np.int32)
+    for g, group in enumerate(groups):
+        for m, member in enumerate(group):
+            n = len(member.ids)
+            tokens[g, m, :n], mask[g, m, :n], length[g, m] = member.ids, member.authored, n
+    zeros = np.zeros(shape, np.float32)
+    prefixes = jax.device_put(prompts.batch([group[0].task for group in groups]), prompt_shardings(mesh))
+    arrays = jax.device_put((tokens, length, mask, zeros, zeros[..., 0]), over_groups(mesh))
+    return GroupBatch(prefixes, *arrays)

@@ -1,0 +1,45 @@
+"""Packaging of maestro_jax. The base install runs on CPU; accelerators are extras."""
+
+from setuptools import find_packages, setup
+
+JAX = "jax>=0.10,<0.13"
+
+setup(
+    name="maestro_jax",
+    version="0.1.0",
+    description="Train a vision-language policy to orchestrate frozen experts (JAX, TPU and GPU)",
+    python_requires=">=3.11",
+    packages=find_packages(include=["maestro_jax", "maestro_jax.*", "configs", "configs.*"]),
+    install_requires=[
+        JAX,
+        "flax>=0.12",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "transformers>=5",
+        "tokenizers>=0.22",
+        "tensorflow-datasets>=4.9.9",
+        "array-record>=0.8",
+        "grain>=0.2.15",
+        "ml-collections>=1.1",
+        "absl-py>=2.2",
+        "numpy>=2",
+        "pillow>=11",
+        "pyarrow>=20",  # verl parquet
+        "rich>=13",  # live progress
+        "matplotlib>=3.9",  # curves and heat maps
+    ],
+    extras_require={
+        "cuda12": [f"jax[cuda12]{JAX.removeprefix('jax')}"],
+        "tpu": [f"jax[tpu]{JAX.removeprefix('jax')}"],
+        # The offline suite and its in-process experts.
+        "suite": [
+            "easy-vqa>=1.0",
+            "vega-datasets>=0.9",
+            "reasoning-gym>=0.1.19",
+            "rapidocr-onnxruntime>=1.4.4",  # an OCR network whose weights are in the wheel
+            "opencv-python-headless>=4.10",
+        ],
+        # torch is the reference in tests, never a dependency of the package.
+        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "torch==2.13.0"],
+    },
+)
