@@ -37,7 +37,7 @@ setup(
             "vega-datasets>=0.9",
             "reasoning-gym>=0.1.19",
             "rapidocr-onnxruntime>=1.4.4",  # an OCR network whose weights are in the wheel
-            "opencv-python-headless>=4.10",
+            "opencv-python>=4.10",  # the build that rapidocr-onnxruntime brings
         ],
         # torch is the reference in tests, never a dependency of the package.
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "torch==2.13.0"],

@@ -74,6 +74,8 @@ class RolloutConfig:
       max_calls: calls per episode; after them the policy may only answer.
       turn_budget: most tokens of one turn.
       observation_tokens: most tokens of an observation's text.
+      observation_multiple: fills the text up to a multiple of so many tokens (1: not at all), so that a
+        quote stands at the same distance from what it quotes; a tiny policy needs that to learn quoting.
       room: most tokens of a member, turns and observations together.
       member_buckets: static member lengths that the update is compiled for; the last must be `room`.
       decode_chunk: most tokens between two exchanges with the experts.
@@ -83,6 +85,7 @@ class RolloutConfig:
     max_calls: int
     turn_budget: int
     observation_tokens: int
+    observation_multiple: int
     room: int
     member_buckets: tuple[int, ...]
     decode_chunk: int
@@ -114,6 +117,7 @@ class WarmStartConfig:
       claims: source → (expert, skill) that the registry's descriptions point to, right or wrong.
       follow_expert, follow_skill: how often the router follows the description of each; else at random.
       second_call: how often it asks another pair after a reply that gives nothing.
+      rehearsal: share of demonstrations whose reply is a random text, to learn quoting from.
       queries: skill → phrases the router writes as query.
     """
 
@@ -124,6 +128,7 @@ class WarmStartConfig:
     follow_expert: float
     follow_skill: float
     second_call: float
+    rehearsal: float
     queries: dict[str, Any]
     optimizer: OptimizerConfig
 

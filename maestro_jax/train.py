@@ -7,7 +7,6 @@ and at the end summary.json, curves.png and routing.png.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,18 +15,19 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from maestro_jax import command
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
 from maestro_jax.data.pipeline import Batches
 from maestro_jax.data.source import TaskSource, TfdsSource
 from maestro_jax.data.suite.build import build_suite
 from maestro_jax.data.verl import VerlParquetSource
-from maestro_jax.errors import ConfigError, UserError
+from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
 from maestro_jax.grpo.batch import Scored, make_batch, score_rollout
@@ -71,11 +71,11 @@ T = TypeVar("T")
 def main(argv: Sequence[str]) -> None:
     del argv
     began = time.monotonic()
-    logging.set_verbosity(logging.WARNING)  # libraries report every file they open
-    config = parse_config(CONFIG.value)
+    raw = command.load_config(CONFIG)
+    config = parse_config(raw)
     workdir = Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
-    check_same_run(workdir / "config.json", CONFIG.value.to_dict())
+    check_same_run(workdir / "config.json", raw.to_dict())
 
     with Progress() as progress:
         # ---- Tasks -----------------------------------------------------------------------------
@@ -280,19 +280,10 @@ def warm_start(
         state, _ = store.restore(latest, state)
         store.close()
         return state.params
-    tasks = [source[i] for i in range(len(source)) for _ in range(settings.group_size)]
-    progress.phase("demonstrations", len(tasks))
-    demonstrations = write_demonstrations(
-        tasks,
-        router,
-        exchange.dispatcher,
-        config.rollout.deadline,
-        prompts.tokens,
-        exchange.observation_ids,
-        config.rollout.max_calls,
-        config.seed,
-        progress.tick,
-    )
+    wanted = min(len(source), settings.steps * settings.groups)
+    tasks = [source[i] for i in range(wanted) for _ in range(settings.group_size)]
+    progress.phase("demonstrations", round(len(tasks) * (1 - settings.rehearsal)))
+    demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress.tick)
     size = settings.group_size
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
     loss_config, chunk = fields(LossConfig, config.grpo), config.grpo.logprob_chunk
@@ -370,8 +361,4 @@ def fields(cls: type[T], section: Any) -> T:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    try:
-        app.run(main)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    command.run(main, required=("config", "workdir"))

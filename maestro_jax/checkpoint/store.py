@@ -19,7 +19,9 @@ class CheckpointStore:
 
     def __init__(self, directory: str | Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+        # Named here, so that a fresh process can read the metadata of a checkpoint before restoring it.
+        handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
         """Starts saving `state` (a pytree) and `run` (plain JSON); raises if an earlier save failed."""

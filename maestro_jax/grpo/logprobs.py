@@ -34,11 +34,9 @@ def token_logprobs(
     @jax.checkpoint
     def one(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         h, target = inputs
-        scaled = logits(h) / temperature
-        log_total = jax.nn.logsumexp(scaled, axis=-1)
-        chosen = jnp.take_along_axis(scaled, target[..., None], axis=-1)[..., 0]
-        mean_logit = jnp.sum(jnp.exp(scaled - log_total[..., None]) * scaled, axis=-1)
-        return None, (chosen - log_total, log_total - mean_logit)
+        logprobs = jax.nn.log_softmax(logits(h) / temperature, axis=-1)
+        chosen = jnp.take_along_axis(logprobs, target[..., None], axis=-1)[..., 0]
+        return None, (chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1))
 
     over_time = hidden.reshape(b, g, r // chunk, chunk, d).transpose(2, 0, 1, 3, 4)
     targets_over_time = targets.reshape(b, g, r // chunk, chunk).transpose(2, 0, 1, 3)

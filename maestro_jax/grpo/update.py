@@ -25,10 +25,11 @@ Metrics = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up to a constant rate and a global-norm clip."""
+    """AdamW with a global-norm clip; the rate warms up linearly and, if `decay_steps` is not 0, falls to 0 by then."""
 
     learning_rate: float
     warmup_steps: int
+    decay_steps: int
     b1: float
     b2: float
     eps: float
@@ -60,9 +61,10 @@ class TrainState:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    schedule = optax.linear_schedule(
-        config.learning_rate / max(config.warmup_steps, 1), config.learning_rate, config.warmup_steps
-    )
+    rate, warmup = config.learning_rate, max(config.warmup_steps, 1)
+    schedule = optax.linear_schedule(rate / warmup, rate, warmup)
+    if config.decay_steps:
+        schedule = optax.warmup_cosine_decay_schedule(rate / warmup, rate, warmup, config.decay_steps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),

@@ -24,16 +24,21 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """Builds the mesh.
 
     Raises:
-      ConfigError: the axes do not multiply to the devices at hand.
+      ConfigError: the axes do not multiply to the devices at hand, or more than one is left open.
     """
     devices = devices or jax.devices()
     sizes = dict(dataclasses.asdict(config))
+    spelled = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+        raise ConfigError(
+            f"mesh {spelled}: one axis may be -1, the others must be at least 1; "
+            "set config.mesh.fsdp=-1 and the other axes to 1"
+        )
     known = math.prod(size for size in sizes.values() if size != -1)
-    if len(open_axes) == 1 and known > 0 and len(devices) % known == 0:
+    if open_axes and len(devices) % known == 0:
         sizes[open_axes[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        spelled = " x ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config).items())
         raise ConfigError(
             f"mesh {spelled} needs {abs(math.prod(sizes.values()))} devices, found {len(devices)}; "
             f"set config.mesh.fsdp=-1 and the other axes to 1, or to divisors of {len(devices)}"

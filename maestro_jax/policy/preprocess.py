@@ -50,7 +50,8 @@ def prepare_image(pixels: np.ndarray, config: VisionConfig, min_pixels: int, max
     height, width = target_size(pixels.shape[0], pixels.shape[1], patch * merge, min_pixels, max_pixels)
     if (height, width) != pixels.shape[:2]:
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-    values = (pixels.astype(np.float32) * (1 / 255) - 0.5) / 0.5
+    # Scaled in float64 and then rounded, as transformers does: the patches are the same bit for bit.
+    values = ((pixels.astype(np.float64) * (1 / 255)).astype(np.float32) - 0.5) / 0.5
     rows, columns = height // patch, width // patch
     blocks = values.transpose(2, 0, 1).reshape(
         config.in_channels, rows // merge, merge, patch, columns // merge, merge, patch

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # An observation is a proper user turn behind the policy's own, and a new assistant header.
 _BEFORE = f"{END_OF_TURN}\n<|im_start|>user\n"
 _AFTER = f"{END_OF_TURN}\n<|im_start|>assistant\n"
-_NO_CALLS_LEFT = " No calls are left: answer now."
+_NO_CALLS_LEFT = " Answer now."
 _GRACE_SECONDS = 0.05  # after the first reply, how long an idle engine waits for its neighbours
 
 
@@ -47,6 +47,7 @@ class EpisodeConfig:
 
     max_calls: int
     observation_tokens: int  # most tokens of an observation's text
+    observation_multiple: int  # the text is filled up with line ends to a multiple of so many tokens
     deadline: float
     turn_budget: int
     room: int
@@ -92,8 +93,9 @@ class Exchange:
         self.lock = threading.Lock()
         self.before = tokens.encode(_BEFORE)
         self.after = tokens.encode(_AFTER)
+        self.filler = tokens.encode("\n")[:1]
         # O: the longest observation with everything around it.
-        longest = Observation("0 " * config.observation_tokens, Status.OK)
+        longest = Observation("0 " * (config.observation_tokens + config.observation_multiple), Status.OK)
         self.observation_bucket = len(self.observation_ids(longest, last=True))
 
     def begin(self, tasks: Sequence[Task | None], members: int) -> None:
@@ -209,14 +211,17 @@ class Exchange:
 
     def observation_ids(self, observation: Observation, last: bool) -> list[int]:
         """A whole user turn with the neutralised, capped observation, and the next assistant header."""
-        text = protocol.neutralise(observation.text, self.tokens.special_texts)
-        # With its leading space, as an answer that quotes it is written: the same tokens in both places.
-        body = self.tokens.encode_foreign(f" {text}")
-        body = protocol.cap_ids(body, self.config.observation_tokens, self.tokens.encode(" ..."))
+        body = self.body_ids(observation.text)
+        body += self.filler * (-len(body) % self.config.observation_multiple)
         note = self.tokens.encode(_NO_CALLS_LEFT) if last else []
         opening = self.tokens.encode(protocol.OBSERVATION_OPEN)
         closing = self.tokens.encode(f" {protocol.OBSERVATION_CLOSE}")
         return [*self.before, *opening, *body, *closing, *note, *self.after]
+
+    def body_ids(self, text: str) -> list[int]:
+        """Foreign text, neutralised and capped; with its leading space, so that a quote has the same tokens."""
+        ids = self.tokens.encode_foreign(f" {protocol.neutralise(text, self.tokens.special_texts)}")
+        return protocol.cap_ids(ids, self.config.observation_tokens, self.tokens.encode(" ..."))
 
     def _ticket(self, number: int) -> int:
         """Tickets carry the rollout, so that a late reply to an abandoned one is not taken for a new one's."""

@@ -4,21 +4,27 @@ The router stands for what a pretrained model brings along: it knows the format,
 descriptions of experts and skills part of the time, guessing otherwise. Descriptions may over-claim
 (`claims` may point to the wrong expert), calls are made for real, and the answer is whatever came
 back. So demonstrations teach how to call, not whom to call: that is left to reinforcement.
+
+A pretrained model also knows how to quote. A tiny one has to learn it, and most replies to guessed
+calls say nothing, so a share of the demonstrations rehearses: their reply is a random short text
+instead of the expert's. Rehearsals say nothing about experts or tasks.
 """
 
 import dataclasses
+import string
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from maestro_jax.config import WarmStartConfig
-from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout import protocol
-from maestro_jax.types import Call, Observation, Task
+from maestro_jax.rollout.exchange import Exchange
+from maestro_jax.types import Call, Observation, Status, Task
 
 NO_HELP = "I cannot tell."
+_LETTERS = string.ascii_letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,57 +87,64 @@ def make_calls(
 
 
 def write_demonstrations(
-    tasks: Sequence[Task],
-    router: WeakRouter,
-    dispatcher: Dispatcher,
-    deadline: float,
-    tokens: Tokens,
-    observation_ids: Callable[[Observation, bool], list[int]],
-    max_calls: int,
-    seed: int,
-    tick: Callable[[int], None],
+    tasks: Sequence[Task], router: WeakRouter, exchange: Exchange, seed: int, tick: Callable[[int], None]
 ) -> list[Demonstration]:
     """One demonstration per entry of `tasks` (a task may stand there several times).
 
     Args:
-      observation_ids: the exchange's rendering of an observation; its flag says no calls are left.
+      exchange: runs the calls and renders observations exactly as in a rollout.
       tick: told how many calls have been answered.
     """
     rng = np.random.default_rng(seed)
+    deadline = exchange.config.deadline
     first = [router.choose(task.source, rng) for task in tasks]
-    replies = make_calls(dispatcher, list(zip(tasks, first, strict=True)), deadline, tick)
+    rehearsed = rng.random(len(tasks)) < router.config.rehearsal
+    real = [(task, call) for task, call, skip in zip(tasks, first, rehearsed, strict=True) if not skip]
+    answered = iter(make_calls(exchange.dispatcher, real, deadline, tick))
+    words = [str(task.answers[0]) for task in tasks]
+    replies = [Observation(random_text(words, rng), Status.OK) if skip else next(answered) for skip in rehearsed]
+    may_repeat = exchange.config.max_calls > 1
     wants_more = [
-        max_calls > 1 and reply.text == NO_HELP and rng.random() < router.config.second_call for reply in replies
+        may_repeat and reply.text == NO_HELP and rng.random() < router.config.second_call for reply in replies
     ]
     second = [router.choose(task.source, rng) if more else None for task, more in zip(tasks, wants_more, strict=True)]
     again = [(task, call) for task, call in zip(tasks, second, strict=True) if call is not None]
-    later = iter(make_calls(dispatcher, again, deadline, lambda done: tick(len(tasks) + done)))
+    later = iter(make_calls(exchange.dispatcher, again, deadline, lambda done: tick(len(real) + done)))
     demonstrations = []
     for task, call, reply, other in zip(tasks, first, replies, second, strict=True):
         steps = [(call, reply)] if other is None else [(call, reply), (other, next(later))]
-        demonstrations.append(_write(task, steps, tokens, observation_ids, max_calls))
+        demonstrations.append(_write(task, steps, exchange))
     return demonstrations
 
 
-def _write(
-    task: Task,
-    steps: Sequence[tuple[Call, Observation]],
-    tokens: Tokens,
-    observation_ids: Callable[[Observation, bool], list[int]],
-    max_calls: int,
-) -> Demonstration:
-    ids: list[int] = []
-    authored: list[bool] = []
+def random_text(words: Sequence[str], rng: np.random.Generator) -> str:
+    """A few pieces in a row: words of the training answers, numbers, letters.
 
-    def add(piece: Sequence[int], by_policy: bool) -> None:
-        ids.extend(piece)
-        authored.extend([by_policy] * len(piece))
+    Longer than real replies: every token of it is one more to learn quoting from.
+    """
+    return " ".join(_piece(words, rng) for _ in range(rng.integers(1, 3)))
 
+
+def _piece(words: Sequence[str], rng: np.random.Generator) -> str:
+    kind = rng.integers(3)
+    if kind == 0:
+        return words[rng.integers(len(words))]
+    if kind == 1:
+        return str(round(float(10 ** rng.uniform(0, 4)), int(rng.integers(3))))
+    return "".join(_LETTERS[i] for i in rng.integers(len(_LETTERS), size=rng.integers(2, 9)))
+
+
+def _write(task: Task, steps: Sequence[tuple[Call, Observation]], exchange: Exchange) -> Demonstration:
+    """Calls with what came back, and an answer that quotes the last reply as far as it was shown."""
+    tokens = exchange.tokens
+    pieces: list[tuple[list[int], bool]] = []
     for number, (call, observation) in enumerate(steps, start=1):
-        add(tokens.encode(call_text(call)), True)
-        add(observation_ids(observation, number >= max_calls), False)
-    said = protocol.neutralise(steps[-1][1].text, tokens.special_texts)
-    add(tokens.encode_foreign(answer_text(said)), True)
+        pieces.append((tokens.encode(call_text(call)), True))
+        pieces.append((exchange.observation_ids(observation, number >= exchange.config.max_calls), False))
+    opening, closing = tokens.encode(protocol.ANSWER_OPEN), tokens.encode(f" {protocol.ANSWER_CLOSE}")
+    pieces.append(([*opening, *exchange.body_ids(steps[-1][1].text), *closing], True))
+    ids = [token for piece, _ in pieces for token in piece]
+    authored = [by_policy for piece, by_policy in pieces for _ in piece]
     return Demonstration(task, tuple(ids), tuple(authored))
 
 
@@ -141,7 +154,7 @@ def tokenizer_texts(system: str, tasks: Sequence[Task], router: WeakRouter, fram
     Args:
       frames: text that stands in every episode; it should cost few tokens.
     """
-    texts = [system] * max(1, len(tasks) // 20) + router.texts() * 5 + list(frames) * len(tasks)
+    texts = [system] * max(1, len(tasks) // 20) + router.texts() * 20 + [*frames, NO_HELP] * len(tasks)
     for task in tasks:
         texts += [task.question, *(answer_text(answer) for answer in task.answers[:1])]
     return texts

@@ -1,0 +1,109 @@
+"""Checkpoints come back bit for bit, on any mesh, or say why not."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
+from maestro_jax.errors import ConfigError
+from maestro_jax.grpo.update import OptimizerConfig, TrainState, init_train_state, make_optimizer
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.parallel.sharding import ShardingRules, param_shardings
+from maestro_jax.policy.layers import Linear
+
+RUN = {"data": {"position": 12, "skipped": ["a/3"]}, "seconds": 1.5}
+
+
+class Toy(nnx.Module):
+    """Two layers, so that names are nested; one in bfloat16."""
+
+    def __init__(self, width: int):
+        rngs = nnx.Rngs(0)
+        self.first = Linear(8, width, ("embed", "mlp"), True, jnp.float32, rngs)
+        self.second = Linear(width, 8, ("mlp", "embed"), False, jnp.bfloat16, rngs)
+
+
+def make_state(axes: tuple[int, int, int], width: int = 12, fill: float | None = None) -> TrainState:
+    """A train state with awkward values (`fill` None) or a constant everywhere."""
+    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
+    params = nnx.state(Toy(width), nnx.Param)
+    params = jax.device_put(params, param_shardings(params, mesh, ShardingRules()))
+    state = init_train_state(params, make_optimizer(OptimizerConfig(1e-3, 2, 0, 0.9, 0.95, 1e-8, 0.0, 1.0)), mesh)
+    rng = np.random.default_rng(0)
+
+    def value(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            new = np.full(leaf.shape, 7 if fill is None else fill)
+        else:
+            new = rng.standard_normal(leaf.shape) * 10.0 ** rng.integers(-30, 30, leaf.shape)
+            new = new if fill is None else np.full(leaf.shape, fill)
+        return jax.device_put(jnp.asarray(new, leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(value, state)
+
+
+def save(directory: Path, state: Any, *steps: int, keep: int = 2) -> None:
+    store = CheckpointStore(directory, keep)
+    for step in steps:
+        store.save(step, state, RUN)
+    store.close()
+
+
+def restore(directory: Path, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
+    store = CheckpointStore(directory, 2)
+    try:
+        return store.restore(step, state)
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 4, 1), (1, 1, 1)], ids=str)
+def test_a_new_process_gets_every_bit_back_on_any_mesh(axes: tuple[int, int, int], tmp_path: Path) -> None:
+    saved, target = make_state((2, 2, 2)), make_state(axes, fill=0.0)
+    save(tmp_path, saved, 3)
+    found, run = restore(tmp_path, 3, target)
+    assert run == RUN
+    assert jax.tree.structure(found) == jax.tree.structure(target)
+    wanted = named_leaves(saved)
+    for (name, leaf), place in zip(named_leaves(found).items(), jax.tree.leaves(target), strict=True):
+        assert np.asarray(leaf).tobytes() == np.asarray(wanted[name]).tobytes(), name
+        assert leaf.dtype == wanted[name].dtype and leaf.sharding == place.sharding, name
+
+
+def test_latest_and_how_many_are_kept(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 2)
+    assert store.latest() is None
+    store.close()
+    save(tmp_path, {"w": jnp.ones(3)}, 1, 2, 3)
+    again = CheckpointStore(tmp_path, 2)
+    assert again.latest() == 3
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.isdigit()) == ["2", "3"]
+    again.close()
+
+
+def test_another_width_is_refused_in_one_line(tmp_path: Path) -> None:
+    save(tmp_path, make_state((1, 1, 1)), 3)
+    with pytest.raises(ConfigError, match=r"checkpoint 3 in .* holds .*first/bias.* as \(12,\)") as caught:
+        restore(tmp_path, 3, make_state((1, 1, 1), width=16))
+    text = str(caught.value)
+    assert "this configuration makes (16,); use the configuration it was trained with, or a new --workdir" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("missing", ["saved", "wanted"])
+def test_a_missing_parameter_is_named(missing: str, tmp_path: Path) -> None:
+    whole, part = {"a": jnp.ones(3), "b": jnp.ones(2)}, {"a": jnp.ones(3)}
+    save(tmp_path, part if missing == "saved" else whole, 1)
+    message = "holds b as None" if missing == "saved" else r"holds b as \(2,\), this configuration makes None"
+    with pytest.raises(ConfigError, match=message):
+        restore(tmp_path, 1, whole if missing == "saved" else part)
+
+
+def test_leaves_are_named_by_their_path() -> None:
+    names = named_leaves(make_state((1, 1, 1)))
+    assert "step" in names and any(name.startswith("params/first/kernel") for name in names)

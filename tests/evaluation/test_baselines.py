@@ -1,0 +1,108 @@
+"""Fixed routings: every pair on every task, and what is drawn from that matrix."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from maestro_jax.evaluation.baselines import QUERY, Baselines, run_baselines, summarise
+from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig, SkillConfig
+from maestro_jax.types import Call, Observation, Status, Task
+
+SOURCES = ("counting", "reading", "charts")
+PAIRS = [("A", "X"), ("A", "Y"), ("B", "X"), ("B", "Y")]
+
+
+def task(number: int, source: str, answer: str = "7") -> Task:
+    return Task(f"{source}/{number}", f"question {number}?", (b"image",), (answer,), source)
+
+
+MATRICES = st.integers(1, 8).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.sampled_from(SOURCES), min_size=n, max_size=n),
+        npst.arrays(np.float64, (n, len(PAIRS)), elements=st.sampled_from([0.0, 1.0])),
+    )
+)
+
+
+@given(MATRICES)
+def test_rows_are_those_of_plain_loops(case: tuple[list[str], np.ndarray]) -> None:
+    sources, right = case
+    found = summarise([task(n, source) for n, source in enumerate(sources)], PAIRS, right)
+    rows = {source: [r for s, r in zip(sources, right, strict=True) if s == source] for source in sorted(set(sources))}
+    best = {source: max(sum(column) / len(of) for column in zip(*of, strict=True)) for source, of in rows.items()}
+    assert found.domain_oracle["overall"] == pytest.approx(
+        sum(best[source] * len(of) for source, of in rows.items()) / len(right)
+    )
+    for source, of in {"overall": list(right), **rows}.items():
+        assert found.random[source] == pytest.approx(np.mean(of))
+        assert found.task_oracle[source] == pytest.approx(np.mean([max(row) for row in of]))
+        assert found.best_single_pair[source] == pytest.approx(np.mean(of, axis=0)[PAIRS.index(found.single_pair)])
+    assert {source: found.domain_oracle[source] for source in rows} == pytest.approx(best)
+    assert found.best_single_pair["overall"] == pytest.approx(right.mean(axis=0).max())
+    assert found.random["overall"] <= found.best_single_pair["overall"] + 1e-12
+    assert found.best_single_pair["overall"] <= found.domain_oracle["overall"] + 1e-12
+    assert found.domain_oracle["overall"] <= found.task_oracle["overall"] + 1e-12
+    for source, of in rows.items():
+        assert [found.by_pair[source][pair] for pair in PAIRS] == pytest.approx(np.mean(of, axis=0).tolist())
+
+
+def test_baselines_survive_their_json_file() -> None:
+    right = np.array([[1.0, 0, 0, 0], [0, 1, 0, 1]])
+    found = summarise([task(0, "counting"), task(1, "reading")], PAIRS, right)
+    assert Baselines.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+class Desk:
+    """A dispatcher that answers all calls in portions, the newest first."""
+
+    def __init__(self, answers: dict[Pair, Observation]):
+        self.answers = answers
+        self.calls: list[tuple[Call, str, tuple[bytes, ...]]] = []
+        self.replies: list[tuple[int, Observation]] = []
+
+    def submit(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> None:
+        self.calls.append((call, question, images))
+        self.replies.append((ticket, self.answers[Pair(call.expert, call.skill)]))
+
+    def wait(self, timeout: float) -> bool:
+        return bool(self.replies)
+
+    def collect(self) -> list[tuple[int, Observation]]:
+        half = len(self.replies) // 2
+        self.replies, ready = self.replies[:half], self.replies[half:]
+        return ready[::-1]
+
+
+def registry(**skills: tuple[str, ...]) -> RegistryConfig:
+    """Two experts; skill → the experts that may run it. A hidden tier-2 skill is there too."""
+    experts = tuple(ExpertConfig(name, "", "builtins:object") for name in ("A", "B"))
+    shown = tuple(SkillConfig(name, experts=allowed) for name, allowed in skills.items())
+    return RegistryConfig(experts, (), (*shown, SkillConfig("Hidden", tier=2, shown=False)))
+
+
+def test_every_allowed_pair_is_asked_about_every_task() -> None:
+    desk = Desk({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS})
+    tasks, ticks = [task(0, "counting"), task(1, "reading")], []
+    found = run_baselines(tasks, registry(X=(), Y=("B",)), desk, 9.0, ticks.append)  # type: ignore[arg-type]
+    allowed = [("A", "X"), ("B", "X"), ("B", "Y")]
+    assert desk.calls == [(Call(*pair, QUERY), t.question, t.images) for t in tasks for pair in allowed]
+    assert list(found.by_pair["counting"]) == allowed
+    assert ticks[-1] == len(desk.calls)
+
+
+def test_replies_are_graded_against_their_own_task() -> None:
+    answers = {
+        Pair("A", "X"): Observation("7", Status.OK),
+        Pair("A", "Y"): Observation("8", Status.OK),
+        Pair("B", "X"): Observation("7", Status.UNAVAILABLE),  # a failure is never right, whatever its text
+        Pair("B", "Y"): Observation("I cannot tell.", Status.OK),
+    }
+    tasks = [task(0, "counting", "7"), task(1, "counting", "7"), task(2, "reading", "8")]
+    found = run_baselines(tasks, registry(X=(), Y=()), Desk(answers), 9.0, lambda done: None)  # type: ignore[arg-type]
+    assert found.by_pair["counting"] == {("A", "X"): 1.0, ("A", "Y"): 0.0, ("B", "X"): 0.0, ("B", "Y"): 0.0}
+    assert found.by_pair["reading"] == {("A", "X"): 0.0, ("A", "Y"): 1.0, ("B", "X"): 0.0, ("B", "Y"): 0.0}
+    assert (found.single_pair, found.domain_oracle["overall"]) == (("A", "X"), 1.0)

@@ -1,0 +1,94 @@
+"""From finished rollouts to the update's batch: who is in the loss, and what is counted."""
+
+import jax
+import numpy as np
+import pytest
+
+from maestro_jax.errors import DataError
+from maestro_jax.grpo.batch import Scored, make_batch, score_rollout, summary
+from maestro_jax.grpo.update import GroupBatch
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.policy.model import PrefixBatch
+from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig
+from maestro_jax.rollout.engine import Rollout
+from maestro_jax.rollout.exchange import Trajectory
+from maestro_jax.types import Call, Observation, Status, Task, Usage
+from tests.policy import reference
+
+G, R = 3, 16
+TASK = Task("counting/train/00001", "how many?", (), ("4",), "counting")
+CALL = Call("Tally", "Counting_Problem_Solver", "count")
+
+
+def trajectory(answer: str | None, **fields: object) -> Trajectory:
+    """An episode with one executed call that took 2 s and cost 0.5 dollars."""
+    observation = Observation("4", Status.OK, seconds=2.0, usage=Usage(price=0.5))
+    return Trajectory(TASK, 0, calls=[(CALL, observation)], answer=answer, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def rollout() -> Rollout:
+    """Group 0 has contrast and a marked member, group 1 has none, group 2 pads the batch."""
+    groups = [
+        [trajectory("4"), trajectory("5"), trajectory("4", marked=True)],
+        [trajectory("5"), trajectory("6"), trajectory(None)],
+    ]
+    groups[1][2].answer = "7"
+    rng = np.random.default_rng(0)
+    length = np.array([[9, 6, 11], [5, 5, 5], [0, 0, 0]], np.int32)
+    authored = (np.arange(R) < length[..., None]) & (np.arange(R) % 3 > 0)  # some tokens are observations
+    tokens = reference.members(3, G, R)
+    logprobs = rng.uniform(-2, 0, (3, G, R)).astype(np.float32)
+    prompts: PrefixBatch = reference.collate([1, 2], [reference.row(5)] * 3, width=4, per_group=1, patches=4)
+    return Rollout(groups, prompts, tokens, logprobs, authored, length)
+
+
+def batch_of(rollout: Rollout, buckets: tuple[int, ...] = (12, 16)) -> tuple[GroupBatch, dict[str, float]]:
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    return make_batch(rollout, score_rollout(rollout, RewardConfig()), "std", buckets, mesh)
+
+
+def test_rewards_and_who_counts(rollout: Rollout) -> None:
+    scored: Scored = score_rollout(rollout, RewardConfig())
+    assert scored.rewards.tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert scored.valid.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
+    assert [len(group) for group in scored.parts] == [3, 3]
+
+
+def test_only_authored_tokens_of_members_with_contrast_are_in_the_loss(rollout: Rollout) -> None:
+    batch, _ = batch_of(rollout)
+    mask = np.asarray(batch.mask)
+    np.testing.assert_array_equal(mask[0, :2], rollout.authored[0, :2, :12])
+    assert mask[0, :2].any() and not mask[0, 2].any() and not mask[1:].any()
+
+
+def test_advantages_leave_the_marked_member_out(rollout: Rollout) -> None:
+    advantages = np.asarray(batch_of(rollout)[0].advantages)
+    np.testing.assert_allclose(advantages[0], [1, -1, 0], atol=1e-5)  # epsilon of the deviation
+    assert not advantages[1:].any()
+
+
+def test_arrays_are_cut_to_the_bucket_and_otherwise_as_sampled(rollout: Rollout) -> None:
+    batch, metrics = batch_of(rollout)
+    np.testing.assert_array_equal(batch.tokens, rollout.tokens[..., :12])
+    np.testing.assert_array_equal(batch.old_logprobs, rollout.logprobs[..., :12])
+    np.testing.assert_array_equal(batch.length, rollout.length)
+    assert metrics["member_bucket"] == 12.0 and batch_of(rollout, (16,))[1]["member_bucket"] == 16.0
+
+
+def test_statistics_leave_padding_groups_out(rollout: Rollout) -> None:
+    metrics = batch_of(rollout)[1]
+    assert metrics["groups_without_contrast"] == 0.5
+    assert metrics["marked_trajectories"] == pytest.approx(1 / 6)
+    assert metrics["member_tokens"] == pytest.approx(41 / 6)
+
+
+def test_a_member_beyond_the_buckets_names_the_cure(rollout: Rollout) -> None:
+    with pytest.raises(DataError, match="a member needs 11, the largest bucket is 8; raise config.rollout.member_buck"):
+        batch_of(rollout, (8,))
+
+
+def test_a_summary_sums_over_calls() -> None:
+    one = trajectory("4", well_formed=False)
+    one.calls.append((CALL, Observation("broken", Status.UNKNOWN, seconds=1.0)))
+    assert summary(one) == EpisodeSummary("4", executed_calls=1, well_formed=False, price=0.5, seconds=3.0)

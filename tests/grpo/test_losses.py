@@ -1,0 +1,113 @@
+"""The policy loss against plain loops, one for each published variant."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maestro_jax.grpo.losses import LossConfig, LossInputs, masked_mean, policy_loss
+
+B, G, R = 2, 3, 5
+GRPO = LossConfig(clip_low=0.2, clip_high=0.2, aggregation="sequence", constant_length=R)
+DAPO = LossConfig(clip_low=0.2, clip_high=0.28, aggregation="token", constant_length=R)
+DR_GRPO = LossConfig(clip_low=0.2, clip_high=0.2, aggregation="constant", constant_length=32)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> LossInputs:
+    rng = np.random.default_rng(0)
+    old = rng.uniform(-3, 0, (B, G, R)).astype(np.float32)
+    new = old + rng.normal(0, 0.3, (B, G, R)).astype(np.float32)  # about half of the ratios leave the clip range
+    mask = rng.random((B, G, R)) < 0.7
+    mask[0, 1] = False  # a member that is not in the loss
+    advantages = rng.standard_normal((B, G)).astype(np.float32)
+    return LossInputs(*map(jnp.asarray, (new, old, advantages, mask)))
+
+
+def member_losses(inputs: LossInputs, low: float, high: float) -> list[list[float]]:
+    """Clipped token losses of every member that has tokens in the loss."""
+    found = []
+    for b, g in np.ndindex(B, G):
+        advantage = float(inputs.advantages[b, g])
+        losses = []
+        for r in range(R):
+            if inputs.mask[b, g, r]:
+                ratio = math.exp(float(inputs.logprobs[b, g, r]) - float(inputs.old_logprobs[b, g, r]))
+                clipped = min(max(ratio, 1 - low), 1 + high)
+                losses.append(-min(ratio * advantage, clipped * advantage))
+        if losses:
+            found.append(losses)
+    return found
+
+
+def test_grpo_averages_tokens_and_then_members(inputs: LossInputs) -> None:
+    members = member_losses(inputs, 0.2, 0.2)
+    wanted = sum(sum(m) / len(m) for m in members) / len(members)
+    np.testing.assert_allclose(policy_loss(inputs, GRPO)[0], wanted, rtol=1e-5)
+
+
+def test_dapo_averages_all_tokens_under_an_asymmetric_clip(inputs: LossInputs) -> None:
+    members = member_losses(inputs, 0.2, 0.28)
+    wanted = sum(map(sum, members)) / sum(map(len, members))
+    np.testing.assert_allclose(policy_loss(inputs, DAPO)[0], wanted, rtol=1e-5)
+
+
+def test_dr_grpo_divides_by_a_constant(inputs: LossInputs) -> None:
+    members = member_losses(inputs, 0.2, 0.2)
+    wanted = sum(sum(m) / 32 for m in members) / len(members)
+    np.testing.assert_allclose(policy_loss(inputs, DR_GRPO)[0], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [GRPO, DAPO, DR_GRPO], ids=["grpo", "dapo", "dr_grpo"])
+def test_tokens_outside_the_mask_have_no_say(inputs: LossInputs, config: LossConfig) -> None:
+    spoiled = dataclasses.replace(
+        inputs,
+        logprobs=jnp.where(inputs.mask, inputs.logprobs, 300.0),  # exp(300) overflows fp32
+        old_logprobs=jnp.where(inputs.mask, inputs.old_logprobs, -jnp.inf),
+    )
+
+    def loss(logprobs: jax.Array, given: LossInputs) -> jax.Array:
+        return policy_loss(dataclasses.replace(given, logprobs=logprobs), config)[0]
+
+    value, gradient = jax.value_and_grad(loss)(spoiled.logprobs, spoiled)
+    assert value == loss(inputs.logprobs, inputs)
+    assert jnp.isfinite(gradient).all() and not gradient[~inputs.mask].any()
+
+
+def test_on_policy_the_gradient_is_the_advantage(inputs: LossInputs) -> None:
+    """At ratio one: d loss / d logprob = -advantage / (tokens of the member x members)."""
+    on_policy = dataclasses.replace(inputs, old_logprobs=inputs.logprobs)
+
+    def loss(logprobs: jax.Array) -> jax.Array:
+        return policy_loss(dataclasses.replace(on_policy, logprobs=logprobs), GRPO)[0]
+
+    tokens = np.maximum(np.asarray(inputs.mask).sum(axis=-1), 1)
+    members = np.asarray(inputs.mask).any(axis=-1).sum()
+    wanted = np.where(inputs.mask, -(np.asarray(inputs.advantages) / tokens / members)[..., None], 0.0)
+    np.testing.assert_allclose(jax.grad(loss)(inputs.logprobs), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_stops_the_gradient_only_where_it_would_go_further() -> None:
+    ratio = jnp.log(jnp.array([[[1.5, 1.5, 0.5, 0.5]]])).reshape(1, 4, 1)
+    inputs = LossInputs(ratio, jnp.zeros((1, 4, 1)), jnp.array([[1.0, -1.0, 1.0, -1.0]]), jnp.ones((1, 4, 1), bool))
+    gradient = jax.grad(lambda x: policy_loss(dataclasses.replace(inputs, logprobs=x), GRPO)[0])(ratio)
+    assert (gradient[0, :, 0] != 0).tolist() == [False, True, True, False]
+    assert policy_loss(inputs, GRPO)[1]["clip_fraction"] == 0.5
+
+
+def test_statistics(inputs: LossInputs) -> None:
+    metrics = policy_loss(inputs, GRPO)[1]
+    gap = np.asarray(inputs.logprobs - inputs.old_logprobs)[np.asarray(inputs.mask)]
+    np.testing.assert_allclose(metrics["ratio_max"], np.exp(gap).max(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["logprob_gap"], np.abs(gap).max(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [GRPO, DAPO, DR_GRPO], ids=["grpo", "dapo", "dr_grpo"])
+def test_an_empty_mask_gives_zero(inputs: LossInputs, config: LossConfig) -> None:
+    empty = dataclasses.replace(inputs, mask=jnp.zeros((B, G, R), bool))
+    value, metrics = policy_loss(empty, config)
+    assert value == 0.0 and metrics["clip_fraction"] == 0.0
+    assert masked_mean(jnp.ones(3), jnp.zeros(3, bool)) == 0.0

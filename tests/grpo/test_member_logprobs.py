@@ -1,0 +1,79 @@
+"""The group form against one plain row per member, in value and in gradient; the rows are transformers'."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from maestro_jax.checkpoint.store import named_leaves
+from maestro_jax.grpo.update import GroupBatch, member_logprobs
+from tests.policy import reference
+from tests.policy.reference import ROOT, assert_near
+
+G, R = 3, 6
+TEMPERATURE = 0.8
+LENGTH = np.array([[6, 4, 1], [2, 6, 5], [6, 1, 3]], np.int32)
+TOLERANCE = 1e-5  # fp32; copying the prefix G times or once changes the order of sums, nothing else
+
+
+def weights() -> np.ndarray:
+    """Of the log-probabilities and of the entropies, `[2, B, G, R]`; one member is out, some tokens are masked."""
+    rng = np.random.default_rng(4)
+    mask = (np.arange(R) < LENGTH[..., None]) & (rng.random((3, G, R)) < 0.8)
+    mask[1, 2] = False
+    return (rng.standard_normal((2, 3, G, R)) * mask).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def group_form() -> tuple[np.ndarray, dict[str, np.ndarray], Any]:
+    """Log-probabilities `[B, G, R]`, gradients by name, and the transformers model with the same weights."""
+    model = reference.reference_model()
+    params = reference.as_params({name: tensor.detach().numpy() for name, tensor in model.state_dict().items()})
+    graph, state = nnx.split(reference.load(params), nnx.Param)
+    prompts = reference.collate(ROOT, reference.three_rows(), width=24, per_group=2, patches=24, filler=3)
+    tokens = np.where(np.arange(R) < LENGTH[..., None], reference.members(3, G, R), 7)
+    zeros = np.zeros((3, G, R), np.float32)
+    batch = GroupBatch(prompts, *map(jnp.asarray, (tokens, LENGTH, zeros > 0, zeros, zeros[..., 0])))
+
+    def objective(state: nnx.State) -> tuple[jax.Array, jax.Array]:
+        logprobs, entropy = member_logprobs(nnx.merge(graph, state), batch, TEMPERATURE, chunk=3)
+        return jnp.sum(weights()[0] * logprobs) + jnp.sum(weights()[1] * entropy), logprobs
+
+    gradients, logprobs = jax.jit(jax.grad(objective, has_aux=True))(state)
+    named = {name.removesuffix("/value"): np.asarray(leaf) for name, leaf in named_leaves(gradients).items()}
+    return np.asarray(logprobs), named, model
+
+
+def plain_rows(model: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The same numbers from 3 x G separate rows: root, prefix and member repeated, nothing padded."""
+    import torch
+
+    model.zero_grad()
+    logprobs = np.zeros((3, G, R), np.float32)
+    for b, row in enumerate(reference.three_rows()):
+        for g in range(G):
+            n = LENGTH[b, g]
+            member = reference.members(3, G, R)[b, g, :n]
+            logits = reference.plain_logits(model, ROOT, row, member)
+            start = len(ROOT) + len(row.ids) - 1
+            table = torch.log_softmax(logits[start : start + n] / TEMPERATURE, dim=-1)
+            chosen = table.gather(-1, torch.tensor(member).long()[:, None])[:, 0]
+            entropy = -(table.exp() * table).sum(dim=-1)
+            for_logprob, for_entropy = torch.tensor(weights()[:, b, g, :n])
+            (for_logprob * chosen + for_entropy * entropy).sum().backward()
+            logprobs[b, g, :n] = chosen.detach().numpy()
+    return logprobs, reference.as_params({name: p.grad.numpy() for name, p in model.named_parameters()})
+
+
+def test_values_and_gradients_equal_those_of_separate_rows(group_form: tuple[Any, ...]) -> None:
+    logprobs, gradients, model = group_form
+    wanted_logprobs, wanted = plain_rows(model)
+    real = np.arange(R) < LENGTH[..., None]
+    assert_near(logprobs[real], wanted_logprobs[real], TOLERANCE, "logprobs")
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        assert np.abs(wanted[name]).max() > 1e-3, f"{name} takes no part; the comparison would be empty"
+        assert_near(gradient, wanted[name], TOLERANCE, name)

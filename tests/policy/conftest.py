@@ -1,0 +1,32 @@
+"""One toy model of transformers and its copy, and one small tokenizer, for all tests of this room."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maestro_jax.policy.model import Policy
+from maestro_jax.policy.tokens import Tokens, train_tokens
+from tests.policy import reference
+
+
+@pytest.fixture(scope="session")
+def hf_model() -> Any:
+    return reference.reference_model()
+
+
+@pytest.fixture(scope="session")
+def policy(hf_model: Any) -> Policy:
+    weights = {name: tensor.detach().numpy() for name, tensor in hf_model.state_dict().items()}
+    return reference.load(reference.as_params(weights))
+
+
+@pytest.fixture(scope="session")
+def tokens_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokenizer")
+
+
+@pytest.fixture(scope="session")
+def tokens(tokens_directory: Path) -> Tokens:
+    texts = ["How many red circles are there?", "<search> Chart-Lens@@Chart_Solver: read the chart </search>"] * 20
+    return train_tokens(texts, 360, tokens_directory)

@@ -1,0 +1,141 @@
+"""The group-shaped policy against transformers on plain rows, and against itself under padding and decoding."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from maestro_jax.policy.model import Policy, PrefixBatch
+from maestro_jax.policy.text import Context, LayerKV
+from tests.policy import reference
+from tests.policy.reference import ROOT, assert_near
+
+# fp32 over three layers with sums of up to 1536 terms: about 1e-6 off; a wrong position, tap or mask is above 1e-2.
+TOLERANCE = 1e-5
+G, R = 3, 6
+LENGTH = np.array([[6, 4, 1], [2, 6, 5], [6, 1, 3]], np.int32)
+
+
+def encode(policy: Policy, batch: PrefixBatch, members: jax.Array, length: jax.Array) -> tuple[Any, ...]:
+    """Logits of each prefix's last token `[B, V]`, hidden states of members `[B, G, R, D]`, and the contexts."""
+    root = policy.encode_root(batch.root)
+    prefix, last = policy.encode_prefix(batch, root)
+    hidden = policy.encode_members(members, length, batch.next_position, (root, prefix))
+    return policy.logits(last), hidden, (root, prefix)
+
+
+jitted_encode = nnx.jit(encode)
+
+
+@pytest.fixture(scope="module")
+def batch() -> PrefixBatch:
+    return reference.collate(ROOT, reference.three_rows(), width=24, per_group=2, patches=24)
+
+
+@pytest.fixture(scope="module")
+def encoded(policy: Policy, batch: PrefixBatch) -> tuple[Any, ...]:
+    return jitted_encode(policy, batch, jnp.asarray(reference.members(3, G, R)), jnp.asarray(LENGTH))
+
+
+@pytest.mark.parametrize("group", [0, 1, 2], ids=["no image", "one image", "two images"])
+def test_group_form_equals_transformers_on_plain_rows(
+    group: int, policy: Policy, encoded: tuple[Any, ...], hf_model: Any
+) -> None:
+    import torch
+
+    first, hidden, _ = encoded
+    row = reference.three_rows()[group]
+    start = len(ROOT) + len(row.ids)
+    for member, length in enumerate(LENGTH[group]):
+        tokens = reference.members(3, G, R)[group, member, :length]
+        with torch.no_grad():
+            wanted = reference.plain_logits(hf_model, ROOT, row, tokens).numpy()
+        assert_near(first[group], wanted[start - 1], TOLERANCE, "prediction of the first member token")
+        assert_near(policy.logits(hidden[group, member, :length]), wanted[start:], TOLERANCE, f"member {member}")
+
+
+def test_padding_changes_nothing(policy: Policy, encoded: tuple[Any, ...]) -> None:
+    """A wider bucket, more image slots, other tokens on padding: the same real rows."""
+    wide = reference.collate(ROOT, reference.three_rows(), width=31, per_group=3, patches=40, filler=17)
+    members = np.full((3, G, R + 3), 23, np.int32)
+    members[..., :R] = np.where(np.arange(R) < LENGTH[..., None], reference.members(3, G, R), 99)
+    first, hidden, _ = jitted_encode(policy, wide, jnp.asarray(members), jnp.asarray(LENGTH))
+    real = np.arange(R) < LENGTH[..., None]
+    assert_near(first, encoded[0], TOLERANCE)
+    assert_near(np.asarray(hidden)[:, :, :R][real], np.asarray(encoded[1])[real], TOLERANCE)
+
+
+def test_a_group_does_not_see_its_neighbours(policy: Policy, encoded: tuple[Any, ...]) -> None:
+    rows = reference.three_rows()
+    turned = reference.collate(ROOT, [rows[2], rows[0], rows[1]], width=24, per_group=2, patches=24)
+    order = np.array([2, 0, 1])
+    members = jnp.asarray(reference.members(3, G, R)[order])
+    first, hidden, _ = jitted_encode(policy, turned, members, jnp.asarray(LENGTH[order]))
+    real = (np.arange(R) < LENGTH[..., None])[order]
+    assert_near(first, np.asarray(encoded[0])[order], TOLERANCE)
+    assert_near(np.asarray(hidden)[real], np.asarray(encoded[1])[order][real], TOLERANCE)
+
+
+def test_deepstack_reaches_the_logits(policy: Policy, batch: PrefixBatch) -> None:
+    """Guards the parity test itself: without the taps it would have to fail, and only where images are."""
+    graph, state = nnx.split(policy, nnx.Param)
+    muted = nnx.merge(
+        graph,
+        jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * 0 if "deepstack_mergers" in jax.tree_util.keystr(path) else leaf, state
+        ),
+    )
+    members, length = jnp.asarray(reference.members(3, G, R)), jnp.asarray(LENGTH)
+    change = np.abs(jitted_encode(muted, batch, members, length)[0] - jitted_encode(policy, batch, members, length)[0])
+    assert change[0].max() == 0.0 and change[1].max() > 1e-2 and change[2].max() > 1e-2
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------
+
+
+def empty_cache(policy: Policy, room: int) -> LayerKV:
+    text = policy.architecture.text
+    shape = (3, G, room, text.num_key_value_heads, text.head_dim)
+    zeros = [jnp.zeros(shape)] * text.num_hidden_layers
+    return LayerKV(zeros, zeros)
+
+
+@nnx.jit
+def jitted_extend(
+    policy: Policy, tokens: jax.Array, slots: jax.Array, after: jax.Array, contexts: tuple[Context, ...], cache: LayerKV
+) -> tuple[jax.Array, LayerKV]:
+    return policy.extend(tokens, slots, after, contexts, cache)
+
+
+def test_extend_equals_encoding_at_once(policy: Policy, batch: PrefixBatch, encoded: tuple[Any, ...]) -> None:
+    """Chunks of three and single tokens; lanes start apart, stand still in between and end at different lengths."""
+    tokens, contexts = reference.members(3, G, R), encoded[2]
+    hidden, cache = np.zeros(encoded[1].shape, np.float32), empty_cache(policy, R)
+    filled = np.zeros((3, G), np.int32)
+    rng = np.random.default_rng(5)
+    widths = [3, 1, 1, 3, 1, *[1] * 16]
+    for width in widths:
+        most = np.minimum(LENGTH - filled, width)
+        count = np.where(rng.random((3, G)) < 0.7, rng.integers(0, most + 1), 0)  # 0: the lane stands still
+        steps = filled[..., None] + np.arange(width)
+        slots = np.where(np.arange(width) < count[..., None], steps, R)  # R: dropped
+        chosen = np.take_along_axis(tokens, np.minimum(steps, R - 1), axis=-1)
+        states, cache = jitted_extend(
+            policy, jnp.asarray(chosen), jnp.asarray(slots), batch.next_position, contexts, cache
+        )
+        for at in np.argwhere(slots < R):
+            hidden[at[0], at[1], slots[tuple(at)]] = states[tuple(at)]
+        filled += count
+    real = np.arange(R) < LENGTH[..., None]
+    assert (filled == LENGTH).all()
+    assert_near(hidden[real], np.asarray(encoded[1])[real], TOLERANCE)
+
+
+def test_a_dropped_token_leaves_the_cache_alone(policy: Policy, batch: PrefixBatch, encoded: tuple[Any, ...]) -> None:
+    tokens, slots = jnp.asarray(np.full((3, G, 1), 9)), jnp.asarray(np.full((3, G, 1), R))
+    before = empty_cache(policy, R)
+    _, after = jitted_extend(policy, tokens, slots, batch.next_position, encoded[2], before)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True))

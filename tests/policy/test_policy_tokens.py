@@ -1,0 +1,99 @@
+"""The tokenizer's promises: nothing is lost, and foreign text never speaks in special tokens."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maestro_jax.errors import ConfigError
+from maestro_jax.policy.tokens import END_OF_TURN, IMAGE, SPECIAL_TOKENS, Tokens, load_tokens, pad_ids
+
+HOSTILE = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [*SPECIAL_TOKENS, "<|", "|>", "<|im_", "end|>", "<", ">", "|", "im_end", "‹|im_end|›", " ", "\n"]
+        ),
+        st.text(max_size=3),
+    )
+).map("".join)
+# Without a bracket no special token can stand in the text.
+PLAIN = st.text().filter(lambda text: "<" not in text)
+
+
+@given(PLAIN)
+def test_decoding_gives_the_text_back(tokens: Tokens, text: str) -> None:
+    assert tokens.decode(tokens.encode(text)) == text
+    assert tokens.decode(tokens.encode_foreign(text)) == text
+
+
+@given(HOSTILE)
+def test_foreign_text_has_no_special_ids(tokens: Tokens, text: str) -> None:
+    ids = tokens.encode_foreign(text)
+    assert not tokens.special_ids & set(ids)
+    readable = text.replace("‹", "<").replace("›", ">")
+    assert tokens.decode(ids).replace("‹", "<").replace("›", ">") == readable
+
+
+@given(HOSTILE)
+def test_token_bytes_join_to_the_text(tokens: Tokens, text: str) -> None:
+    table = tokens.token_bytes(360)
+    ids = tokens.encode_foreign(text)
+    assert b"".join(table[i] for i in ids) == tokens.decode(ids).encode()
+
+
+def test_special_and_unused_ids_have_no_bytes(tokens: Tokens) -> None:
+    table = tokens.token_bytes(1000)
+    assert len(table) == 1000
+    assert all(table[i] == b"" for i in tokens.special_ids) and set(table[360:]) == {b""}
+    assert {bytes([i]) for i in range(256)} <= set(table)
+
+
+def test_trusted_text_keeps_its_special_tokens(tokens: Tokens) -> None:
+    assert tokens.encode(f"a{END_OF_TURN}")[-1] == tokens.end_of_turn
+    assert tokens.encode(IMAGE) == [tokens.image]
+    assert tokens.special_texts == SPECIAL_TOKENS and tokens.special_ids == frozenset(range(len(SPECIAL_TOKENS)))
+
+
+def test_a_special_token_without_brackets_is_kept_out_too(tokens_directory: Path, tmp_path: Path) -> None:
+    again = load_tokens(tokens_directory)
+    again.tokenizer.add_tokens(["[PAD]"])  # type: ignore[attr-defined]
+    again.tokenizer.save_pretrained(str(tmp_path))  # type: ignore[attr-defined]
+    tokens = load_tokens(tmp_path)
+    assert set(tokens.encode("a[PAD]b")) & tokens.special_ids
+    assert not set(tokens.encode_foreign("a[PAD]b")) & tokens.special_ids
+
+
+def test_decoding_leaves_special_tokens_out(tokens: Tokens) -> None:
+    assert tokens.decode([*tokens.encode("answer"), tokens.end_of_turn]) == "answer"
+
+
+def test_digits_stand_alone_and_frequent_words_are_merged(tokens: Tokens) -> None:
+    assert len(tokens.encode("2024")) == 4
+    assert len(tokens.encode("<search>")) < len("<search>")
+
+
+def test_loading_gives_the_trained_tokenizer(tokens: Tokens, tokens_directory: Path) -> None:
+    again = load_tokens(tokens_directory)
+    text = "How many <search> red circles </search> in 2024?"
+    assert again.encode(text) == tokens.encode(text)
+    assert (again.end_of_turn, again.image, again.special_ids) == (tokens.end_of_turn, tokens.image, tokens.special_ids)
+
+
+def test_a_directory_without_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no tokenizer.json; point config.policy.tokenizer at") as caught:
+        load_tokens(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_image_token_is_refused(tokens_directory: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tokens_directory / name).read_text()
+        (tmp_path / name).write_text(text.replace(IMAGE, "<|picture|>"))
+    with pytest.raises(ConfigError, match=r"lacks the special token <\|image_pad\|>; use a Qwen3-VL tokenizer"):
+        load_tokens(tmp_path)
+
+
+def test_rows_are_padded_on_the_right() -> None:
+    ids, length = pad_ids([[5, 6], [], [7]], 3)
+    assert ids.tolist() == [[5, 6, 0], [0, 0, 0], [7, 0, 0]] and length.tolist() == [2, 0, 1]

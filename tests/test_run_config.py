@@ -1,0 +1,188 @@
+"""Configs at the boundary: shipped ones parse, and every mistake is one line that names the cure."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from maestro_jax.config import Config, parse_config
+from maestro_jax.errors import ConfigError
+from maestro_jax.parallel.mesh import make_mesh
+from maestro_jax.policy.config import architecture_from_hf
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "configs").rglob("*.py")
+    if "def get_config(" in path.read_text()
+)
+
+
+def changed(change: Callable[[ConfigDict], Any]) -> ConfigDict:
+    config = quickstart.get_config()
+    change(config)
+    return config
+
+
+def with_value(key: str, value: Any) -> ConfigDict:
+    """The quickstart with the setting at a dotted key replaced, whatever its type."""
+    plain = quickstart.get_config().to_dict()
+    *path, last = key.split(".")
+    at = plain
+    for part in path:
+        at = at[part]
+    at[last] = value
+    return ConfigDict(plain)
+
+
+def message(raw: Any) -> str:
+    """The error of a wrong config, which must be one line."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_parses(name: str) -> None:
+    config = parse_config(importlib.import_module(name).get_config())
+    assert isinstance(config, Config)
+    architecture_from_hf(config.policy.architecture, "config.policy.architecture")
+
+
+def test_there_are_shipped_configs() -> None:
+    assert "configs.quickstart" in SHIPPED
+
+
+def test_a_parsed_config_cannot_change() -> None:
+    config = parse_config(quickstart.get_config())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.grpo.steps = 3  # type: ignore[misc]
+
+
+def test_overrides_arrive() -> None:
+    config = parse_config(with_value("grpo.group_size", 4))
+    assert config.grpo.group_size == 4
+
+
+def test_whole_numbers_pass_as_fractions() -> None:
+    assert parse_config(with_value("rollout.temperature", 1)).rollout.temperature == 1.0
+
+
+# ---- unknown and missing keys ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("grpo.group_sze", "config.grpo.group_size"),
+        ("seeed", "config.seed"),
+        ("rollout.max_call", "config.rollout.max_calls"),
+        ("warm_start.optimizer.learning_rat", "config.warm_start.optimizer.learning_rate"),
+        ("mesh.tensors", "config.mesh.tensor"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
+    text = message(with_value(key, 1))
+    assert f"unknown key config.{key}" in text and f"did you mean {nearest}?" in text
+
+
+def test_an_unknown_key_unlike_all_others_lists_the_right_ones() -> None:
+    text = message(with_value("checkpoint.zzz", 1))
+    assert "config.checkpoint.zzz" in text and "every, keep" in text
+
+
+def test_a_missing_key_is_named() -> None:
+    def drop(config: ConfigDict) -> None:
+        del config.rollout.room
+
+    assert "missing key config.rollout.room" in message(changed(drop))
+
+
+# ---- types -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("grpo.steps", "many", "config.grpo.steps must be int, found 'many' (str)"),
+        ("grpo.steps", 1.5, "config.grpo.steps must be int, found 1.5 (float)"),
+        ("grpo.steps", True, "config.grpo.steps must be int, found True (bool)"),
+        ("reward.require_call", 1, "config.reward.require_call must be bool, found 1 (int)"),
+        ("optimizer.learning_rate", "1e-4", "config.optimizer.learning_rate must be float"),
+        ("rollout.member_buckets", 128, "config.rollout.member_buckets must be tuple"),
+        ("rollout.member_buckets", (64, "128"), "config.rollout.member_buckets[1] must be int"),
+        ("policy.tokenizer", None, "config.policy.tokenizer must be str"),
+        ("policy.architecture", "4B", "config.policy.architecture must be dict"),
+        ("mesh", 8, "config.mesh must be a group of settings, found int"),
+    ],
+)
+def test_a_wrong_type_is_named_with_the_right_one(key: str, value: Any, says: str) -> None:
+    assert says in message(with_value(key, value))
+
+
+# ---- names -------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_expert_in_a_skill_lists_the_known_ones() -> None:
+    registry = quickstart.get_config().registry.to_dict()
+    registry["skills"] = tuple(
+        {**skill, "experts": ("Chart-Lense",)} if skill["name"] == "Chart_Problem_Solver" else skill
+        for skill in registry["skills"]
+    )
+    text = message(with_value("registry", registry))
+    assert 'skill "Chart_Problem_Solver" names expert "Chart-Lense"' in text
+    assert "add it to registry.experts" in text and "Chart-Lens," in text
+
+
+def test_an_unknown_expert_in_the_claims_lists_the_known_ones() -> None:
+    text = message(with_value("warm_start.claims.charts", ("Chart-Lense", "Chart_Problem_Solver")))
+    assert "config.warm_start.claims.charts" in text
+    assert 'Unknown expert "Chart-Lense"' in text and "Chart-Lens," in text
+
+
+def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
+    text = message(with_value("warm_start.claims.charts", ("Chart-Lens", "Chart_Solver")))
+    assert 'Unknown skill "Chart_Solver"' in text and "Chart_Problem_Solver" in text
+
+
+# ---- settings that contradict each other -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("data.kind", "parquet", 'use "suite" or "verl"'),
+        ("data.kind", "verl", "needs config.data.train_files and config.data.test_files"),
+        ("rollout.member_buckets", (64, 96), "must end with config.rollout.room="),
+        ("grpo.logprob_chunk", 48, "must divide the member bucket"),
+        ("rollout.turn_budget", 10_000, "must be below room="),
+        ("grpo.group_size", 1, "use at least 2"),
+        ("grpo.advantage", "zscore", "use one of "),
+        ("grpo.aggregation", "mean", "use one of "),
+    ],
+)
+def test_a_contradiction_names_the_cure(key: str, value: Any, says: str) -> None:
+    text = message(with_value(key, value))
+    assert says in text and f"config.{key.split('.')[0]}." in text
+
+
+@pytest.mark.parametrize(
+    ("mesh", "says"),
+    [
+        ({"data": 3, "fsdp": 1, "tensor": 1}, "needs 3 devices, found 8; set config.mesh.fsdp=-1"),
+        ({"data": -1, "fsdp": -1, "tensor": 1}, "one axis may be -1"),
+        ({"data": 1, "fsdp": -1, "tensor": 3}, "divisors of 8"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_names_the_cure(mesh: dict[str, int], says: str) -> None:
+    config = parse_config(with_value("mesh", mesh))
+    with pytest.raises(ConfigError) as caught:
+        make_mesh(config.mesh)
+    assert says in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,369 @@
+"""The main job as a user starts it: to the end, killed in the middle, with mistakes on its command line.
+
+Everything is the quickstart at a size where nothing is learned; only the machinery is looked at.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from maestro_jax.errors import EXIT_CONFIG
+from maestro_jax.observe.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+# The published rows are handed out in a shared folder inside the checkout or beside it.
+EXAMPLES = next((path for root in (ROOT, ROOT.parent) if (path := root / "shared/data/maestro_example").is_dir()), None)
+STEPS, EVERY = 8, 3  # steps in all, and between checkpoints and evaluations
+KILLED_EARLY, KILLED_LATE = 2, 7
+SECONDS = 400  # far above what is needed: a hang fails instead of hanging the suite
+ROWS = {"random", "best_single_pair", "warm_start", "trained", "domain_oracle", "task_oracle"}
+DOMAINS = {"charts", "counting", "geometry", "reading", "visual_qa"}
+
+TINY = {
+    "data.train_per_domain": 4,
+    "data.test_per_domain": 2,
+    "policy.prefix_buckets": "(128,)",
+    "policy.architecture.text_config.hidden_size": 32,
+    "policy.architecture.text_config.intermediate_size": 64,
+    "policy.architecture.text_config.num_hidden_layers": 1,
+    "policy.architecture.text_config.num_attention_heads": 2,
+    "policy.architecture.text_config.num_key_value_heads": 2,
+    "policy.architecture.vision_config.depth": 1,
+    "policy.architecture.vision_config.hidden_size": 32,
+    "policy.architecture.vision_config.intermediate_size": 32,
+    "policy.architecture.vision_config.out_hidden_size": 32,
+    "policy.architecture.vision_config.deepstack_visual_indexes": "(0,)",
+    "rollout.turn_budget": 28,
+    "rollout.observation_tokens": 16,
+    "rollout.room": 128,
+    "rollout.member_buckets": "(128,)",
+    "warm_start.steps": 2,
+    "warm_start.groups": 2,
+    "warm_start.group_size": 2,
+    "grpo.steps": STEPS,
+    "grpo.groups": 2,
+    "grpo.group_size": 2,
+    "grpo.logprob_chunk": 32,
+    "evaluate.batch": 10,
+    "evaluate.every": EVERY,
+    "checkpoint.every": EVERY,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The command with what its runs share: a built suite and compiled programs."""
+
+    shared: Path
+
+    def command(self, workdir: Path, overrides: dict[str, Any]) -> list[str]:
+        settings = TINY | {"data.suite_directory": self.shared / "suite"} | overrides
+        flags = [f"--config.{key}={value}" for key, value in settings.items()]
+        return [*self.bare(), "--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
+
+    def bare(self) -> list[str]:
+        return [sys.executable, "-m", "maestro_jax.train"]
+
+    def environment(self) -> dict[str, str]:
+        """One CPU device, not the eight of the tests; programs are compiled quickly, and once for all runs."""
+        return os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": str(self.shared / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        }
+
+    def start(self, command: Sequence[str]) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, env=self.environment(), stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, workdir: Path, **overrides: Any) -> subprocess.CompletedProcess[str]:
+        return self.finish(self.command(workdir, overrides))
+
+    def finish(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        process = self.start(command)
+        try:
+            out, err = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interrupted:
+    """A run that was killed before its first checkpoint, killed again after it, and then left to end."""
+
+    workdir: Path
+    rows_at_kill: list[dict[str, Any]]  # at the second one
+    again: subprocess.CompletedProcess[str]
+
+    @property
+    def resumed_from(self) -> int:
+        found = re.search(r"resumed from the checkpoint of step (\d+)", self.again.stdout)
+        assert found, self.again.stdout
+        return int(found[1])
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("shared_by_runs"))
+
+
+@pytest.fixture(scope="module")
+def interrupted(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+    workdir = tmp_path_factory.mktemp("interrupted")
+    for step in (KILLED_EARLY, KILLED_LATE):
+        kill_at(job.start(job.command(workdir, {})), step)
+        assert not (workdir / "summary.json").exists()
+    return Interrupted(workdir, read_metrics(workdir / "metrics.jsonl"), job.run(workdir))
+
+
+def kill_at(process: subprocess.Popen[str], step: int) -> None:
+    """Kills the run as soon as it reports `step`: one line per step comes out, so nothing has to be polled."""
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        if line.startswith(f"train {step}/{STEPS} "):
+            break
+    process.send_signal(signal.SIGKILL)
+    with process.stdout, process.stderr:
+        errors = process.stderr.read()
+    assert process.wait(SECONDS) == -signal.SIGKILL, errors
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *says: str) -> None:
+    """One line that says what is wrong, and the exit code that tells a scheduler not to try again."""
+    assert result.returncode == EXIT_CONFIG, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for part in says:
+        assert part in lines[0]
+
+
+def without_times(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+# ---- a run to its end, killed once -------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(interrupted: Interrupted) -> None:
+    assert interrupted.again.returncode == 0, interrupted.again.stderr
+    # The last one may still have been on its way to the disk; then it is the one before.
+    assert interrupted.resumed_from in (EVERY, 2 * EVERY)
+    assert f"\ntrain {interrupted.resumed_from + 1}/{STEPS} " in interrupted.again.stdout
+    assert f"\ntrain {interrupted.resumed_from}/{STEPS} " not in interrupted.again.stdout
+
+
+def test_metrics_hold_every_step_once(interrupted: Interrupted) -> None:
+    rows = read_metrics(interrupted.workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    assert [row["step"] for row in rows if "held_out_accuracy" in row] == [0, EVERY, 2 * EVERY, STEPS]
+
+
+def test_rows_before_the_checkpoint_are_kept(interrupted: Interrupted) -> None:
+    kept = [row for row in interrupted.rows_at_kill if 0 < row["step"] <= interrupted.resumed_from]
+    assert [row["step"] for row in kept] == list(range(1, interrupted.resumed_from + 1))
+    rows = read_metrics(interrupted.workdir / "metrics.jsonl")
+    assert [row for row in rows if 0 < row["step"] <= interrupted.resumed_from] == kept
+
+
+def test_warm_start_and_baselines_are_not_repeated(interrupted: Interrupted) -> None:
+    for phase in ("suite", "demonstrations", "warm start", "baselines", "held-out, before RL"):
+        assert f"\n{phase}" not in f"\n{interrupted.again.stdout}"
+
+
+def test_the_summary_says_what_is_promised(interrupted: Interrupted) -> None:
+    summary = json.loads((interrupted.workdir / "summary.json").read_text())
+    assert set(summary["accuracy"]) == ROWS
+    assert all(0 <= value <= 1 for value in summary["accuracy"].values())
+    assert summary["accuracy"]["domain_oracle"] <= summary["accuracy"]["task_oracle"]
+    assert (summary["steps"], summary["seed"]) == (STEPS, 0)
+    assert summary["wall_seconds"] > 0
+    assert all(set(row) == DOMAINS for row in summary["accuracy_by_domain"].values())
+
+
+def test_time_before_the_kill_counts(interrupted: Interrupted) -> None:
+    summary = json.loads((interrupted.workdir / "summary.json").read_text())
+    first = sum(row.get("seconds", 0.0) for row in read_metrics(interrupted.workdir / "metrics.jsonl"))
+    assert summary["wall_seconds"] > first
+
+
+def test_the_table_is_printed(interrupted: Interrupted) -> None:
+    printed = interrupted.again.stdout
+    assert all(
+        word in printed for word in ("random routing", "trained", "domain oracle", "task oracle", "summary.json")
+    )
+
+
+@pytest.mark.parametrize("name", ["curves.png", "routing.png"])
+def test_figures_are_drawn(name: str, interrupted: Interrupted) -> None:
+    with Image.open(interrupted.workdir / name) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) >= 300
+    drawn = (pixels != pixels[0, 0]).any(axis=-1)
+    assert 0.01 < drawn.mean() < 0.99
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_a_killed_run_equals_a_straight_one(interrupted: Interrupted, job: Job, tmp_path: Path) -> None:
+    """Same start (warm start and tokenizer are copied), no kill: the same samples, rewards and gradients."""
+    workdir = tmp_path / "straight"
+    later = ("checkpoints", "metrics.jsonl", "summary.json", "*.png")
+    shutil.copytree(interrupted.workdir, workdir, ignore=shutil.ignore_patterns(*later))
+    result = job.run(workdir)
+    assert result.returncode == 0, result.stderr
+    assert "resumed" not in result.stdout
+    straight, killed = (read_metrics(where / "metrics.jsonl") for where in (workdir, interrupted.workdir))
+    assert without_times(straight) == without_times(killed)
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_override_is_refused(job: Job, tmp_path: Path) -> None:
+    assert_refused(job.run(tmp_path, **{"grpo.group_sze": 4}), "config.grpo.group_sze", "group_size")
+
+
+def test_an_override_of_the_wrong_type_is_refused(job: Job, tmp_path: Path) -> None:
+    assert_refused(job.run(tmp_path, **{"grpo.group_size": "four"}), "group_size", "four")
+
+
+def test_a_contradiction_is_refused(job: Job, tmp_path: Path) -> None:
+    assert_refused(job.run(tmp_path, **{"grpo.group_size": 1}), "config.grpo.group_size=1", "use at least 2")
+
+
+def test_a_command_without_workdir_is_refused(job: Job) -> None:
+    assert_refused(job.finish([*job.bare(), "--config=configs/quickstart.py"]), "--workdir")
+
+
+def test_a_config_file_that_is_not_there_is_refused(job: Job, tmp_path: Path) -> None:
+    assert_refused(job.finish([*job.bare(), "--config=configs/nowhere.py", f"--workdir={tmp_path}"]), "nowhere.py")
+
+
+def test_a_mesh_without_its_devices_is_refused(job: Job, tmp_path: Path) -> None:
+    assert_refused(job.run(tmp_path, **{"mesh.data": 2, "warm_start.steps": 0}), "config.mesh.fsdp=-1")
+
+
+def test_another_setting_in_the_same_workdir_is_refused(job: Job, interrupted: Interrupted) -> None:
+    result = job.run(interrupted.workdir, seed=1)
+    assert_refused(result, "config.seed=0", "this one has 1", "another --workdir")
+
+
+def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
+    """The mended command may be given the same one: nothing has been made with the wrong setting."""
+    for name in ("misspelt.parquet", "other.parquet"):
+        assert_refused(job.run(tmp_path, **verl(tmp_path / name, tmp_path / name)), f"{tmp_path / name}: no such file")
+
+
+# ---- tasks from verl parquet files -------------------------------------------------------------------------
+
+SCHEMA = pa.schema(
+    [
+        ("data_source", pa.string()),
+        ("prompt", pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))),
+        ("ability", pa.string()),
+        (
+            "extra_info",
+            pa.struct(
+                [
+                    ("answer", pa.list_(pa.string())),
+                    ("index", pa.int64()),
+                    ("question", pa.string()),
+                    ("split", pa.string()),
+                ]
+            ),
+        ),
+        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
+        ("reward_model", pa.struct([("ground_truth", pa.list_(pa.string())), ("style", pa.string())])),
+    ]
+)
+
+
+def png(red: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (red, 40, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, images: Sequence[bytes]) -> Path:
+    """A file in the published schema with one row per image."""
+    rows = [
+        {
+            "data_source": "chartqa",
+            "prompt": [{"role": "user", "content": f"<image>How high is bar {number}?"}],
+            "ability": "charts",
+            "extra_info": {
+                "answer": [str(number)],
+                "index": number,
+                "question": f"<image>How high is bar {number}?",
+                "split": path.stem,
+            },
+            "images": [{"bytes": image, "path": None}],
+            "reward_model": {"style": "rule", "ground_truth": [str(number)]},
+        }
+        for number, image in enumerate(images)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    return path
+
+
+def verl(train: Path, test: Path) -> dict[str, str]:
+    return {"data.kind": "verl", "data.train_files": f"('{train}',)", "data.test_files": f"('{test}',)"}
+
+
+def test_a_run_on_parquet_files(job: Job, tmp_path: Path) -> None:
+    train = write_parquet(tmp_path / "train.parquet", [png(n) for n in range(4)])
+    test = write_parquet(tmp_path / "test.parquet", [png(100 + n) for n in range(3)])
+    settings = verl(train, test) | {"warm_start.steps": 0, "grpo.steps": 1}
+    result = job.run(tmp_path / "run", **settings)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["held_out_tasks"] == 3
+    assert all(set(row) == {"chartqa"} for row in summary["accuracy_by_domain"].values())
+
+
+def test_a_corrupt_parquet_file_is_refused(job: Job, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "train.parquet", [png(0)])
+    path.write_bytes(path.read_bytes()[:-20])
+    result = job.run(tmp_path / "run", **verl(path, path))
+    assert_refused(result, str(path), "not a complete parquet file", "re-download or re-export")
+
+
+def test_a_broken_image_is_refused(job: Job, tmp_path: Path) -> None:
+    train = write_parquet(tmp_path / "train.parquet", [png(0), b"\x89PNG but no picture"])
+    result = job.run(tmp_path / "run", **verl(train, write_parquet(tmp_path / "test.parquet", [png(0)])))
+    assert_refused(result, f"{train} row 1, field images[0]")
+
+
+@pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")
+def test_the_published_rows_become_tasks() -> None:
+    from configs import quickstart
+    from maestro_jax.config import parse_config
+    from maestro_jax.observe.progress import Progress
+    from maestro_jax.train import open_data
+
+    assert EXAMPLES is not None
+    raw = quickstart.get_config()
+    raw.data.kind = "verl"
+    raw.data.train_files = (str(EXAMPLES / "train_data_example.parquet"),)
+    raw.data.test_files = (str(EXAMPLES / "val_data_example.parquet"),)
+    train, test = open_data(parse_config(raw), Path(), Progress(io.StringIO()))
+    for source, answer in ((train, "Go-Jek"), (test, "Tania Vicenzino")):
+        task = source[0]
+        assert (len(source), task.source, task.answers, len(task.images)) == (1, "chartqa", (answer,), 1)
+        assert task.question.endswith("?") and "<image>" not in task.question
