@@ -142,7 +142,7 @@ class Exchange:
             with self.lock:
                 self._submit(slot, new_lane, stop, turn, turn_length)
                 self._collect(slot, new_lane, wait=bool(idle))
-                self._deliver(slot, new_lane, length, tokens, lengths)
+                self._deliver(slot, new_lane, stop, length, tokens, lengths)
         except Exception:  # an exception in a callback would hang or abort the device program
             log.exception("the exchange failed; its lanes are marked and end here")
             self._abandon(slot, new_lane)
@@ -189,7 +189,13 @@ class Exchange:
             self.dispatcher.wait(remaining)
 
     def _deliver(
-        self, slot: np.ndarray, lane: np.ndarray, length: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
+        self,
+        slot: np.ndarray,
+        lane: np.ndarray,
+        stop: np.ndarray,
+        length: np.ndarray,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
     ) -> None:
         """Turns ready observations into tokens for their lanes."""
         for at in zip(*np.nonzero(lane == Lane.WAITING), strict=True):
@@ -202,6 +208,8 @@ class Exchange:
                 trajectory.pending = None
             trajectory.marked |= observation.status.is_infrastructure
             ids = self.observation_ids(observation, last=trajectory.turns >= self.config.max_calls)
+            if stop[at] == StopReason.END_OF_TURN:
+                ids = ids[1:]  # the policy has closed its turn itself
             if length[at] + len(ids) >= self.config.room:
                 trajectory.well_formed = False
                 lane[at] = self._finish(trajectory)

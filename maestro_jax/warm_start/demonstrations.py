@@ -25,6 +25,7 @@ from maestro_jax.types import Call, Observation, Status, Task
 
 NO_HELP = "I cannot tell."
 _LETTERS = string.ascii_letters
+_IN_FLIGHT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +76,17 @@ def answer_text(answer: str) -> str:
 def make_calls(
     dispatcher: Dispatcher, calls: Sequence[tuple[Task, Call]], deadline: float, tick: Callable[[int], None]
 ) -> list[Observation]:
-    """Runs calls side by side and returns their observations in order; `tick` hears how many are back."""
-    for ticket, (task, call) in enumerate(calls):
-        dispatcher.submit(ticket, call, task.question, task.images, deadline)
+    """Runs calls side by side and returns their observations in order; `tick` hears how many are back.
+
+    Only so many are in flight at a time: a deadline counts from the submission, queueing included.
+    """
     found: dict[int, Observation] = {}
+    submitted = 0
     while len(found) < len(calls):
+        while submitted < len(calls) and submitted - len(found) < _IN_FLIGHT:
+            task, call = calls[submitted]
+            dispatcher.submit(submitted, call, task.question, task.images, deadline)
+            submitted += 1
         dispatcher.wait(1.0)
         found.update(dispatcher.collect())
         tick(len(found))

@@ -25,7 +25,7 @@ from maestro_jax.rollout.state import Lane, RolloutState
 from maestro_jax.types import StopReason
 from tests.rollout import toy
 
-GROUPS, MEMBERS, ROOM, WIDTH = 3, 2, 24, 5  # WIDTH: the longest observation
+GROUPS, MEMBERS, ROOM, WIDTH = 3, 4, 24, 5  # WIDTH: the longest observation
 CONFIG = DecodeConfig(decode_chunk=16, turn_budget=7, room=ROOM, temperature=0.8)
 TURNS = 3
 TOLERANCE = 2e-5  # fp32; a cache and chunks change the order of sums, nothing else
@@ -113,7 +113,7 @@ class Plain:
     authored: list[bool] = dataclasses.field(default_factory=list)
     turn: int = 0
     turn_start: int = 0
-    stop: StopReason = StopReason.NONE
+    stops: list[StopReason] = dataclasses.field(default_factory=list)
     done: bool = False
 
     def take(self, token: int, logprob: float) -> None:
@@ -122,16 +122,17 @@ class Plain:
         self.authored.append(True)
         text = b"".join(TOKEN_BYTES[i] for i in self.tokens[self.turn_start :])
         ends = {text.find(tag): why for tag, why in TAGS.items() if tag in text}
-        self.stop = ends[min(ends)] if ends else StopReason.NONE
+        stop = ends[min(ends)] if ends else StopReason.NONE
         if not ends and (len(self.tokens) - self.turn_start == CONFIG.turn_budget or len(self.tokens) == ROOM):
-            self.stop = StopReason.BUDGET
+            stop = StopReason.BUDGET
         if token == END_OF_TURN:
-            self.stop = StopReason.END_OF_TURN
-        if self.stop:
+            stop = StopReason.END_OF_TURN
+        if stop:
+            self.stops.append(stop)
             self.be_told(observation(self.number, self.turn))
 
     def be_told(self, ids: list[int]) -> None:
-        if self.stop is StopReason.ANSWER or self.turn + 1 == TURNS or len(self.tokens) + len(ids) >= ROOM:
+        if self.stops[-1] is StopReason.ANSWER or self.turn + 1 == TURNS or len(self.tokens) + len(ids) >= ROOM:
             self.done = True
             return
         self.tokens += ids
@@ -186,6 +187,11 @@ def sampled() -> RolloutState:
     return device_episodes(toy.prompts(), KEYS, NUMBERS, noise=1.0)
 
 
+@pytest.fixture(scope="module")
+def plainly_sampled() -> list[list[Plain]]:
+    return plain_episodes(toy.prompts(), KEYS, noise=1.0)
+
+
 def lane_of(state: RolloutState, at: tuple[int, int]) -> dict[str, np.ndarray]:
     names = ("tokens", "logprobs", "authored", "length", "turn", "turn_start", "stop")
     return {name: getattr(state, name)[at] for name in names}
@@ -202,9 +208,11 @@ def assert_same_lane(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0], ids=["greedy", "sampled"])
-def test_tokens_and_logprobs_are_those_of_a_plain_loop(noise: float, sampled: RolloutState) -> None:
+def test_tokens_and_logprobs_are_those_of_a_plain_loop(
+    noise: float, sampled: RolloutState, plainly_sampled: list[list[Plain]]
+) -> None:
     state = sampled if noise else device_episodes(toy.prompts(), KEYS, NUMBERS, noise)
-    for b, group in enumerate(plain_episodes(toy.prompts(), KEYS, noise)):
+    for b, group in enumerate(plainly_sampled if noise else plain_episodes(toy.prompts(), KEYS, noise)):
         for g, lane in enumerate(group):
             n = len(lane.tokens)
             assert state.length[b, g] == n
@@ -213,16 +221,16 @@ def test_tokens_and_logprobs_are_those_of_a_plain_loop(noise: float, sampled: Ro
             assert (state.turn[b, g], state.turn_start[b, g], state.stop[b, g]) == (
                 lane.turn,
                 lane.turn_start,
-                lane.stop,
+                lane.stops[-1],
             )
             np.testing.assert_allclose(state.logprobs[b, g, :n], lane.logprobs, atol=TOLERANCE, rtol=0)
             assert not state.authored[b, g, n:].any() and not state.logprobs[b, g, n:].any()
 
 
-def test_the_comparison_covers_every_way_to_stop(sampled: RolloutState) -> None:
-    seen = {StopReason(reason) for reason in sampled.stop.flat}
-    assert {StopReason.ANSWER, StopReason.BUDGET} <= seen
-    assert sampled.turn.max() == TURNS - 1
+def test_the_comparison_covers_every_way_to_stop(plainly_sampled: list[list[Plain]]) -> None:
+    seen = {stop for group in plainly_sampled for lane in group for stop in lane.stops}
+    assert {StopReason.CALL, StopReason.ANSWER, StopReason.BUDGET} <= seen
+    assert {len(lane.stops) for group in plainly_sampled for lane in group} >= {1, TURNS}
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -236,7 +244,7 @@ def test_chunks_and_waiting_change_nothing(chunk: int, sampled: RolloutState) ->
 
 def test_neighbours_change_nothing(sampled: RolloutState) -> None:
     keys, numbers = KEYS.copy(), NUMBERS.copy()
-    for at in ((0, 1), (1, 0), (2, 0)):
+    for at in ((0, 1), (1, 0), (2, 0), (2, 3)):
         keys[at], numbers[at] = keys[at] ^ 1, 100 + numbers[at]
     found = device_episodes(toy.prompts(), keys, numbers, 1.0)
     for at in ((0, 0), (1, 1), (2, 1)):
@@ -246,7 +254,10 @@ def test_neighbours_change_nothing(sampled: RolloutState) -> None:
 
 @pytest.mark.parametrize(
     ("groups", "places"),
-    [((1,), [[(1, 1)]]), ((2, 2, 0), [[(2, 1), (2, 0)], [(2, 0), (2, 1)], [(0, 1), (0, 0)]])],
+    [
+        ((1,), [[(1, 1)]]),
+        ((2, 2, 0), [[(2, m) for m in (3, 0, 1, 2)], [(2, m) for m in (0, 2, 1, 3)], [(0, m) for m in (1, 3, 2, 0)]]),
+    ],
     ids=["alone", "rearranged"],
 )
 def test_the_arrangement_in_groups_changes_nothing(

@@ -21,7 +21,9 @@ from maestro_jax.types import Call, Observation, Status, StopReason, Task, Usage
 from tests.rollout import toy
 
 GROUPS, MEMBERS, ROOM = 4, 2, 96
-CONFIG = EpisodeConfig(max_calls=2, observation_tokens=12, deadline=30.0, turn_budget=24, room=ROOM)
+CONFIG = EpisodeConfig(
+    max_calls=2, observation_tokens=12, observation_multiple=1, deadline=30.0, turn_budget=24, room=ROOM
+)
 MESHES = {"1 device": (1, 1, 1), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 CALL_TEXT = "<search> Glyph@@Reading: look </search>"
 CALL = Call("Glyph", "Reading", "look")
@@ -327,6 +329,15 @@ def test_an_observation_is_a_proper_user_turn(exchange: Exchange) -> None:
     assert plain_text(exchange, ids) == template.partition("</search>")[2]
 
 
+def test_a_turn_that_closed_itself_is_not_closed_again(toy_tokens: Tokens, one_device: Mesh) -> None:
+    bench = quick(toy_tokens, one_device, toy.Desk())
+    open_ended, closed = "I am lost.", "I am lost.<|im_end|>"
+    for at, text, stop in (((0, 0), open_ended, StopReason.BUDGET), ((0, 1), closed, StopReason.END_OF_TURN)):
+        found = bench.run({at: text}, stop)
+        whole = plain_text(bench.exchange, [*toy_tokens.encode(text), *found.ids(at)])
+        assert whole.startswith("I am lost.<|im_end|>\n<|im_start|>user\n<information>")
+
+
 def test_an_answer_that_quotes_uses_the_tokens_that_were_read(exchange: Exchange) -> None:
     ids = exchange.observation_ids(Observation("seven", Status.OK), last=False)
     quoted = exchange.tokens.encode(" seven")
@@ -341,6 +352,18 @@ def test_a_long_observation_keeps_head_and_tail(exchange: Exchange) -> None:
     body = plain_text(exchange, ids).partition("<information>")[2].partition("</information>")[0]
     assert body.startswith(" 0 1") and body.endswith("999 ") and " ..." in body
     assert len(ids) <= exchange.observation_bucket
+
+
+@pytest.mark.parametrize("words", [0, 1, 4, 5, 6, 500])
+def test_a_filled_observation_has_a_multiple_of_tokens(words: int, toy_tokens: Tokens, exchange: Exchange) -> None:
+    config = dataclasses.replace(CONFIG, observation_multiple=5)
+    filled = Exchange(toy_tokens, toy.Names(), toy.Desk(), config)  # type: ignore[arg-type]
+    reply = Observation(" ".join(["seven"] * words), Status.OK)
+    plain, ids = (e.observation_ids(reply, last=True) for e in (exchange, filled))
+    frame = len(plain) - len(exchange.body_ids(reply.text))
+    assert (len(ids) - frame) % 5 == 0 and 0 <= len(ids) - len(plain) < 5
+    assert plain_text(filled, ids).replace("\n", "") == plain_text(exchange, plain).replace("\n", "")
+    assert len(ids) <= filled.observation_bucket
 
 
 SPECIALS = ("<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|endoftext|>")

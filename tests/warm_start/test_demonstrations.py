@@ -19,13 +19,16 @@ from maestro_jax.warm_start.demonstrations import (
     WeakRouter,
     answer_text,
     call_text,
+    make_calls,
     tokenizer_texts,
     write_demonstrations,
 )
 
 Make = Callable[..., WeakRouter]
 DRAWS = 3000
-EPISODE = EpisodeConfig(max_calls=2, observation_tokens=48, deadline=1.0, turn_budget=64, room=256)
+EPISODE = EpisodeConfig(
+    max_calls=2, observation_tokens=48, observation_multiple=8, deadline=1.0, turn_budget=64, room=256
+)
 
 
 def share(router: WeakRouter, source: str, holds: Callable[[Call], bool]) -> float:
@@ -61,6 +64,24 @@ def test_queries_are_those_of_the_chosen_skill(make_router: Make) -> None:
     drawn = [router.choose("charts", rng) for _ in range(200)]
     assert {c.query for c in drawn if c.skill == "Chart_Solver"} == {"read the chart", "check the axis"}
     assert {c.query for c in drawn if c.skill == "Counting_Solver"} == {"answer the question"}
+
+
+# ---- calls -------------------------------------------------------------------------------------------------
+
+
+def test_many_calls_come_back_in_order_with_few_in_flight(instant_experts: Any, tasks: list[Task]) -> None:
+    experts, heard = instant_experts(echo, backwards=True), []
+    calls = [(tasks[i % 12], Call("Tally", "Chart_Solver", f"query {i}")) for i in range(200)]
+    most = 0
+
+    def tick(done: int) -> None:
+        nonlocal most
+        heard.append(done)
+        most = max(most, len(experts.calls) - done)
+
+    found = make_calls(experts, calls, 1.0, tick)
+    assert [one.text for one in found] == [echo(call, task.question) for task, call in calls]
+    assert heard[-1] == 200 and most <= 64
 
 
 # ---- demonstrations ----------------------------------------------------------------------------------------
