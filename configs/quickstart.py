@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "kind": "suite",
                 "suite_directory": "",
-                "train_per_domain": 160,
+                "train_per_domain": 80,
                 "test_per_domain": 50,
                 "train_files": (),
                 "test_files": (),

@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(raw)
     workdir = Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
-    check_same_run(workdir / "config.json", raw.to_dict())
+    settings = {key: value for key, value in flatten(raw.to_dict()).items() if key not in FREE_KEYS}
+    check_same_run(workdir / "config.json", settings)
 
     with Progress() as progress:
         # ---- Tasks -----------------------------------------------------------------------------
@@ -102,6 +103,8 @@ def main(argv: Sequence[str]) -> None:
         engine = Engine(graph, mesh, prompts, exchange, fields(DecodeConfig, config.rollout))
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         progress.note(f"policy: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)")
+
+        write_json(workdir / "config.json", settings)  # from here on the directory belongs to this run
 
         # ---- Warm start (cached in the work directory) -----------------------------------------
         if config.warm_start.steps:
@@ -152,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
             start, seconds_before = latest, run["seconds"]
             progress.note(f"resumed from the checkpoint of step {latest}")
         metrics = MetricsWriter(workdir / "metrics.jsonl")
-        metrics.truncate_after(start)
+        metrics.truncate_after(start if start else -1)
         if start == 0:
             metrics.write({"step": 0, "held_out_accuracy": before.accuracy, "held_out_reward": before.reward})
 
@@ -211,12 +214,10 @@ def main(argv: Sequence[str]) -> None:
     print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl, checkpoints/")
 
 
-def check_same_run(path: Path, config: dict[str, Any]) -> None:
+def check_same_run(path: Path, mine: Mapping[str, str]) -> None:
     """Refuses to go on in a work directory that holds a run with other settings."""
-    mine = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
     theirs = read_json(path)
     if theirs is None:
-        write_json(path, mine)
         return
     for key in sorted(mine.keys() | theirs.keys()):
         if mine.get(key) != theirs.get(key):
@@ -280,8 +281,8 @@ def warm_start(
         state, _ = store.restore(latest, state)
         store.close()
         return state.params
-    wanted = min(len(source), settings.steps * settings.groups)
-    tasks = [source[i] for i in range(wanted) for _ in range(settings.group_size)]
+    groups_needed = settings.steps * settings.groups
+    tasks = [source[i % len(source)] for i in range(groups_needed) for _ in range(settings.group_size)]
     progress.phase("demonstrations", round(len(tasks) * (1 - settings.rehearsal)))
     demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress.tick)
     size = settings.group_size

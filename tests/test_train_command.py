@@ -1,6 +1,6 @@
 """The main job as a user starts it: to the end, killed in the middle, with mistakes on its command line.
 
-Everything is the quickstart at a size where nothing is learned; only the machinery is looked at.
+It is the quickstart at a size where the policy learns to call, and little more.
 """
 
 import dataclasses
@@ -34,32 +34,39 @@ SECONDS = 400  # far above what is needed: a hang fails instead of hanging the s
 ROWS = {"random", "best_single_pair", "warm_start", "trained", "domain_oracle", "task_oracle"}
 DOMAINS = {"charts", "counting", "geometry", "reading", "visual_qa"}
 
+TEXT, VISION = "policy.architecture.text_config", "policy.architecture.vision_config"
 TINY = {
-    "data.train_per_domain": 4,
-    "data.test_per_domain": 2,
+    "data.train_per_domain": 8,
+    "data.test_per_domain": 1,
     "policy.prefix_buckets": "(128,)",
-    "policy.architecture.text_config.hidden_size": 32,
-    "policy.architecture.text_config.intermediate_size": 64,
-    "policy.architecture.text_config.num_hidden_layers": 1,
-    "policy.architecture.text_config.num_attention_heads": 2,
-    "policy.architecture.text_config.num_key_value_heads": 2,
-    "policy.architecture.vision_config.depth": 1,
-    "policy.architecture.vision_config.hidden_size": 32,
-    "policy.architecture.vision_config.intermediate_size": 32,
-    "policy.architecture.vision_config.out_hidden_size": 32,
-    "policy.architecture.vision_config.deepstack_visual_indexes": "(0,)",
-    "rollout.turn_budget": 28,
+    f"{TEXT}.hidden_size": 64,
+    f"{TEXT}.intermediate_size": 128,
+    f"{TEXT}.num_hidden_layers": 1,
+    f"{TEXT}.num_attention_heads": 2,
+    f"{TEXT}.num_key_value_heads": 2,
+    f"{VISION}.depth": 1,
+    f"{VISION}.hidden_size": 32,
+    f"{VISION}.intermediate_size": 32,
+    f"{VISION}.out_hidden_size": 64,
+    f"{VISION}.deepstack_visual_indexes": "(0,)",
+    "rollout.max_calls": 1,
+    "rollout.turn_budget": 24,
     "rollout.observation_tokens": 16,
     "rollout.room": 128,
     "rollout.member_buckets": "(128,)",
-    "warm_start.steps": 2,
-    "warm_start.groups": 2,
+    # Prices differ between pairs: with a weight, the members of nearly every group differ in reward.
+    "reward.cost_weight": 1e4,
+    "warm_start.steps": 40,
+    "warm_start.groups": 4,
     "warm_start.group_size": 2,
+    "warm_start.optimizer.learning_rate": 1e-2,
+    "warm_start.optimizer.warmup_steps": 5,
+    "warm_start.optimizer.decay_steps": 40,
     "grpo.steps": STEPS,
     "grpo.groups": 2,
-    "grpo.group_size": 2,
+    "grpo.group_size": 4,
     "grpo.logprob_chunk": 32,
-    "evaluate.batch": 10,
+    "evaluate.batch": 5,
     "evaluate.every": EVERY,
     "checkpoint.every": EVERY,
 }
@@ -183,8 +190,8 @@ def test_rows_before_the_checkpoint_are_kept(interrupted: Interrupted) -> None:
 
 
 def test_warm_start_and_baselines_are_not_repeated(interrupted: Interrupted) -> None:
-    for phase in ("suite", "demonstrations", "warm start", "baselines", "held-out, before RL"):
-        assert f"\n{phase}" not in f"\n{interrupted.again.stdout}"
+    for phase in ("suite", "demonstrations", "warm start", "baselines", "held-out, before RL (greedy)"):
+        assert not re.search(rf"^{re.escape(phase)}:? +\d", interrupted.again.stdout, re.MULTILINE)
 
 
 def test_the_summary_says_what_is_promised(interrupted: Interrupted) -> None:
@@ -217,7 +224,7 @@ def test_figures_are_drawn(name: str, interrupted: Interrupted) -> None:
     assert min(pixels.shape[:2]) >= 300
     drawn = (pixels != pixels[0, 0]).any(axis=-1)
     assert 0.01 < drawn.mean() < 0.99
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+    assert len({color.tobytes() for color in pixels[::8, ::8].reshape(-1, 3)}) > 10
 
 
 def test_a_killed_run_equals_a_straight_one(interrupted: Interrupted, job: Job, tmp_path: Path) -> None:
@@ -230,6 +237,9 @@ def test_a_killed_run_equals_a_straight_one(interrupted: Interrupted, job: Job, 
     assert "resumed" not in result.stdout
     straight, killed = (read_metrics(where / "metrics.jsonl") for where in (workdir, interrupted.workdir))
     assert without_times(straight) == without_times(killed)
+    # The comparison would be empty if nothing was called or learned.
+    assert sum(row.get("calls", 0) > 0 for row in straight) > STEPS / 2
+    assert sum(row.get("grad_norm", 0) > 0 for row in straight) > STEPS / 2
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
@@ -243,20 +253,12 @@ def test_an_override_of_the_wrong_type_is_refused(job: Job, tmp_path: Path) -> N
     assert_refused(job.run(tmp_path, **{"grpo.group_size": "four"}), "group_size", "four")
 
 
-def test_a_contradiction_is_refused(job: Job, tmp_path: Path) -> None:
-    assert_refused(job.run(tmp_path, **{"grpo.group_size": 1}), "config.grpo.group_size=1", "use at least 2")
-
-
 def test_a_command_without_workdir_is_refused(job: Job) -> None:
     assert_refused(job.finish([*job.bare(), "--config=configs/quickstart.py"]), "--workdir")
 
 
 def test_a_config_file_that_is_not_there_is_refused(job: Job, tmp_path: Path) -> None:
     assert_refused(job.finish([*job.bare(), "--config=configs/nowhere.py", f"--workdir={tmp_path}"]), "nowhere.py")
-
-
-def test_a_mesh_without_its_devices_is_refused(job: Job, tmp_path: Path) -> None:
-    assert_refused(job.run(tmp_path, **{"mesh.data": 2, "warm_start.steps": 0}), "config.mesh.fsdp=-1")
 
 
 def test_another_setting_in_the_same_workdir_is_refused(job: Job, interrupted: Interrupted) -> None:
@@ -326,10 +328,12 @@ def verl(train: Path, test: Path) -> dict[str, str]:
     return {"data.kind": "verl", "data.train_files": f"('{train}',)", "data.test_files": f"('{test}',)"}
 
 
-def test_a_run_on_parquet_files(job: Job, tmp_path: Path) -> None:
+def test_a_run_on_parquet_files(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
     train = write_parquet(tmp_path / "train.parquet", [png(n) for n in range(4)])
     test = write_parquet(tmp_path / "test.parquet", [png(100 + n) for n in range(3)])
-    settings = verl(train, test) | {"warm_start.steps": 0, "grpo.steps": 1}
+    # With the same tokenizer prompts have the same shapes, and no program is compiled anew.
+    tokenizer = {"policy.tokenizer": interrupted.workdir / "tokenizer"}
+    settings = verl(train, test) | tokenizer | {"warm_start.steps": 0, "grpo.steps": 1}
     result = job.run(tmp_path / "run", **settings)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / "run/summary.json").read_text())

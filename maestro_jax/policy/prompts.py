@@ -34,6 +34,7 @@ class Prompts:
     """Builds the prompts of tasks for one registry text."""
 
     def __init__(self, tokens: Tokens, architecture: PolicyArchitecture, system: str, config: PromptConfig):
+        _check_tokens(tokens, architecture)
         self.tokens = tokens
         self.architecture = architecture
         self.config = config
@@ -110,4 +111,19 @@ class Prompts:
         tokenizer = self.tokens.tokenizer
         return tokenizer.apply_chat_template(  # type: ignore[attr-defined]
             messages, tokenize=False, add_generation_prompt=generate
+        )
+
+
+def _check_tokens(tokens: Tokens, architecture: PolicyArchitecture) -> None:
+    """An id beyond the embedding table would silently read its last row."""
+    size, rows = len(tokens.tokenizer), architecture.text.vocab_size  # type: ignore[arg-type]
+    if size > rows:
+        raise ConfigError(
+            f"the tokenizer has {size} ids, the policy's vocab_size is {rows}; set "
+            f"config.policy.architecture.text_config.vocab_size={size} or use the checkpoint's own tokenizer"
+        )
+    if tokens.image != architecture.image_token_id:
+        raise ConfigError(
+            f"the tokenizer's image token is {tokens.image}, config.policy.architecture.image_token_id is "
+            f"{architecture.image_token_id}; use the tokenizer and config.json of one checkpoint"
         )

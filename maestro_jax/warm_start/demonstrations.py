@@ -135,10 +135,10 @@ def random_text(words: Sequence[str], rng: np.random.Generator) -> str:
 def _piece(words: Sequence[str], rng: np.random.Generator) -> str:
     kind = rng.integers(3)
     if kind == 0:
-        return words[rng.integers(len(words))]
+        return words[int(rng.integers(len(words)))]
     if kind == 1:
         return str(round(float(10 ** rng.uniform(0, 4)), int(rng.integers(3))))
-    return "".join(_LETTERS[i] for i in rng.integers(len(_LETTERS), size=rng.integers(2, 9)))
+    return "".join(_LETTERS[int(i)] for i in rng.integers(len(_LETTERS), size=rng.integers(2, 9)))
 
 
 def _write(task: Task, steps: Sequence[tuple[Call, Observation]], exchange: Exchange) -> Demonstration:

@@ -19,6 +19,7 @@ from maestro_jax.policy import preprocess
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.policy.preprocess import PreparedImage
+from maestro_jax.policy.tokens import Tokens
 from maestro_jax.policy.vision import ImageBatch
 
 IMAGE, VISION_START, VISION_END = 290, 292, 293
@@ -62,6 +63,13 @@ CONFIG: dict[str, Any] = {
     "vision_end_token_id": VISION_END,
     "tie_word_embeddings": True,
 }
+
+
+def architecture_for(tokens: Tokens) -> PolicyArchitecture:
+    """The toy architecture with the vocabulary of a tokenizer made by a test."""
+    toy = architecture()
+    text = dataclasses.replace(toy.text, vocab_size=len(tokens.tokenizer))  # type: ignore[arg-type]
+    return dataclasses.replace(toy, text=text, image_token_id=tokens.image)
 
 
 def architecture() -> PolicyArchitecture:

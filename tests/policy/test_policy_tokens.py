@@ -57,7 +57,7 @@ def test_trusted_text_keeps_its_special_tokens(tokens: Tokens) -> None:
 
 def test_a_special_token_without_brackets_is_kept_out_too(tokens_directory: Path, tmp_path: Path) -> None:
     again = load_tokens(tokens_directory)
-    again.tokenizer.add_tokens(["[PAD]"])  # type: ignore[attr-defined]
+    again.tokenizer.add_tokens(["[PAD]"], special_tokens=True)  # type: ignore[attr-defined]
     again.tokenizer.save_pretrained(str(tmp_path))  # type: ignore[attr-defined]
     tokens = load_tokens(tmp_path)
     assert set(tokens.encode("a[PAD]b")) & tokens.special_ids
@@ -97,3 +97,14 @@ def test_a_tokenizer_without_image_token_is_refused(tokens_directory: Path, tmp_
 def test_rows_are_padded_on_the_right() -> None:
     ids, length = pad_ids([[5, 6], [], [7]], 3)
     assert ids.tolist() == [[5, 6, 0], [0, 0, 0], [7, 0, 0]] and length.tolist() == [2, 0, 1]
+
+
+def test_an_added_word_that_is_not_special_stays_visible(tokens_directory: Path, tmp_path: Path) -> None:
+    # Qwen3 adds <think> as a plain word: without it an unclosed think would look well formed.
+    again = load_tokens(tokens_directory)
+    again.tokenizer.add_tokens(["<think>"])  # type: ignore[attr-defined]
+    again.tokenizer.save_pretrained(str(tmp_path))  # type: ignore[attr-defined]
+    tokens = load_tokens(tmp_path)
+    ids = tokens.encode("<think> a")
+    assert tokens.decode(ids) == "<think> a"
+    assert b"<think>" in tokens.token_bytes(400)

@@ -30,7 +30,7 @@ def task(question: str, *images: bytes) -> Task:
 
 
 def make_prompts(tokens: Tokens, config: PromptConfig = CONFIG) -> Prompts:
-    return Prompts(tokens, reference.architecture(), SYSTEM, config)
+    return Prompts(tokens, reference.architecture_for(tokens), SYSTEM, config)
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,16 @@ def test_a_large_image_names_the_cure(tokens: Tokens) -> None:
 def test_too_many_images_name_the_cure(prompts: Prompts) -> None:
     with pytest.raises(ConfigError, match="has 3 images; set config.policy.images_per_task=3"):
         prompts.batch([task("2?", *[png(32, 32)] * 3)])
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tokens: Tokens) -> None:
+    fitting = reference.architecture_for(tokens)
+    small = dataclasses.replace(fitting, text=dataclasses.replace(fitting.text, vocab_size=300))
+    with pytest.raises(ConfigError, match="vocab_size is 300; set config.policy"):
+        Prompts(tokens, small, SYSTEM, CONFIG)
+
+
+def test_another_image_token_than_the_tokenizers_is_refused(tokens: Tokens) -> None:
+    other = dataclasses.replace(reference.architecture_for(tokens), image_token_id=7)
+    with pytest.raises(ConfigError, match="image_token_id is 7"):
+        Prompts(tokens, other, SYSTEM, CONFIG)

@@ -26,7 +26,7 @@ def mesh() -> Mesh:
 @pytest.fixture(scope="module")
 def prompts(tokens: Tokens) -> Prompts:
     config = PromptConfig((64,), (4,), images_per_task=1, min_pixels=1024, max_pixels=1024)
-    return Prompts(tokens, reference.architecture(), "system", config)
+    return Prompts(tokens, reference.architecture_for(tokens), "system", config)
 
 
 def groups_of(tasks: list[Task], count: int) -> list[list[Demonstration]]:
