@@ -58,8 +58,7 @@ class DecoderLayer(nnx.Module):
 
         The output projection starts near the transpose of the value projection (Trockman and Kolter
         2023, "Mimetic initialization of self-attention layers"). A policy trained from nothing learns
-        to quote an observation in a hundred steps so, and not in three hundred without. Loaded
-        checkpoints overwrite it.
+        to quote an observation in fewer steps so. Loaded checkpoints overwrite it.
         """
         config = self.config
         values = self.v_proj.kernel[...].reshape(config.hidden_size, config.num_key_value_heads, config.head_dim)
