@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from configs.registry import suite
 
 # Quoting what an expert said takes a tiny policy about 100 steps to learn.
-WARM_START_STEPS = 160
+WARM_START_STEPS = 400
+GRPO_STEPS = 80
 
 
 def get_config() -> ConfigDict:
@@ -30,30 +31,33 @@ def get_config() -> ConfigDict:
             "policy": policy(),
             "registry": suite.get_registry(),
             "rollout": {
-                "max_calls": 2,
-                "turn_budget": 28,
-                "observation_tokens": 24,
+                "max_calls": 1,
+                "turn_budget": 32,
+                "observation_tokens": 16,
                 "observation_multiple": 8,
-                "room": 112,
-                "member_buckets": (80, 112),
-                "decode_chunk": 28,
+                "room": 80,
+                "member_buckets": (80,),
+                "decode_chunk": 32,
                 "temperature": 1.0,
                 "deadline": 60.0,
             },
             "reward": {"require_call": True, "cost_weight": 0.0, "latency_weight": 0.0},
             "grpo": {
-                "steps": 60,
+                "steps": GRPO_STEPS,
                 "groups": 16,
                 "group_size": 8,
                 "advantage": "std",
                 "clip_low": 0.2,
                 "clip_high": 0.2,
                 "aggregation": "sequence",
-                "constant_length": 112,
+                "constant_length": 80,
+                "entropy_weight": 0.0,
+                "kl_weight": 0.1,
+                "kl_estimator": "k3",
                 "logprob_chunk": 16,
             },
             # A tiny policy needs large steps; the 4B run uses 1e-6.
-            "optimizer": optimizer(learning_rate=5e-4, warmup_steps=3),
+            "optimizer": optimizer(learning_rate=1e-3, warmup_steps=3, decay_steps=GRPO_STEPS),
             "warm_start": warm_start(),
             "evaluate": {"every": 20, "tasks": 0, "batch": 64},
             "checkpoint": {"every": 10, "keep": 2},
@@ -67,14 +71,14 @@ def policy() -> ConfigDict:
     text = {
         "vocab_size": 768,
         "hidden_size": 128,
-        "intermediate_size": 384,
+        "intermediate_size": 256,
         "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "head_dim": 64,
         "rms_norm_eps": 1e-6,
         # A prompt has some 400 tokens: a small base leaves no frequency idle.
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": (12, 10, 10)},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": (12, 10, 10)},
     }
     vision = {
         "depth": 3,
@@ -97,7 +101,7 @@ def policy() -> ConfigDict:
             "tokenizer": "",
             "param_dtype": "float32",
             "compute_dtype": "float32",
-            "prefix_buckets": (64, 80, 96, 128),
+            "prefix_buckets": (48, 64, 96, 128),
             "image_buckets": (80,),
             "images_per_task": 1,
             "min_pixels": 32 * 32,
@@ -132,8 +136,8 @@ def warm_start() -> ConfigDict:
                 "visual_qa": ("Shape-Sight", "Perception_Problem_Solver"),
                 "reading": ("Glyph-Reader", "OCR_Problem_Solver"),
                 # The three that over-claim:
-                "charts": ("Glyph-Reader", "Chart_Problem_Solver"),
-                "counting": ("Shape-Sight", "Counting_Problem_Solver"),
+                "charts": ("Tally", "Chart_Problem_Solver"),
+                "counting": ("Sym-Solver", "Counting_Problem_Solver"),
                 "geometry": ("Chart-Lens", "Geometric_Problem_Solver"),
             },
             "follow_expert": 0.45,
@@ -146,6 +150,13 @@ def warm_start() -> ConfigDict:
                 "OCR_Problem_Solver": ("read the text", "find the value"),
                 "Counting_Problem_Solver": ("count them", "how many"),
                 "Geometric_Problem_Solver": ("solve the figure", "use the labels"),
+            },
+            "thoughts": {
+                "visual_qa": "shapes",
+                "charts": "chart",
+                "reading": "text",
+                "counting": "count",
+                "geometry": "figure",
             },
             "optimizer": optimizer(learning_rate=4e-3, warmup_steps=20, decay_steps=WARM_START_STEPS),
         }

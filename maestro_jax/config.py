@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.advantages import NORMALISERS
-from maestro_jax.grpo.losses import AGGREGATIONS
+from maestro_jax.grpo.losses import AGGREGATIONS, KL_ESTIMATORS
 from maestro_jax.grpo.update import OptimizerConfig
 from maestro_jax.parallel.mesh import MeshConfig
 from maestro_jax.registry.config import RegistryConfig, parse_registry
@@ -105,6 +105,9 @@ class GrpoConfig:
     clip_high: float
     aggregation: str
     constant_length: int
+    entropy_weight: float
+    kl_weight: float
+    kl_estimator: str
     logprob_chunk: int
 
 
@@ -119,6 +122,7 @@ class WarmStartConfig:
       second_call: how often it asks another pair after a reply that gives nothing.
       rehearsal: share of demonstrations whose reply is a random text, to learn quoting from.
       queries: skill → phrases the router writes as query.
+      thoughts: source → what the router thinks before its first call: what kind of task it sees.
     """
 
     steps: int
@@ -130,6 +134,7 @@ class WarmStartConfig:
     second_call: float
     rehearsal: float
     queries: dict[str, Any]
+    thoughts: dict[str, Any]
     optimizer: OptimizerConfig
 
 
@@ -239,11 +244,27 @@ def _check(config: Config) -> None:
         raise ConfigError(f"config.grpo.group_size={grpo.group_size} gives no contrast; use at least 2")
     if grpo.advantage not in NORMALISERS:
         raise ConfigError(f"config.grpo.advantage {grpo.advantage!r} is unknown; use one of {', '.join(NORMALISERS)}")
+    if grpo.kl_estimator not in KL_ESTIMATORS:
+        known = ", ".join(KL_ESTIMATORS)
+        raise ConfigError(f"config.grpo.kl_estimator {grpo.kl_estimator!r} is unknown; use one of {known}")
     if grpo.aggregation not in AGGREGATIONS:
         raise ConfigError(
             f"config.grpo.aggregation {grpo.aggregation!r} is unknown; use one of {', '.join(AGGREGATIONS)}"
         )
+    _check_schedule("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
+    warm_start = config.warm_start
+    _check_schedule("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
     for source, pair in config.warm_start.claims.items():
         found = config.registry.resolve(*pair)
         if isinstance(found, str):
             raise ConfigError(f"config.warm_start.claims.{source} {pair!r} is not in the registry: {found}")
+
+
+def _check_schedule(where: str, optimizer: OptimizerConfig, steps_key: str, steps: int) -> None:
+    """A rate that has fallen to 0 teaches nothing: the schedule must last as long as the steps."""
+    decay = optimizer.decay_steps
+    if decay and decay <= optimizer.warmup_steps:
+        raise ConfigError(f"{where}.decay_steps={decay} must exceed warmup_steps={optimizer.warmup_steps}, or be 0")
+    if decay and decay < steps:
+        cure = f"set {where}.decay_steps={steps}, or 0 for a constant rate"
+        raise ConfigError(f"{where}.decay_steps={decay} ends before {steps_key}={steps}: {cure}")

@@ -37,6 +37,7 @@ from maestro_jax.grpo.update import (
     init_params,
     init_train_state,
     make_optimizer,
+    make_reference,
     make_train_step,
     nll_loss,
 )
@@ -64,7 +65,14 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_c
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
 
 # Settings that may change between a run and its continuation.
-FREE_KEYS = ("grpo.steps", "evaluate.every", "evaluate.batch", "checkpoint.every", "checkpoint.keep")
+FREE_KEYS = (
+    "grpo.steps",
+    "optimizer.decay_steps",
+    "evaluate.every",
+    "evaluate.batch",
+    "checkpoint.every",
+    "checkpoint.keep",
+)
 T = TypeVar("T")
 
 
@@ -144,6 +152,10 @@ def main(argv: Sequence[str]) -> None:
             mesh,
             state,
         )
+        add_reference = None
+        if config.grpo.kl_weight:  # the reference is the policy that reinforcement started from
+            temperature, chunk = config.rollout.temperature, config.grpo.logprob_chunk
+            add_reference = make_reference(graph, params, temperature, chunk, mesh)
         batches = iter(
             Batches(train_source, config.grpo.groups, seed=config.seed, damage_limit=config.data.damage_limit)
         )
@@ -174,6 +186,7 @@ def main(argv: Sequence[str]) -> None:
                 rollout, scored, config.grpo.advantage, config.rollout.member_buckets, mesh
             )
             with jax.set_mesh(mesh):
+                batch = add_reference(batch) if add_reference else batch
                 state, update_metrics = step_fn(state, batch)
             row = {"step": step, **episode_metrics(rollout, scored), **batch_metrics}
             row |= {name: float(value) for name, value in update_metrics.items()}

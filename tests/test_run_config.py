@@ -166,6 +166,10 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
         ("grpo.group_size", 1, "use at least 2"),
         ("grpo.advantage", "zscore", "use one of "),
         ("grpo.aggregation", "mean", "use one of "),
+        ("grpo.kl_estimator", "k4", "use one of "),
+        ("grpo.steps", 10_000, "set config.optimizer.decay_steps=10000"),
+        ("warm_start.steps", 10_000, "set config.warm_start.optimizer.decay_steps=10000"),
+        ("optimizer.decay_steps", 2, "must exceed warmup_steps="),
     ],
 )
 def test_a_contradiction_names_the_cure(key: str, value: Any, says: str) -> None:

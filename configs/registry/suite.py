@@ -16,15 +16,13 @@ def get_registry() -> ConfigDict:
 
 
 def experts() -> tuple[dict, ...]:
-    """Three of these five lines over-claim (counts, charts, geometry); see docs/quickstart.md."""
+    """Three of these five lines over-claim (Chart-Lens, Tally, Sym-Solver); see docs/quickstart.md."""
     return (
-        expert(
-            "Glyph-Reader", "reads text: words, receipts, forms, and the numbers of any chart", "ocr:GlyphReader", 0.2
-        ),
-        expert("Chart-Lens", "bars, lines, slices, figures, angles and lengths", "charts:ChartLens", 0.3),
-        expert("Shape-Sight", "shapes and colours, which ones and how many", "shapes:ShapeSight", 0.1),
-        expert("Tally", "quick look at simple pictures", "tally:Tally", 0.1),
-        expert("Sym-Solver", "algebra and formulas", "symbolic:SymSolver", 0.1),
+        expert("Glyph-Reader", "reads any text: words, receipts, forms", "ocr:GlyphReader", 0.2),
+        expert("Chart-Lens", "figures: their angles and lengths", "charts:ChartLens", 0.3),
+        expert("Shape-Sight", "names shapes and colours", "shapes:ShapeSight", 0.1),
+        expert("Tally", "bars, lines and slices at a glance", "tally:Tally", 0.1),
+        expert("Sym-Solver", "numbers: how many, how much", "symbolic:SymSolver", 0.1),
     )
 
 
@@ -52,7 +50,7 @@ def skills() -> tuple[dict, ...]:
     return (
         {
             "name": "Perception_Problem_Solver",
-            "description": "zooms in on what stands out, then asks",
+            "description": "zooms in, then asks",
             "stages": (
                 {"kind": "service", "service": "zoom", "output": "crop"},
                 {
@@ -65,7 +63,7 @@ def skills() -> tuple[dict, ...]:
         },
         {
             "name": "Chart_Problem_Solver",
-            "description": "reads labels, finds the type of chart, then asks by its rules",
+            "description": "finds the type of chart, asks by its rules",
             "stages": (
                 {"kind": "service", "service": "ocr", "output": "ocr"},
                 {
@@ -78,7 +76,7 @@ def skills() -> tuple[dict, ...]:
         },
         {
             "name": "OCR_Problem_Solver",
-            "description": "reads text; picks recognition or key information by itself",
+            "description": "reads text or one field of a form",
             "children": ("Text_Recognition", "Key_Information"),
         },
         {
@@ -105,7 +103,7 @@ def skills() -> tuple[dict, ...]:
         },
         {
             "name": "Counting_Problem_Solver",
-            "description": "detects objects, draws their boxes, then counts",
+            "description": "draws boxes around objects, then counts",
             "stages": (
                 {"kind": "service", "service": "detect", "output": "objects"},
                 {
@@ -119,7 +117,7 @@ def skills() -> tuple[dict, ...]:
         },
         {
             "name": "Geometric_Problem_Solver",
-            "description": "captions the figure, reads its labels, then solves",
+            "description": "reads the labels of a figure, then solves",
             "stages": (
                 {"kind": "service", "service": "caption", "output": "caption"},
                 {"kind": "service", "service": "ocr", "output": "ocr"},

@@ -52,8 +52,16 @@ def make_batch(
     """The update's batch on the mesh, and what is worth logging about it."""
     advantages, contrast = group_advantages(scored.rewards, scored.valid, advantage)
     width = bucket(int(rollout.length.max()), buckets, "a member", "raise config.rollout.member_buckets")
-    mask = rollout.authored & (scored.valid & contrast[:, None])[..., None]
-    arrays = (rollout.tokens[..., :width], rollout.length, mask[..., :width], rollout.logprobs[..., :width], advantages)
+    mask = rollout.authored & scored.valid[..., None]
+    logprobs = rollout.logprobs[..., :width]
+    arrays = (
+        rollout.tokens[..., :width],
+        rollout.length,
+        mask[..., :width],
+        logprobs,
+        np.zeros_like(logprobs),
+        advantages,
+    )
     batch = GroupBatch(rollout.prompts, *jax.device_put(arrays, over_groups(mesh)))
     tasks = max(len(rollout.trajectories), 1)
     return batch, {

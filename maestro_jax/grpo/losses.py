@@ -13,6 +13,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 AGGREGATIONS = ("sequence", "token", "constant")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,19 @@ class LossConfig:
 
     `aggregation`: "sequence" averages tokens within a member, then members (GRPO); "token" averages
     all tokens (DAPO); "constant" divides each member's sum by `constant_length` (Dr.GRPO).
+    `entropy_weight` times the entropy of the token distributions, reduced likewise, is rewarded (0: off).
+    `kl_weight` times the divergence from the reference policy, estimated on the sampled tokens, is
+    punished (0: off). Both also reach groups whose members all failed, where no advantage teaches.
+    `kl_estimator`: "k1", "k2" or "k3" of Schulman's "Approximating KL Divergence" (2020).
     """
 
     clip_low: float
     clip_high: float
     aggregation: str
     constant_length: int
+    entropy_weight: float = 0.0
+    kl_weight: float = 0.0
+    kl_estimator: str = "k3"
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +43,9 @@ class LossInputs:
     """Arrays of one batch of groups."""
 
     logprobs: Array  # float32 [B, G, R]: under the parameters being trained
+    entropy: Array  # float32 [B, G, R]: of the distributions the tokens were drawn from, nats
     old_logprobs: Array  # float32 [B, G, R]: as sampled
+    reference_logprobs: Array  # float32 [B, G, R]: under the reference policy; read if kl_weight is not 0
     advantages: Array  # float32 [B, G]
     mask: Array  # bool [B, G, R]: policy-authored tokens of valid members
 
@@ -57,7 +67,22 @@ def policy_loss(inputs: LossInputs, config: LossConfig) -> tuple[Array, dict[str
         "ratio_max": jnp.max(jnp.where(inputs.mask, ratio, 1.0)),
         "logprob_gap": jnp.max(jnp.abs(log_ratio)),
     }
+    if config.entropy_weight:
+        token_loss = token_loss - config.entropy_weight * inputs.entropy
+    if config.kl_weight:
+        kl = token_kl(jnp.where(inputs.mask, inputs.logprobs - inputs.reference_logprobs, 0.0), config.kl_estimator)
+        token_loss = token_loss + config.kl_weight * kl
+        metrics["kl"] = masked_mean(kl, inputs.mask)
     return aggregate(token_loss, inputs.mask, config), metrics
+
+
+def token_kl(log_ratio: Array, estimator: str) -> Array:
+    """Estimates KL(policy ‖ reference) per token from `log_ratio`, policy over reference, of sampled tokens."""
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio**2
+    return jnp.exp(-log_ratio) - 1.0 + log_ratio
 
 
 def aggregate(token_loss: Array, mask: Array, config: LossConfig) -> Array:

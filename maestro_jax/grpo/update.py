@@ -47,6 +47,7 @@ class GroupBatch:
     length: Leaf  # int32 [B, G]
     mask: Leaf  # bool [B, G, R]: tokens in the loss
     old_logprobs: Leaf  # float32 [B, G, R]
+    reference_logprobs: Leaf  # float32 [B, G, R]
     advantages: Leaf  # float32 [B, G]
 
 
@@ -81,21 +82,23 @@ def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk
     return token_logprobs(policy.logits, before, batch.tokens, temperature, chunk)
 
 
-def nll_loss(logprobs: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
+def nll_loss(logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
     """Mean negative log-likelihood of the tokens in the loss."""
+    del entropy
     token_mean = dataclasses.replace(config, aggregation="token")
     return aggregate(-logprobs, batch.mask, token_mean), {}
 
 
-def grpo_loss(logprobs: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
+def grpo_loss(logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
     """The clipped policy loss of `losses.py` on a batch."""
-    return policy_loss(LossInputs(logprobs, batch.old_logprobs, batch.advantages, batch.mask), config)
+    arrays = (batch.old_logprobs, batch.reference_logprobs, batch.advantages, batch.mask)
+    return policy_loss(LossInputs(logprobs, entropy, *arrays), config)
 
 
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    loss: Callable[[Array, GroupBatch, LossConfig], tuple[Array, Metrics]],
+    loss: Callable[[Array, Array, GroupBatch, LossConfig], tuple[Array, Metrics]],
     config: LossConfig,
     temperature: float,
     chunk: int,
@@ -108,7 +111,7 @@ def make_train_step(
     def objective(params: nnx.State, batch: GroupBatch) -> tuple[Array, Metrics]:
         policy = nnx.merge(graph, params)
         logprobs, entropy = member_logprobs(policy, batch, temperature, chunk)
-        value, metrics = loss(logprobs, batch, config)
+        value, metrics = loss(logprobs, entropy, batch, config)
         return value, metrics | {"loss": value, "entropy": masked_mean(entropy, batch.mask)}
 
     def step(state: TrainState, batch: GroupBatch) -> tuple[TrainState, Metrics]:
@@ -129,7 +132,20 @@ def make_train_step(
 def batch_shardings(mesh: Mesh) -> GroupBatch:
     """Shardings of a `GroupBatch`, as a prefix tree: everything over groups, the root everywhere."""
     groups = over_groups(mesh)
-    return GroupBatch(prompt_shardings(mesh), groups, groups, groups, groups, groups)
+    return GroupBatch(prompt_shardings(mesh), *[groups] * 6)
+
+
+def make_reference(
+    graph: nnx.GraphDef, params: nnx.State, temperature: float, chunk: int, mesh: Mesh
+) -> Callable[[GroupBatch], GroupBatch]:
+    """Compiles what fills in a batch's `reference_logprobs`; keeps its own copy of the parameters."""
+    reference = jax.tree.map(jnp.copy, params)  # the train step donates the originals
+
+    def logprobs(params: nnx.State, batch: GroupBatch) -> Array:
+        return member_logprobs(nnx.merge(graph, params), batch, temperature, chunk)[0]
+
+    program = jax.jit(logprobs, out_shardings=over_groups(mesh))
+    return lambda batch: dataclasses.replace(batch, reference_logprobs=program(reference, batch))
 
 
 def init_params(make_policy: Callable[[], Policy], mesh: Mesh, rules: ShardingRules) -> tuple[nnx.GraphDef, nnx.State]:

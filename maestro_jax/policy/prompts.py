@@ -116,7 +116,7 @@ class Prompts:
 
 def _check_tokens(tokens: Tokens, architecture: PolicyArchitecture) -> None:
     """An id beyond the embedding table would silently read its last row."""
-    size, rows = len(tokens.tokenizer), architecture.text.vocab_size  # type: ignore[arg-type]
+    size, rows = tokens.size, architecture.text.vocab_size
     if size > rows:
         raise ConfigError(
             f"the tokenizer has {size} ids, the policy's vocab_size is {rows}; set "

@@ -51,6 +51,11 @@ class Tokens:
     special_ids: frozenset[int]
     special_texts: tuple[str, ...]
 
+    @property
+    def size(self) -> int:
+        """Number of ids, special and added ones included."""
+        return len(self.tokenizer)  # type: ignore[arg-type]
+
     def encode(self, text: str) -> list[int]:
         """Ids of trusted text; special tokens are recognised, none is added."""
         return self.tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]

@@ -3,7 +3,9 @@
 The router stands for what a pretrained model brings along: it knows the format, and it follows the
 descriptions of experts and skills part of the time, guessing otherwise. Descriptions may over-claim
 (`claims` may point to the wrong expert), calls are made for real, and the answer is whatever came
-back. So demonstrations teach how to call, not whom to call: that is left to reinforcement.
+back. So demonstrations teach how to call, not whom to call: that is left to reinforcement. A
+pretrained model also sees what kind of task it has before it: the router says so in a thought, which
+names the kind and no expert.
 
 A pretrained model also knows how to quote. A tiny one has to learn it, and most replies to guessed
 calls say nothing, so a share of the demonstrations rehearses: their reply is a random short text
@@ -11,12 +13,12 @@ instead of the expert's. Rehearsals say nothing about experts or tasks.
 """
 
 import dataclasses
-import string
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from maestro_jax.config import WarmStartConfig
+from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout import protocol
@@ -24,7 +26,6 @@ from maestro_jax.rollout.exchange import Exchange
 from maestro_jax.types import Call, Observation, Status, Task
 
 NO_HELP = "I cannot tell."
-_LETTERS = string.ascii_letters
 _IN_FLIGHT = 64
 
 
@@ -55,9 +56,14 @@ class WeakRouter:
         phrases = self.config.queries.get(skill, ("answer the question",))
         return Call(expert, skill, phrases[rng.integers(len(phrases))])
 
+    def thought(self, source: str) -> str:
+        """What is written before the first call; empty for sources that have no thought."""
+        text = self.config.thoughts.get(source, "")
+        return f"{protocol.THINK_OPEN} {text} {protocol.THINK_CLOSE}" if text else ""
+
     def texts(self) -> list[str]:
-        """Every call the router can write, for the tokenizer's training."""
-        return [
+        """Everything the router can write before an answer, for the tokenizer's training."""
+        return [self.thought(source) for source in self.config.thoughts] + [
             call_text(Call(expert.name, skill.name, phrase))
             for expert in self.registry.experts
             for skill in self.registry.shown_skills
@@ -109,7 +115,10 @@ def write_demonstrations(
     real = [(task, call) for task, call, skip in zip(tasks, first, rehearsed, strict=True) if not skip]
     answered = iter(make_calls(exchange.dispatcher, real, deadline, tick))
     words = [str(task.answers[0]) for task in tasks]
-    replies = [Observation(random_text(words, rng), Status.OK) if skip else next(answered) for skip in rehearsed]
+    pieces = letter_pieces(exchange.tokens)
+    replies = [
+        Observation(random_text(words, pieces, rng), Status.OK) if skip else next(answered) for skip in rehearsed
+    ]
     may_repeat = exchange.config.max_calls > 1
     wants_more = [
         may_repeat and reply.text == NO_HELP and rng.random() < router.config.second_call for reply in replies
@@ -120,31 +129,37 @@ def write_demonstrations(
     demonstrations = []
     for task, call, reply, other in zip(tasks, first, replies, second, strict=True):
         steps = [(call, reply)] if other is None else [(call, reply), (other, next(later))]
-        demonstrations.append(_write(task, steps, exchange))
+        demonstrations.append(_write(task, router.thought(task.source), steps, exchange))
     return demonstrations
 
 
-def random_text(words: Sequence[str], rng: np.random.Generator) -> str:
-    """A few pieces in a row: words of the training answers, numbers, letters.
+def random_text(words: Sequence[str], pieces: Sequence[str], rng: np.random.Generator) -> str:
+    """One or two words in a row: of the training answers, numbers, or made up of pieces of the vocabulary.
 
     Longer than real replies: every token of it is one more to learn quoting from.
     """
-    return " ".join(_piece(words, rng) for _ in range(rng.integers(1, 3)))
+    return " ".join(_random_word(words, pieces, rng) for _ in range(rng.integers(1, 3)))
 
 
-def _piece(words: Sequence[str], rng: np.random.Generator) -> str:
-    kind = rng.integers(3)
+def _random_word(words: Sequence[str], pieces: Sequence[str], rng: np.random.Generator) -> str:
+    kind = rng.integers(4)
     if kind == 0:
         return words[int(rng.integers(len(words)))]
     if kind == 1:
         return str(round(float(10 ** rng.uniform(0, 4)), int(rng.integers(3))))
-    return "".join(_LETTERS[int(i)] for i in rng.integers(len(_LETTERS), size=rng.integers(2, 9)))
+    return "".join(pieces[int(i)] for i in rng.integers(len(pieces), size=rng.integers(1, 5))).strip()
 
 
-def _write(task: Task, steps: Sequence[tuple[Call, Observation]], exchange: Exchange) -> Demonstration:
-    """Calls with what came back, and an answer that quotes the last reply as far as it was shown."""
+def letter_pieces(tokens: Tokens) -> list[str]:
+    """Every token of letters, some with a leading space: one never quoted in a rehearsal is not quoted later."""
+    texts = (raw.decode("ascii", "ignore") for raw in tokens.token_bytes(tokens.size))
+    return [text for text in texts if text.strip().isalpha()]
+
+
+def _write(task: Task, thought: str, steps: Sequence[tuple[Call, Observation]], exchange: Exchange) -> Demonstration:
+    """A thought, calls with what came back, and an answer that quotes the last reply as far as it was shown."""
     tokens = exchange.tokens
-    pieces: list[tuple[list[int], bool]] = []
+    pieces: list[tuple[list[int], bool]] = [(tokens.encode(thought), True)]
     for number, (call, observation) in enumerate(steps, start=1):
         pieces.append((tokens.encode(call_text(call)), True))
         pieces.append((exchange.observation_ids(observation, number >= exchange.config.max_calls), False))

@@ -59,5 +59,5 @@ def collate(
             tokens[g, m, :n], mask[g, m, :n], length[g, m] = member.ids, member.authored, n
     zeros = np.zeros(shape, np.float32)
     prefixes = jax.device_put(prompts.batch([group[0].task for group in groups]), prompt_shardings(mesh))
-    arrays = jax.device_put((tokens, length, mask, zeros, zeros[..., 0]), over_groups(mesh))
+    arrays = jax.device_put((tokens, length, mask, zeros, zeros, zeros[..., 0]), over_groups(mesh))
     return GroupBatch(prefixes, *arrays)

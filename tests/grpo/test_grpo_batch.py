@@ -55,11 +55,12 @@ def test_rewards_and_who_counts(rollout: Rollout) -> None:
     assert [len(group) for group in scored.parts] == [3, 3]
 
 
-def test_only_authored_tokens_of_members_with_contrast_are_in_the_loss(rollout: Rollout) -> None:
+def test_only_authored_tokens_of_valid_members_are_in_the_loss(rollout: Rollout) -> None:
     batch, _ = batch_of(rollout)
     mask = np.asarray(batch.mask)
     np.testing.assert_array_equal(mask[0, :2], rollout.authored[0, :2, :12])
-    assert mask[0, :2].any() and not mask[0, 2].any() and not mask[1:].any()
+    np.testing.assert_array_equal(mask[1], rollout.authored[1, :, :12])  # without contrast, but not without a say
+    assert mask[0, :2].any() and mask[1].any() and not mask[0, 2].any() and not mask[2:].any()
 
 
 def test_advantages_leave_the_marked_member_out(rollout: Rollout) -> None:

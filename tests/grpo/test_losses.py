@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,9 @@ def inputs() -> LossInputs:
     mask = rng.random((B, G, R)) < 0.7
     mask[0, 1] = False  # a member that is not in the loss
     advantages = rng.standard_normal((B, G)).astype(np.float32)
-    return LossInputs(*map(jnp.asarray, (new, old, advantages, mask)))
+    entropy = rng.uniform(0, 2, (B, G, R)).astype(np.float32)
+    reference = new + rng.normal(0, 0.5, (B, G, R)).astype(np.float32)
+    return LossInputs(*map(jnp.asarray, (new, entropy, old, reference, advantages, mask)))
 
 
 def member_losses(inputs: LossInputs, low: float, high: float) -> list[list[float]]:
@@ -92,7 +95,8 @@ def test_on_policy_the_gradient_is_the_advantage(inputs: LossInputs) -> None:
 
 def test_clipping_stops_the_gradient_only_where_it_would_go_further() -> None:
     ratio = jnp.log(jnp.array([[[1.5, 1.5, 0.5, 0.5]]])).reshape(1, 4, 1)
-    inputs = LossInputs(ratio, jnp.zeros((1, 4, 1)), jnp.array([[1.0, -1.0, 1.0, -1.0]]), jnp.ones((1, 4, 1), bool))
+    zeros, mask = jnp.zeros((1, 4, 1)), jnp.ones((1, 4, 1), bool)
+    inputs = LossInputs(ratio, zeros, zeros, zeros, jnp.array([[1.0, -1.0, 1.0, -1.0]]), mask)
     gradient = jax.grad(lambda x: policy_loss(dataclasses.replace(inputs, logprobs=x), GRPO)[0])(ratio)
     assert (gradient[0, :, 0] != 0).tolist() == [False, True, True, False]
     assert policy_loss(inputs, GRPO)[1]["clip_fraction"] == 0.5
@@ -111,3 +115,33 @@ def test_an_empty_mask_gives_zero(inputs: LossInputs, config: LossConfig) -> Non
     value, metrics = policy_loss(empty, config)
     assert value == 0.0 and metrics["clip_fraction"] == 0.0
     assert masked_mean(jnp.ones(3), jnp.zeros(3, bool)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "of"),
+    [("k1", lambda x: x), ("k2", lambda x: x * x / 2), ("k3", lambda x: math.exp(-x) - 1 + x)],
+    ids=["k1", "k2", "k3"],
+)
+def test_the_divergence_from_the_reference_is_punished(
+    inputs: LossInputs, estimator: str, of: Callable[[float], float]
+) -> None:
+    config = dataclasses.replace(DAPO, kl_weight=0.3, kl_estimator=estimator)
+    ratios = np.asarray(inputs.logprobs - inputs.reference_logprobs)[np.asarray(inputs.mask)]
+    wanted = np.mean([of(float(x)) for x in ratios])
+    value, metrics = policy_loss(inputs, config)
+    np.testing.assert_allclose(value - policy_loss(inputs, DAPO)[0], 0.3 * wanted, rtol=1e-4)
+    np.testing.assert_allclose(metrics["kl"], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_at_the_reference_the_divergence_has_no_gradient(inputs: LossInputs, estimator: str) -> None:
+    at = dataclasses.replace(inputs, reference_logprobs=inputs.logprobs, advantages=jnp.zeros((B, G)))
+    config = dataclasses.replace(GRPO, kl_weight=1.0, kl_estimator=estimator)
+    gradient = jax.grad(lambda x: policy_loss(dataclasses.replace(at, logprobs=x), config)[0])(inputs.logprobs)
+    assert not gradient.any()
+
+
+def test_entropy_is_rewarded(inputs: LossInputs) -> None:
+    wanted = np.asarray(inputs.entropy)[np.asarray(inputs.mask)].mean()
+    gained = policy_loss(inputs, DAPO)[0] - policy_loss(inputs, dataclasses.replace(DAPO, entropy_weight=0.2))[0]
+    np.testing.assert_allclose(gained, 0.2 * wanted, rtol=1e-5)

@@ -36,7 +36,7 @@ def group_form() -> tuple[np.ndarray, dict[str, np.ndarray], Any]:
     prompts = reference.collate(ROOT, reference.three_rows(), width=24, per_group=2, patches=24, filler=3)
     tokens = np.where(np.arange(R) < LENGTH[..., None], reference.members(3, G, R), 7)
     zeros = np.zeros((3, G, R), np.float32)
-    batch = GroupBatch(prompts, *map(jnp.asarray, (tokens, LENGTH, zeros > 0, zeros, zeros[..., 0])))
+    batch = GroupBatch(prompts, *map(jnp.asarray, (tokens, LENGTH, zeros > 0, zeros, zeros, zeros[..., 0])))
 
     def objective(state: nnx.State) -> tuple[jax.Array, jax.Array]:
         logprobs, entropy = member_logprobs(nnx.merge(graph, state), batch, TEMPERATURE, chunk=3)

@@ -20,7 +20,9 @@ from maestro_jax.grpo.update import (
     init_params,
     init_train_state,
     make_optimizer,
+    make_reference,
     make_train_step,
+    member_logprobs,
     nll_loss,
 )
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
@@ -60,7 +62,7 @@ def host_batch() -> GroupBatch:
     mask[3, 1] = False
     old = rng.uniform(-7, -5, (B, G, R)).astype(np.float32)
     advantages = rng.standard_normal((B, G)).astype(np.float32)
-    return GroupBatch(prompts, reference.members(B, G, R), length, mask, old, advantages)
+    return GroupBatch(prompts, reference.members(B, G, R), length, mask, old, np.zeros_like(old), advantages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +133,20 @@ def test_steps_are_counted(alone: Run) -> None:
     assert int(alone.after.step) == 1
 
 
+def test_the_reference_outlives_the_donation_of_what_it_was_copied_from() -> None:
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+    graph, params = init_params(lambda: Policy(architecture(), nnx.Rngs(0)), mesh, ShardingRules())
+    add_reference = make_reference(graph, params, 0.9, 2, mesh)
+    batch = jax.device_put(host_batch(), batch_shardings(mesh))
+    with jax.set_mesh(mesh):
+        wanted = member_logprobs(nnx.merge(graph, params), batch, 0.9, 2)[0]
+        jax.tree.map(lambda leaf: leaf.delete(), params)
+        found = add_reference(batch)
+    # The same program on the same numbers; only its fusions may differ.
+    np.testing.assert_allclose(found.reference_logprobs, wanted, rtol=1e-5, atol=1e-6)
+    assert found.old_logprobs is batch.old_logprobs and np.abs(wanted).max() > 1
+
+
 @pytest.mark.parametrize(
     ("decay_steps", "rates"),
     # 4 steps of a half cosine from 1 at step 2 to 0 at step 6; without decay the rate stays
@@ -159,5 +175,5 @@ def test_gradients_are_clipped_together_and_decay_is_decoupled() -> None:
 def test_nll_is_the_mean_over_tokens_in_the_loss() -> None:
     batch = host_batch()
     logprobs = np.random.default_rng(1).uniform(-5, 0, (B, G, R)).astype(np.float32)
-    found, _ = nll_loss(jnp.asarray(logprobs), batch, LOSS)
+    found, _ = nll_loss(jnp.asarray(logprobs), jnp.zeros((B, G, R)), batch, LOSS)
     np.testing.assert_allclose(found, -logprobs[batch.mask].mean(), rtol=1e-6)

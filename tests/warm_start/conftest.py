@@ -34,6 +34,7 @@ def make_router(registry: RegistryConfig) -> Callable[..., WeakRouter]:
             "second_call": 0.0,
             "rehearsal": 0.0,
             "queries": {"Chart_Solver": ("read the chart", "check the axis")},
+            "thoughts": {},
             "optimizer": OptimizerConfig(1e-3, 1, 0, 0.9, 0.95, 1e-8, 0.0, 1.0),
         }
         return WeakRouter(registry, WarmStartConfig(**(settings | changes)))

@@ -12,14 +12,17 @@ import pytest
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
-from maestro_jax.types import Call, Observation, Status, Task
+from maestro_jax.rollout.protocol import parse_turn
+from maestro_jax.types import Call, Observation, Status, StopReason, Task
 from maestro_jax.warm_start.demonstrations import (
     NO_HELP,
     Demonstration,
     WeakRouter,
     answer_text,
     call_text,
+    letter_pieces,
     make_calls,
+    random_text,
     tokenizer_texts,
     write_demonstrations,
 )
@@ -123,6 +126,28 @@ def test_call_and_answer_are_authored_and_the_observation_is_not(
             (False, exchange.observation_ids(observation, last=False)),
             (True, tokens.encode(answer_text(observation.text))),
         ]
+
+
+def test_the_kind_of_task_is_thought_before_the_first_call(
+    write: Callable[..., Any], make_router: Make, tokens: Tokens, tasks: list[Task]
+) -> None:
+    written, experts, _ = write(echo, thoughts={"charts": "a chart"})
+    for one, task, (call, _) in zip(written, tasks, experts.calls, strict=True):
+        thought = "<think> a chart </think>" if task.source == "charts" else ""
+        assert tokens.decode(pieces(one)[0][1]) == thought + call_text(call)
+        parsed = parse_turn(thought + call_text(call), StopReason.CALL, make_router().registry)
+        assert parsed.well_formed and parsed.call == call
+
+
+def test_rehearsals_reach_every_token_of_letters(tokens: Tokens) -> None:
+    rng, quoted = np.random.default_rng(0), set()
+    texts = letter_pieces(tokens)
+    for _ in range(4000):
+        quoted |= set(tokens.encode(f" {random_text(['word'], texts, rng)}"))
+    letters = {i for i in range(tokens.size) if tokens.decode([i]).strip().isalpha()}
+    ascii_letters = {i for i in letters if tokens.decode([i]).isascii()}
+    # Byte-pair merges join some neighbours into other tokens, so a rare few stay out of reach.
+    assert len(ascii_letters & quoted) > 0.95 * len(ascii_letters) > 50
 
 
 def test_a_long_reply_is_quoted_as_far_as_it_was_shown(write: Callable[..., Any], tokens: Tokens) -> None:
