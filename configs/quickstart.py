@@ -97,6 +97,7 @@ def policy() -> ConfigDict:
     ids = {"vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": 5}
     return ConfigDict(
         {
+            "init_from": "",
             "architecture": {"text_config": text, "vision_config": vision, "tie_word_embeddings": True, **ids},
             "tokenizer": "",
             "param_dtype": "float32",

@@ -50,11 +50,15 @@ class PolicyConfig:
     """The policy's architecture (the content of a Hugging Face config.json), tokens and prompt limits.
 
     Attributes:
-      tokenizer: directory with tokenizer.json; empty trains one of the architecture's vocab_size on the tasks.
+      init_from: Hugging Face checkpoint directory to start from; empty starts from random weights.
+      architecture: the content of a config.json; empty reads the one in `init_from`.
+      tokenizer: directory with tokenizer.json; empty takes the one in `init_from`, or trains one of the
+        architecture's vocab_size on the tasks.
       prefix_buckets: static lengths of a task's prompt, in tokens.
       image_buckets: static sizes of an image, in patches.
     """
 
+    init_from: str
     architecture: dict[str, Any]
     tokenizer: str
     param_dtype: str
@@ -227,6 +231,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 def _check(config: Config) -> None:
     rollout, grpo = config.rollout, config.grpo
+    if not config.policy.init_from and not config.policy.architecture:
+        raise ConfigError("config.policy.architecture is empty; fill it in, or set config.policy.init_from")
     if config.data.kind not in ("suite", "verl"):
         raise ConfigError(f'config.data.kind {config.data.kind!r} is unknown; use "suite" or "verl"')
     if config.data.kind == "verl" and not (config.data.train_files and config.data.test_files):

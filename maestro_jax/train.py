@@ -40,6 +40,7 @@ from maestro_jax.grpo.update import (
     make_reference,
     make_train_step,
     nll_loss,
+    param_layout,
 )
 from maestro_jax.observe.figures import plot_curves, plot_routing
 from maestro_jax.observe.files import read_json, write_json
@@ -48,7 +49,8 @@ from maestro_jax.observe.progress import Progress
 from maestro_jax.observe.table import summary_table
 from maestro_jax.parallel.mesh import make_mesh
 from maestro_jax.parallel.sharding import ShardingRules
-from maestro_jax.policy.config import architecture_from_hf
+from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, read_config_json
+from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
@@ -96,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         dispatcher = Dispatcher(registry)
         router = WeakRouter(config.registry, config.warm_start)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
-        architecture = architecture_from_hf(config.policy.architecture, "config.policy.architecture")
+        architecture = open_architecture(config)
         tokens = open_tokens(config, workdir, system, router, train_source)
         prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
         exchange = Exchange(tokens, registry, dispatcher, fields(EpisodeConfig, config.rollout))
@@ -104,10 +106,7 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Mesh, policy, engine --------------------------------------------------------------
         mesh = make_mesh(config.mesh)
-        param_dtype, compute_dtype = jnp.dtype(config.policy.param_dtype), jnp.dtype(config.policy.compute_dtype)
-        graph, params = init_params(
-            lambda: Policy(architecture, nnx.Rngs(config.seed), param_dtype, compute_dtype), mesh, ShardingRules()
-        )
+        graph, params = open_params(config, architecture, mesh)
         engine = Engine(graph, mesh, prompts, exchange, fields(DecodeConfig, config.rollout))
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         progress.note(f"policy: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)")
@@ -262,10 +261,31 @@ def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSo
     return TfdsSource(suite, "train"), TfdsSource(suite, "test")
 
 
+def open_architecture(config: Config) -> PolicyArchitecture:
+    """The architecture that the config spells out, or that of the checkpoint to start from."""
+    if config.policy.architecture:
+        return architecture_from_hf(config.policy.architecture, "config.policy.architecture")
+    directory = config.policy.init_from
+    return architecture_from_hf(read_config_json(directory), f"{directory}/config.json")
+
+
+def open_params(config: Config, architecture: PolicyArchitecture, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+    """Parameters in their shards: those of the checkpoint to start from, or random ones."""
+    param_dtype, compute_dtype = jnp.dtype(config.policy.param_dtype), jnp.dtype(config.policy.compute_dtype)
+
+    def make() -> Policy:
+        return Policy(architecture, nnx.Rngs(config.seed), param_dtype, compute_dtype)
+
+    if not config.policy.init_from:
+        return init_params(make, mesh, ShardingRules())
+    graph, abstract, shardings = param_layout(make, mesh, ShardingRules())
+    return graph, import_params(config.policy.init_from, abstract, shardings, architecture.vision.patch_shape)
+
+
 def open_tokens(config: Config, workdir: Path, system: str, router: WeakRouter, tasks: TaskSource) -> Tokens:
     """The checkpoint's tokenizer, or a tiny one trained once on the training tasks."""
-    if config.policy.tokenizer:
-        return load_tokens(config.policy.tokenizer)
+    if given := config.policy.tokenizer or config.policy.init_from:
+        return load_tokens(given)
     directory = workdir / "tokenizer"
     if (directory / "tokenizer_config.json").is_file():
         return load_tokens(directory)

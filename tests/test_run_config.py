@@ -165,6 +165,7 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
         ("rollout.turn_budget", 10_000, "must be below room="),
         ("grpo.group_size", 1, "use at least 2"),
         ("grpo.advantage", "zscore", "use one of "),
+        ("policy.architecture", {}, "set config.policy.init_from"),
         ("grpo.aggregation", "mean", "use one of "),
         ("grpo.kl_estimator", "k4", "use one of "),
         ("grpo.steps", 10_000, "set config.optimizer.decay_steps=10000"),

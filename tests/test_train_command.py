@@ -341,6 +341,21 @@ def test_a_run_on_parquet_files(job: Job, interrupted: Interrupted, tmp_path: Pa
     assert all(set(row) == {"chartqa"} for row in summary["accuracy_by_domain"].values())
 
 
+def test_a_run_starts_from_an_exported_one(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    """The held-out tasks score as they did when the first run ended (test_export_command.py compares weights)."""
+    export = [sys.executable, "-m", "maestro_jax.export", f"--checkpoint={interrupted.workdir}"]
+    result = job.finish([*export, f"--output={tmp_path}/exported", "--dtype=float32"])
+    assert result.returncode == 0, result.stderr
+    start = {"policy.init_from": tmp_path / "exported", "warm_start.steps": 0, "grpo.steps": 1}
+    result = job.run(tmp_path / "run", **start)
+    assert result.returncode == 0, result.stderr
+    first = json.loads((interrupted.workdir / "summary.json").read_text())
+    second = json.loads((tmp_path / "run/summary.json").read_text())
+    for kind in ("reward", "calls"):
+        assert second[kind]["warm_start"] == first[kind]["trained"]
+    assert not (tmp_path / "run/tokenizer").exists()  # it is the exported one
+
+
 def test_a_corrupt_parquet_file_is_refused(job: Job, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "train.parquet", [png(0)])
     path.write_bytes(path.read_bytes()[:-20])

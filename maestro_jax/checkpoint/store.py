@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from maestro_jax.errors import ConfigError
@@ -68,6 +69,38 @@ class CheckpointStore:
                     f"checkpoint {step} in {self._manager.directory} holds {name} as {found}, this configuration makes "
                     f"{wanted}; use the configuration it was trained with, or a new --workdir"
                 )
+
+
+class ParamReader:
+    """Reads single parameters of a checkpoint as numpy arrays, without the rest of the train state."""
+
+    def __init__(self, directory: str | Path, step: int | None):
+        directory = Path(directory).absolute()
+        if not directory.is_dir():
+            raise ConfigError(f"{directory} is no directory; point at a run's work directory or its checkpoints/")
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(create=False)
+        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+        steps = self._manager.all_steps()
+        if not steps or (step is not None and step not in steps):
+            found = ", ".join(map(str, sorted(steps))) or "none"
+            raise ConfigError(f"{directory} has no checkpoint {'' if step is None else step}; it holds: {found}")
+        self.step = max(steps) if step is None else step
+        metadata = self._manager.item_metadata(self.step).state
+        self._stored = {_param_name(key): key for key in metadata if key.startswith("params/")}
+        self.shapes = {name: tuple(metadata[key].shape) for name, key in self._stored.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One parameter, in the dtype it was saved in."""
+        key = self._stored[name]
+        how = ocp.args.PyTreeRestore(
+            item={key: 0}, restore_args={key: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
+        )
+        return self._manager.restore(self.step, args=ocp.args.Composite(state=how)).state[key]
+
+
+def _param_name(key: str) -> str:
+    return key.removeprefix("params/").removesuffix("/value")
 
 
 def named_leaves(tree: Any) -> dict[str, jax.Array]:

@@ -150,9 +150,16 @@ def make_reference(
 
 def init_params(make_policy: Callable[[], Policy], mesh: Mesh, rules: ShardingRules) -> tuple[nnx.GraphDef, nnx.State]:
     """Initialises the policy's parameters directly in their shards."""
-    graph, abstract = nnx.split(nnx.eval_shape(make_policy), nnx.Param)
-    shardings = param_shardings(abstract, mesh, rules)
+    graph, _, shardings = param_layout(make_policy, mesh, rules)
     return graph, jax.jit(lambda: nnx.split(make_policy(), nnx.Param)[1], out_shardings=shardings)()
+
+
+def param_layout(
+    make_policy: Callable[[], Policy], mesh: Mesh, rules: ShardingRules
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The policy's structure, its parameters' shapes and dtypes, and their shardings; nothing is computed."""
+    graph, abstract = nnx.split(nnx.eval_shape(make_policy), nnx.Param)
+    return graph, abstract, param_shardings(abstract, mesh, rules)
 
 
 def init_train_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

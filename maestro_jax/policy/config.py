@@ -6,7 +6,9 @@ Both spellings are read: transformers 4.57 (`rope_theta`, `rope_scaling`) and 5.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from maestro_jax.errors import ConfigError
@@ -44,6 +46,11 @@ class VisionConfig:
     num_position_embeddings: int
     deepstack_visual_indexes: tuple[int, ...]
 
+    @property
+    def patch_shape(self) -> tuple[int, int, int, int]:
+        """Channels, time, height and width of a patch."""
+        return self.in_channels, self.temporal_patch_size, self.patch_size, self.patch_size
+
 
 @dataclasses.dataclass(frozen=True)
 class PolicyArchitecture:
@@ -55,6 +62,18 @@ class PolicyArchitecture:
     vision_start_token_id: int
     vision_end_token_id: int
     tie_word_embeddings: bool
+
+
+def read_config_json(directory: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint directory's `config.json`."""
+    path = Path(directory) / "config.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); point at a Hugging Face checkpoint directory") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no JSON object; use the config.json of a Qwen3-VL checkpoint")
+    return values
 
 
 def architecture_from_hf(config: Mapping[str, Any], where: str) -> PolicyArchitecture:

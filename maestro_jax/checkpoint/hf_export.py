@@ -1,0 +1,187 @@
+"""Writes a Hugging Face model directory: weights in shards, config files, tokenizer, model card.
+
+Everything goes into a directory of a temporary name, which takes its real name when it is whole.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from maestro_jax.errors import ConfigError
+from maestro_jax.policy.config import PolicyArchitecture
+
+SHARD_BYTES = 2_000_000_000  # below the customary 5 GB, because a shard is held in memory before it is written
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class ShardWriter:
+    """Collects tensors and writes `model.safetensors`, or numbered shards with their index."""
+
+    def __init__(self, directory: Path, limit: int = SHARD_BYTES):
+        self.directory = directory
+        self.limit = limit
+        self._pending: dict[str, np.ndarray] = {}
+        self._parts: list[list[str]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        """Takes one tensor; writes a shard when the next tensor would make it too large."""
+        held = sum(array.nbytes for array in self._pending.values())
+        if self._pending and held + tensor.nbytes > self.limit:
+            self._flush()
+        self._pending[name] = np.ascontiguousarray(tensor)
+        self._total += tensor.nbytes
+
+    def close(self) -> None:
+        """Writes what is left, gives the shards their names and writes the index."""
+        self._flush()
+        count = len(self._parts)
+        if count == 1:
+            self._part(0).rename(self.directory / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for at, names in enumerate(self._parts):
+            file = f"model-{at + 1:05d}-of-{count:05d}.safetensors"
+            self._part(at).rename(self.directory / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        if self._pending:
+            part = self._part(len(self._parts))
+            save_file(self._pending, part, metadata={"format": "pt"})
+            part.chmod(0o644)  # safetensors makes files that only their owner can read
+            self._parts.append(list(self._pending))
+            self._pending = {}
+
+    def _part(self, number: int) -> Path:
+        return self.directory / f"part-{number:05d}"
+
+
+def copy_base(base: Path, output: Path) -> None:
+    """Copies everything but weights and the model card from a checkpoint directory, byte for byte."""
+    for path in sorted(base.iterdir()):
+        if path.is_file() and path.name != "README.md" and not any(path.match(pattern) for pattern in _WEIGHTS):
+            shutil.copyfile(path, output / path.name)
+
+
+def write_config_files(
+    architecture: PolicyArchitecture, tokenizer: Path, dtype: str, pixels: tuple[int, int], output: Path
+) -> None:
+    """Writes what a base would bring along: config.json, generation and preprocessor config, the tokenizer.
+
+    Args:
+      tokenizer: directory with the tokenizer's files.
+      pixels: least and most pixels of an image.
+    """
+    for name in _TOKENIZER:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, output / name)
+    special = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    ids = {token["content"]: token["id"] for token in special}
+    stop = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids.get("<|endoftext|>", ids["<|im_end|>"])}
+    files = {
+        "config.json": hf_config(architecture, dtype, ids),
+        "generation_config.json": {**stop, "do_sample": False},
+        "preprocessor_config.json": preprocessor_config(architecture, pixels),
+    }
+    for name, values in files.items():
+        (output / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def hf_config(architecture: PolicyArchitecture, dtype: str, ids: Mapping[str, int]) -> dict[str, Any]:
+    """A `config.json` in both spellings: transformers 4.57 (`rope_scaling`) and 5 (`rope_parameters`)."""
+    text, vision = architecture.text, architecture.vision
+    sections = {"rope_type": "default", "mrope_section": list(text.mrope_section), "mrope_interleaved": True}
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "image_token_id": architecture.image_token_id,
+        # Without such a token, an id that no token has: id 0 would be taken for a video.
+        "video_token_id": ids.get("<|video_pad|>", text.vocab_size),
+        "vision_start_token_id": architecture.vision_start_token_id,
+        "vision_end_token_id": architecture.vision_end_token_id,
+        "tie_word_embeddings": True,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "intermediate_size": text.intermediate_size,
+            "num_hidden_layers": text.num_hidden_layers,
+            "num_attention_heads": text.num_attention_heads,
+            "num_key_value_heads": text.num_key_value_heads,
+            "head_dim": text.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": text.rms_norm_eps,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "rope_theta": text.rope_theta,
+            "rope_scaling": sections,
+            "rope_parameters": {**sections, "rope_theta": text.rope_theta},
+            "dtype": dtype,
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": vision.depth,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_heads": vision.num_heads,
+            "in_channels": vision.in_channels,
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "spatial_merge_size": vision.spatial_merge_size,
+            "out_hidden_size": vision.out_hidden_size,
+            "num_position_embeddings": vision.num_position_embeddings,
+            "deepstack_visual_indexes": list(vision.deepstack_visual_indexes),
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+    }
+
+
+def preprocessor_config(architecture: PolicyArchitecture, pixels: tuple[int, int]) -> dict[str, Any]:
+    vision = architecture.vision
+    return {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "size": {"shortest_edge": pixels[0], "longest_edge": pixels[1]},
+    }
+
+
+def write_model_card(output: Path, step: int, settings: Mapping[str, str], summary: Mapping[str, Any] | None) -> None:
+    """A README.md with where the weights come from: step, scores where there are any, the run's settings."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", "", "# Orchestrator", ""]
+    lines += [f"Trained with maestro_jax; checkpoint of step {step}.", ""]
+    if summary is not None:
+        lines += [f"Accuracy on {summary['held_out_tasks']} held-out tasks after {summary['steps']} steps:", ""]
+        lines += ["| routing | accuracy |", "|---|---|"]
+        lines += [f"| {name} | {value:.3f} |" for name, value in summary["accuracy"].items()]
+        lines.append("")
+    lines += ["## Settings of the run", "", "```", *_settings(settings), "```", ""]
+    (output / "README.md").write_text("\n".join(lines))
+
+
+def _settings(settings: Mapping[str, str]) -> Iterator[str]:
+    for key, value in sorted(settings.items()):
+        yield f"{key} = {value.replace('```', '')}"
+
+
+def check_output(output: Path) -> None:
+    """Refuses to write over something."""
+    if output.exists():
+        raise ConfigError(f"{output} exists; give --output a new directory")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"{output.absolute().parent} is no directory; create it, or give another --output")

@@ -1,0 +1,146 @@
+"""Exports a checkpoint of a run as a Hugging Face model directory.
+
+    python -m maestro_jax.export --checkpoint runs/quickstart --output exported [--dtype bfloat16] [--verify]
+
+--checkpoint is a run's work directory, its checkpoints/ or one checkpoint in there. With --base the
+files around the weights (config.json, tokenizer, preprocessor) are copied from that Hugging Face
+directory; without it they are made from the run's config.
+"""
+
+import ast
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags
+
+from maestro_jax import command
+from maestro_jax.checkpoint.hf_export import (
+    ShardWriter,
+    check_output,
+    copy_base,
+    write_config_files,
+    write_model_card,
+)
+from maestro_jax.checkpoint.hf_verify import verify_logits, verify_tensors
+from maestro_jax.checkpoint.store import ParamReader
+from maestro_jax.errors import ConfigError
+from maestro_jax.observe.files import read_json
+from maestro_jax.observe.progress import Progress
+from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, read_config_json
+from maestro_jax.policy.huggingface import counterparts
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Work directory of a run, its checkpoints/, or one checkpoint.")
+OUTPUT = flags.DEFINE_string("output", "", "Directory to write; must not exist.")
+BASE = flags.DEFINE_string("base", "", "Hugging Face directory to copy all files but the weights from.")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Type of the exported weights.")
+VERIFY = flags.DEFINE_bool("verify", False, "Read the result again and compare; with torch, also compute with it.")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    output, base = Path(OUTPUT.value), Path(BASE.value) if BASE.value else None
+    check_output(output)
+
+    with Progress() as progress:
+        # ---- The run ---------------------------------------------------------------------------
+        run = find_run(Path(CHECKPOINT.value))
+        reader = ParamReader(run.checkpoints, run.step)
+        architecture, tokenizer = open_architecture(run, base), tokenizer_directory(run)
+        table = counterparts(reader.shapes, architecture.vision.patch_shape)
+
+        # ---- Weights, one parameter at a time --------------------------------------------------
+        partial = output.with_name(f".{output.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        writer = ShardWriter(partial)
+        progress.phase(f"export of step {reader.step}", len(table))
+        for done, (name, part) in enumerate(table.items(), start=1):
+            for tensor_name, tensor in part.to_hf(reader.read(name)).items():
+                writer.add(tensor_name, tensor.astype(jnp.dtype(DTYPE.value)))
+            progress.tick(done)
+        writer.close()
+
+        # ---- What stands around them -----------------------------------------------------------
+        if base is None:
+            write_config_files(architecture, tokenizer, DTYPE.value, run.pixels, partial)
+        else:
+            copy_base(base, partial)
+        write_model_card(partial, reader.step, run.settings, read_json(run.workdir / "summary.json"))
+
+        # ---- Verify, then the real name --------------------------------------------------------
+        if VERIFY.value:
+            progress.phase("verify", 2)
+            progress.note(verify_tensors(partial, reader, table, DTYPE.value))
+            progress.tick(1)
+            progress.note(verify_logits(partial, architecture, run.pixels))
+            progress.tick(2)
+        partial.rename(output)
+    print(f"step {reader.step} of {run.workdir} written to {output}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run on disk."""
+
+    workdir: Path
+    checkpoints: Path
+    step: int | None  # None: the newest
+    settings: dict[str, str]  # as the run wrote them: dotted key → printed value
+
+    def value(self, key: str) -> Any:
+        """A setting; a run of an older version, which did not have it, counts as having it empty."""
+        return ast.literal_eval(self.settings.get(key, "''"))
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Least and most pixels of an image."""
+        return self.value("policy.min_pixels"), self.value("policy.max_pixels")
+
+
+def find_run(path: Path) -> Run:
+    """The run that `path` means: a work directory, its checkpoints/ or one checkpoint in there."""
+    step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
+    checkpoints = path.parent if step is not None else path if path.name == "checkpoints" else path / "checkpoints"
+    settings = read_json(checkpoints.parent / "config.json")
+    if settings is None:
+        raise ConfigError(
+            f"{checkpoints.parent} has no config.json, so it is no run's work directory; give --checkpoint the "
+            "--workdir of a run of maestro_jax.train"
+        )
+    return Run(checkpoints.parent, checkpoints, step, settings)
+
+
+def open_architecture(run: Run, base: Path | None) -> PolicyArchitecture:
+    """The run's architecture; a base of another one is refused."""
+    values = nested(run, "policy.architecture.")
+    source = run.value("policy.init_from") if not values else ""
+    own = architecture_from_hf(values or read_config_json(source), f"{source or run.workdir}/config.json")
+    if base is not None and architecture_from_hf(read_config_json(base), f"{base}/config.json") != own:
+        raise ConfigError(f"{base}/config.json describes another architecture than this run's; give its own --base")
+    return own
+
+
+def nested(run: Run, prefix: str) -> dict[str, Any]:
+    """The settings below a dotted prefix, as nested mappings again."""
+    found: dict[str, Any] = {}
+    for key in run.settings:
+        if key.startswith(prefix):
+            *groups, last = key.removeprefix(prefix).split(".")
+            place = found
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[last] = run.value(key)
+    return found
+
+
+def tokenizer_directory(run: Run) -> Path:
+    given = run.value("policy.tokenizer") or run.value("policy.init_from")
+    return Path(given) if given else run.workdir / "tokenizer"
+
+
+if __name__ == "__main__":
+    command.run(main, required=("checkpoint", "output"))

@@ -1,0 +1,199 @@
+"""The export command on a run's directory: what transformers loads afterwards, and what it refuses."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+from configs import quickstart
+from maestro_jax.checkpoint import hf_export
+from maestro_jax.checkpoint.hf_export import ShardWriter
+from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
+from maestro_jax.config import parse_config
+from maestro_jax.errors import EXIT_CONFIG
+from maestro_jax.grpo.update import init_params, init_train_state, make_optimizer
+from maestro_jax.observe.files import write_json
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.parallel.sharding import ShardingRules
+from maestro_jax.policy.config import architecture_from_hf, read_config_json
+from maestro_jax.policy.huggingface import counterparts
+from maestro_jax.policy.model import Policy
+from maestro_jax.policy.tokens import train_tokens
+from maestro_jax.train import flatten, open_architecture, open_params
+
+ROOT = Path(__file__).parents[1]
+STEPS = (2, 5)
+
+
+def small_config() -> Any:
+    config = quickstart.get_config()
+    text, vision = config.policy.architecture.text_config, config.policy.architecture.vision_config
+    text.update(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=320, num_key_value_heads=1)
+    vision.update(depth=2, hidden_size=32, intermediate_size=48, out_hidden_size=64, deepstack_visual_indexes=(1,))
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """A run's directory, and the parameters of its checkpoints as transformers' tensors."""
+
+    workdir: Path
+    tensors: dict[int, dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
+    """What a run leaves behind: settings, tokenizer, two checkpoints of different weights, a summary."""
+    directory, raw = tmp_path_factory.mktemp("run"), small_config()
+    config = parse_config(raw)
+    write_json(directory / "config.json", flatten(raw.to_dict()))
+    write_json(directory / "summary.json", {"held_out_tasks": 7, "steps": 5, "accuracy": {"trained": 0.5}})
+    train_tokens(["What is shown? a chart of numbers"] * 9, 290, directory / "tokenizer")
+    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    store, tensors = CheckpointStore(directory / "checkpoints", keep=2), {}
+    architecture = architecture_from_hf(config.policy.architecture, "config")
+    for step in STEPS:
+        make = functools.partial(lambda seed: Policy(architecture, nnx.Rngs(seed)), step)
+        _, params = init_params(make, mesh, ShardingRules())
+        tensors[step] = as_hf({name: np.asarray(leaf) for name, leaf in named_leaves(params).items()})
+        store.save(step, init_train_state(params, make_optimizer(config.optimizer), mesh), {})
+    store.close()
+    return SavedRun(directory, tensors)
+
+
+def as_hf(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    arrays = {name.removesuffix("/value"): array for name, array in params.items()}
+    table = counterparts({name: array.shape for name, array in arrays.items()}, (3, 2, 16, 16))
+    return {name: tensor for ours, part in table.items() for name, tensor in part.to_hf(arrays[ours]).items()}
+
+
+def export(*flags: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "maestro_jax.export", *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def exported(run: SavedRun) -> tuple[Path, str]:
+    output = run.workdir / "exported"
+    result = export(f"--checkpoint={run.workdir}", f"--output={output}", "--dtype=float32", "--verify")
+    assert result.returncode == 0, result.stderr
+    return output, result.stdout
+
+
+def test_the_newest_checkpoint_is_written_bit_for_bit(run: SavedRun, exported: tuple[Path, str]) -> None:
+    found = load_file(exported[0] / "model.safetensors")
+    wanted = run.tensors[STEPS[-1]]
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(tensor, wanted[name], err_msg=name)
+
+
+def test_verification_says_what_it_saw(exported: tuple[Path, str]) -> None:
+    assert "tensors, bit for bit" in exported[1]
+    assert "verified: 16 greedy tokens equal transformers'" in exported[1]
+
+
+def test_transformers_loads_every_key_and_continues_an_image(exported: tuple[Path, str]) -> None:
+    import torch
+    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+
+    model, report = Qwen3VLForConditionalGeneration.from_pretrained(exported[0], output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(exported[0])
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is shown?"}], return_tensors="pt")
+    ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_the_files_around_the_weights(run: SavedRun, exported: tuple[Path, str]) -> None:
+    output = exported[0]
+    own = architecture_from_hf(small_config().policy.architecture, "config")
+    assert architecture_from_hf(read_config_json(output), "config.json") == own
+    old = json.loads((output / "config.json").read_text())["text_config"]
+    assert (old["rope_theta"], old["rope_scaling"]["mrope_section"]) == (100.0, [12, 10, 10])  # transformers 4.57
+    assert (output / "tokenizer.json").read_bytes() == (run.workdir / "tokenizer/tokenizer.json").read_bytes()
+    card = (output / "README.md").read_text()
+    assert "checkpoint of step 5" in card and "| trained | 0.500 |" in card and "grpo.group_size = 8" in card
+    assert not list(run.workdir.glob(".*partial"))
+
+
+def test_a_new_run_starts_from_it_without_an_architecture_of_its_own(run: SavedRun, exported: tuple[Path, str]) -> None:
+    raw = small_config()
+    raw.policy.init_from, raw.policy.architecture = str(exported[0]), ConfigDict()
+    config = parse_config(raw)
+    mesh = make_mesh(MeshConfig(1, 4, 2), jax.devices())
+    architecture = open_architecture(config)
+    assert architecture == architecture_from_hf(small_config().policy.architecture, "config")
+    _, params = open_params(config, architecture, mesh)
+    found = as_hf({name: np.asarray(leaf) for name, leaf in named_leaves(params).items()})
+    for name, tensor in run.tensors[STEPS[-1]].items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+
+
+def test_one_checkpoint_in_bfloat16_with_the_files_of_a_base(
+    run: SavedRun, exported: tuple[Path, str], tmp_path: Path
+) -> None:
+    base = exported[0]
+    result = export(f"--checkpoint={run.workdir}/checkpoints/{STEPS[0]}", f"--output={tmp_path}/out", f"--base={base}")
+    assert result.returncode == 0, result.stderr
+    found, wanted = load_file(tmp_path / "out/model.safetensors"), run.tensors[STEPS[0]]
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(tensor, wanted[name].astype(ml_dtypes.bfloat16), err_msg=name)
+    for path in base.iterdir():
+        if path.suffix != ".safetensors" and path.name != "README.md":
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_mistakes_are_one_line_that_names_the_cure(run: SavedRun, exported: tuple[Path, str], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    values = json.loads((exported[0] / "config.json").read_text())
+    values["text_config"]["num_hidden_layers"] = 7
+    (other / "config.json").write_text(json.dumps(values))
+    for flags, says in (
+        ([f"--checkpoint={run.workdir}", f"--output={exported[0]}"], "exists; give --output a new directory"),
+        ([f"--checkpoint={tmp_path}/no", f"--output={tmp_path}/a"], "has no config.json"),
+        ([f"--checkpoint={run.workdir}/checkpoints/4", f"--output={tmp_path}/a"], "no checkpoint 4; it holds: 2, 5"),
+        (
+            [f"--checkpoint={run.workdir}", f"--output={tmp_path}/a", f"--base={other}"],
+            "describes another architecture",
+        ),
+        ([f"--output={tmp_path}/a"], "--checkpoint is missing"),
+    ):
+        result = export(*flags)
+        assert result.returncode == EXIT_CONFIG and result.stderr.count("\n") == 1, result.stderr
+        assert says in result.stderr
+        assert not (tmp_path / "a").exists()
+
+
+def test_shards_have_an_index_and_stay_below_the_limit(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, limit=100)
+    tensors = {f"t{i}": np.full((i + 1, 5), i, np.float32) for i in range(6)}
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    files = {name: load_file(tmp_path / file) for name, file in index["weight_map"].items()}
+    assert all((files[name][name] == tensor).all() for name, tensor in tensors.items())
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert [path.name for path in shards] == [f"model-{i + 1:05d}-of-00005.safetensors" for i in range(5)]
+    for path in shards:
+        held = load_file(path).values()
+        assert len(held) == 1 or sum(tensor.nbytes for tensor in held) <= 100
+    assert hf_export.SHARD_BYTES <= 5e9 and path.stat().st_mode & 0o044
