@@ -39,6 +39,11 @@ class Prompts:
         self.architecture = architecture
         self.config = config
         self.merge = architecture.vision.spatial_merge_size
+        for size in config.image_buckets:
+            if size % self.merge**2:
+                raise ConfigError(
+                    f"config.policy.image_buckets has {size}: use multiples of {self.merge**2}, the patches of a token"
+                )
         self.system = {"role": "system", "content": system}
         self.root_text = self._render([self.system], generate=False)
         self.root = np.array(tokens.encode(self.root_text), np.int32)

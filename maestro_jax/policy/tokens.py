@@ -97,7 +97,10 @@ def load_tokens(directory: str | Path) -> Tokens:
     directory = Path(directory)
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"{directory} has no tokenizer.json; point config.policy.tokenizer at a checkpoint directory")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
+        raise ConfigError(f"{directory}/tokenizer.json cannot be read ({error}); copy it again") from error
     # Qwen3 also adds plain words such as <think>: those are text, and must stay visible to the parser.
     added = {str(token): int(i) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = {text: added.get(text) for text in (END_OF_TURN, IMAGE)}

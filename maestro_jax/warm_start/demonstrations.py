@@ -114,7 +114,7 @@ def write_demonstrations(
     rehearsed = rng.random(len(tasks)) < router.config.rehearsal
     real = [(task, call) for task, call, skip in zip(tasks, first, rehearsed, strict=True) if not skip]
     answered = iter(make_calls(exchange.dispatcher, real, deadline, tick))
-    words = [str(task.answers[0]) for task in tasks]
+    words = [str(answer) for task in tasks for answer in task.answers[:1]] or ["answer"]
     pieces = letter_pieces(exchange.tokens)
     replies = [
         Observation(random_text(words, pieces, rng), Status.OK) if skip else next(answered) for skip in rehearsed

@@ -1,5 +1,6 @@
 """The tokenizer's promises: nothing is lost, and foreign text never speaks in special tokens."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,14 @@ def test_a_directory_without_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no tokenizer.json; point config.policy.tokenizer at") as caught:
         load_tokens(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_damaged_tokenizer_is_named(tokens_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokens_directory, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read .*copy it again"):
+        load_tokens(tmp_path)
 
 
 def test_a_tokenizer_without_image_token_is_refused(tokens_directory: Path, tmp_path: Path) -> None:

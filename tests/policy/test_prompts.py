@@ -107,6 +107,11 @@ def test_a_large_image_names_the_cure(tokens: Tokens) -> None:
         small.batch([TASKS["one image"]])
 
 
+def test_an_image_bucket_that_cuts_a_token_is_refused(tokens: Tokens) -> None:
+    with pytest.raises(ConfigError, match="config.policy.image_buckets has 30: use multiples of 4"):
+        make_prompts(tokens, dataclasses.replace(CONFIG, image_buckets=(24, 30)))
+
+
 def test_too_many_images_name_the_cure(prompts: Prompts) -> None:
     with pytest.raises(ConfigError, match="has 3 images; set config.policy.images_per_task=3"):
         prompts.batch([task("2?", *[png(32, 32)] * 3)])

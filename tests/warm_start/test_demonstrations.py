@@ -195,6 +195,15 @@ def test_rehearsals_ask_no_expert(write: Callable[..., Any], tokens: Tokens) -> 
     assert len({tokens.decode(pieces(one)[-1][1]) for one in written}) > 1
 
 
+def test_tasks_without_answers_can_be_rehearsed(
+    instant_experts: Any, make_router: Make, tokens: Tokens, tasks: list[Task]
+) -> None:
+    router = make_router(rehearsal=1.0)
+    exchange = Exchange(tokens, router.registry, instant_experts(echo), EPISODE)
+    unanswered = [dataclasses.replace(task, answers=()) for task in tasks]
+    assert len(write_demonstrations(unanswered, router, exchange, 0, lambda done: None)) == len(tasks)
+
+
 def test_the_seed_decides_and_the_order_of_arrival_does_not(write: Callable[..., Any]) -> None:
     settings = {"rehearsal": 0.5, "second_call": 0.5}
 
