@@ -269,9 +269,8 @@ def test_the_arrangement_in_groups_changes_nothing(
 
 def test_logprobs_are_those_of_the_training_forward(sampled: RolloutState) -> None:
     zeros = np.zeros(sampled.logprobs.shape, np.float32)
-    batch = GroupBatch(
-        toy.prompts(), *map(jnp.asarray, (sampled.tokens, sampled.length, sampled.authored, zeros, zeros[..., 0]))
-    )
+    arrays = (sampled.tokens, sampled.length, sampled.authored, zeros, zeros, zeros[..., 0])
+    batch = GroupBatch(toy.prompts(), *map(jnp.asarray, arrays))
     logprobs, _ = jax.jit(
         lambda params: member_logprobs(nnx.merge(GRAPH, params), batch, CONFIG.temperature, chunk=ROOM // 3)
     )(PARAMS)
