@@ -17,6 +17,8 @@ setup(
         "orbax-checkpoint>=0.11",
         "transformers>=5",
         "tokenizers>=0.22",
+        "jinja2>=3.1",  # chat templates; transformers needs it and does not bring it
+        "safetensors>=0.6",
         "tensorflow-datasets>=4.9.9",
         "array-record>=0.8",
         "grain>=0.2.15",
