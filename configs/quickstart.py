@@ -102,6 +102,8 @@ def policy() -> ConfigDict:
             "tokenizer": "",
             "param_dtype": "float32",
             "compute_dtype": "float32",
+            "freeze": (),
+            "remat": False,  # activations of this size are small
             "prefix_buckets": (48, 64, 96, 128),
             "image_buckets": (80,),
             "images_per_task": 1,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.advantages import NORMALISERS
 from maestro_jax.grpo.losses import AGGREGATIONS, KL_ESTIMATORS
-from maestro_jax.grpo.update import OptimizerConfig
+from maestro_jax.grpo.update import FREEZABLE, OptimizerConfig
 from maestro_jax.parallel.mesh import MeshConfig
 from maestro_jax.registry.config import RegistryConfig, parse_registry
 from maestro_jax.rewards.reward import RewardConfig
@@ -54,6 +54,9 @@ class PolicyConfig:
       architecture: the content of a config.json; empty reads the one in `init_from`.
       tokenizer: directory with tokenizer.json; empty takes the one in `init_from`, or trains one of the
         architecture's vocab_size on the tasks.
+      freeze: what is not trained and has no optimiser state: "vision" (the tower with its mergers), "embeddings"
+        (with tied embeddings, the head is the same parameter), both or nothing.
+      remat: whether the backward pass recomputes each layer instead of keeping its activations.
       prefix_buckets: static lengths of a task's prompt, in tokens.
       image_buckets: static sizes of an image, in patches.
     """
@@ -63,6 +66,8 @@ class PolicyConfig:
     tokenizer: str
     param_dtype: str
     compute_dtype: str
+    freeze: tuple[str, ...]
+    remat: bool
     prefix_buckets: tuple[int, ...]
     image_buckets: tuple[int, ...]
     images_per_task: int
@@ -233,6 +238,9 @@ def _check(config: Config) -> None:
     rollout, grpo = config.rollout, config.grpo
     if not config.policy.init_from and not config.policy.architecture:
         raise ConfigError("config.policy.architecture is empty; fill it in, or set config.policy.init_from")
+    for part in config.policy.freeze:
+        if part not in FREEZABLE:
+            raise ConfigError(f"config.policy.freeze has {part!r}; it may name {', '.join(FREEZABLE)}")
     if config.data.kind not in ("suite", "verl"):
         raise ConfigError(f'config.data.kind {config.data.kind!r} is unknown; use "suite" or "verl"')
     if config.data.kind == "verl" and not (config.data.train_files and config.data.test_files):

@@ -30,7 +30,7 @@ from maestro_jax.checkpoint.store import ParamReader
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import read_json
 from maestro_jax.observe.progress import Progress
-from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, read_config_json
+from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture, read_config_json
 from maestro_jax.policy.huggingface import counterparts
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Work directory of a run, its checkpoints/, or one checkpoint.")
@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> None:
         # ---- The run ---------------------------------------------------------------------------
         run = find_run(Path(CHECKPOINT.value))
         reader = ParamReader(run.checkpoints, run.step)
-        architecture, tokenizer = open_architecture(run, base), tokenizer_directory(run)
+        architecture = open_architecture(nested(run, "policy.architecture."), run.value("policy.init_from"))
+        if base is not None:
+            check_base(base, architecture)
         table = counterparts(reader.shapes, architecture.vision.patch_shape)
 
         # ---- Weights, one parameter at a time --------------------------------------------------
@@ -66,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- What stands around them -----------------------------------------------------------
         if base is None:
-            write_config_files(architecture, tokenizer, DTYPE.value, run.pixels, partial)
+            write_config_files(architecture, tokenizer_directory(run), DTYPE.value, run.pixels, partial)
         else:
             copy_base(base, partial)
         write_model_card(partial, reader.step, run.settings, read_json(run.workdir / "summary.json"))
@@ -76,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
             progress.phase("verify", 2)
             progress.note(verify_tensors(partial, reader, table, DTYPE.value))
             progress.tick(1)
-            progress.note(verify_logits(partial, architecture, run.pixels))
+            progress.note(verify_logits(partial, architecture))
             progress.tick(2)
         partial.rename(output)
     print(f"step {reader.step} of {run.workdir} written to {output}")
@@ -92,8 +94,10 @@ class Run:
     settings: dict[str, str]  # as the run wrote them: dotted key → printed value
 
     def value(self, key: str) -> Any:
-        """A setting; a run of an older version, which did not have it, counts as having it empty."""
-        return ast.literal_eval(self.settings.get(key, "''"))
+        """A setting, as the config had it."""
+        if key not in self.settings:
+            raise ConfigError(f"{self.workdir}/config.json lacks {key}; export with the version that made the run")
+        return ast.literal_eval(self.settings[key])
 
     @property
     def pixels(self) -> tuple[int, int]:
@@ -103,25 +107,23 @@ class Run:
 
 def find_run(path: Path) -> Run:
     """The run that `path` means: a work directory, its checkpoints/ or one checkpoint in there."""
-    step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
-    checkpoints = path.parent if step is not None else path if path.name == "checkpoints" else path / "checkpoints"
-    settings = read_json(checkpoints.parent / "config.json")
+    step = None
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        step, path = int(path.name), path.parent
+    workdir = path.parent if path.name == "checkpoints" else path
+    settings = read_json(workdir / "config.json")
     if settings is None:
         raise ConfigError(
-            f"{checkpoints.parent} has no config.json, so it is no run's work directory; give --checkpoint the "
+            f"{workdir} has no config.json, so it is no run's work directory; give --checkpoint the "
             "--workdir of a run of maestro_jax.train"
         )
-    return Run(checkpoints.parent, checkpoints, step, settings)
+    return Run(workdir, workdir / "checkpoints", step, settings)
 
 
-def open_architecture(run: Run, base: Path | None) -> PolicyArchitecture:
-    """The run's architecture; a base of another one is refused."""
-    values = nested(run, "policy.architecture.")
-    source = run.value("policy.init_from") if not values else ""
-    own = architecture_from_hf(values or read_config_json(source), f"{source or run.workdir}/config.json")
-    if base is not None and architecture_from_hf(read_config_json(base), f"{base}/config.json") != own:
+def check_base(base: Path, architecture: PolicyArchitecture) -> None:
+    """Refuses a base whose files describe another architecture."""
+    if architecture_from_hf(read_config_json(base), f"{base}/config.json") != architecture:
         raise ConfigError(f"{base}/config.json describes another architecture than this run's; give its own --base")
-    return own
 
 
 def nested(run: Run, prefix: str) -> dict[str, Any]:

@@ -34,13 +34,11 @@ from maestro_jax.grpo.batch import Scored, make_batch, score_rollout
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.update import (
     grpo_loss,
-    init_params,
     init_train_state,
     make_optimizer,
     make_reference,
     make_train_step,
     nll_loss,
-    param_layout,
 )
 from maestro_jax.observe.figures import plot_curves, plot_routing
 from maestro_jax.observe.files import read_json, write_json
@@ -48,8 +46,8 @@ from maestro_jax.observe.metrics import MetricsWriter, read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.observe.table import summary_table
 from maestro_jax.parallel.mesh import make_mesh
-from maestro_jax.parallel.sharding import ShardingRules
-from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, read_config_json
+from maestro_jax.parallel.sharding import ShardingRules, init_params, param_layout
+from maestro_jax.policy.config import PolicyArchitecture, open_architecture
 from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.prompts import PromptConfig, Prompts
@@ -98,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
         dispatcher = Dispatcher(registry)
         router = WeakRouter(config.registry, config.warm_start)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
-        architecture = open_architecture(config)
+        architecture = open_architecture(config.policy.architecture, config.policy.init_from)
         tokens = open_tokens(config, workdir, system, router, train_source)
         prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
         exchange = Exchange(tokens, registry, dispatcher, fields(EpisodeConfig, config.rollout))
@@ -140,7 +138,7 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Resume ----------------------------------------------------------------------------
         optimizer = make_optimizer(config.optimizer)
-        state = init_train_state(params, optimizer, mesh)
+        state = init_train_state(params, optimizer, config.policy.freeze, mesh)
         step_fn = make_train_step(
             graph,
             optimizer,
@@ -148,6 +146,7 @@ def main(argv: Sequence[str]) -> None:
             fields(LossConfig, config.grpo),
             config.rollout.temperature,
             config.grpo.logprob_chunk,
+            config.policy.freeze,
             mesh,
             state,
         )
@@ -261,20 +260,12 @@ def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSo
     return TfdsSource(suite, "train"), TfdsSource(suite, "test")
 
 
-def open_architecture(config: Config) -> PolicyArchitecture:
-    """The architecture that the config spells out, or that of the checkpoint to start from."""
-    if config.policy.architecture:
-        return architecture_from_hf(config.policy.architecture, "config.policy.architecture")
-    directory = config.policy.init_from
-    return architecture_from_hf(read_config_json(directory), f"{directory}/config.json")
-
-
 def open_params(config: Config, architecture: PolicyArchitecture, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
     """Parameters in their shards: those of the checkpoint to start from, or random ones."""
     param_dtype, compute_dtype = jnp.dtype(config.policy.param_dtype), jnp.dtype(config.policy.compute_dtype)
 
     def make() -> Policy:
-        return Policy(architecture, nnx.Rngs(config.seed), param_dtype, compute_dtype)
+        return Policy(architecture, nnx.Rngs(config.seed), param_dtype, compute_dtype, config.policy.remat)
 
     if not config.policy.init_from:
         return init_params(make, mesh, ShardingRules())
@@ -308,7 +299,7 @@ def warm_start(
     """Parameters after supervised fine-tuning on demonstrations; trained once per work directory."""
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer)
-    state = init_train_state(params, optimizer, mesh)
+    state = init_train_state(params, optimizer, config.policy.freeze, mesh)
     store = CheckpointStore(workdir / "warm_start", keep=1)
     if (latest := store.latest()) is not None:
         state, _ = store.restore(latest, state)
@@ -321,7 +312,7 @@ def warm_start(
     size = settings.group_size
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
     loss_config, chunk = fields(LossConfig, config.grpo), config.grpo.logprob_chunk
-    step = make_train_step(graph, optimizer, nll_loss, loss_config, 1.0, chunk, mesh, state)
+    step = make_train_step(graph, optimizer, nll_loss, loss_config, 1.0, chunk, config.policy.freeze, mesh, state)
     progress.phase("warm start", settings.steps)
 
     def report(done: int, values: dict[str, float]) -> None:

@@ -23,15 +23,15 @@ from maestro_jax.checkpoint.hf_export import ShardWriter
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
 from maestro_jax.errors import EXIT_CONFIG
-from maestro_jax.grpo.update import init_params, init_train_state, make_optimizer
+from maestro_jax.grpo.update import init_train_state, make_optimizer
 from maestro_jax.observe.files import write_json
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import ShardingRules
-from maestro_jax.policy.config import architecture_from_hf, read_config_json
+from maestro_jax.parallel.sharding import ShardingRules, init_params
+from maestro_jax.policy.config import architecture_from_hf, open_architecture, read_config_json
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.tokens import train_tokens
-from maestro_jax.train import flatten, open_architecture, open_params
+from maestro_jax.train import flatten, open_params
 
 ROOT = Path(__file__).parents[1]
 STEPS = (2, 5)
@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
         make = functools.partial(lambda seed: Policy(architecture, nnx.Rngs(seed)), step)
         _, params = init_params(make, mesh, ShardingRules())
         tensors[step] = as_hf({name: np.asarray(leaf) for name, leaf in named_leaves(params).items()})
-        store.save(step, init_train_state(params, make_optimizer(config.optimizer), mesh), {})
+        store.save(step, init_train_state(params, make_optimizer(config.optimizer), (), mesh), {})
     store.close()
     return SavedRun(directory, tensors)
 
@@ -135,7 +135,7 @@ def test_a_new_run_starts_from_it_without_an_architecture_of_its_own(run: SavedR
     raw.policy.init_from, raw.policy.architecture = str(exported[0]), ConfigDict()
     config = parse_config(raw)
     mesh = make_mesh(MeshConfig(1, 4, 2), jax.devices())
-    architecture = open_architecture(config)
+    architecture = open_architecture(config.policy.architecture, config.policy.init_from)
     assert architecture == architecture_from_hf(small_config().policy.architecture, "config")
     _, params = open_params(config, architecture, mesh)
     found = as_hf({name: np.asarray(leaf) for name, leaf in named_leaves(params).items()})

@@ -20,10 +20,9 @@ from flax import nnx
 from configs import quickstart
 from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
-from maestro_jax.grpo.update import param_layout
 from maestro_jax.observe.files import write_json
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import ShardingRules
+from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
 from maestro_jax.policy.huggingface import TensorFiles, counterparts, import_params
 from maestro_jax.policy.model import Policy
@@ -45,7 +44,7 @@ def write_random_checkpoint(directory: Path, shapes: dict[str, tuple[int, ...]])
             bits = rng.integers(0, 2**16, part.shape, np.uint16) & np.uint16(0xBFFF)
             writer.add(name, bits.view(ml_dtypes.bfloat16))
     writer.close()
-    (directory / "config.json").write_text(json.dumps(hf_config(ARCHITECTURE, "bfloat16", {})))
+    (directory / "config.json").write_text(json.dumps(hf_config(ARCHITECTURE, "bfloat16", None)))
 
 
 @pytest.mark.slow

@@ -3,9 +3,10 @@
 Everything goes into a directory of a temporary name, which takes its real name when it is whole.
 """
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.policy.tokens import load_tokens
 
 SHARD_BYTES = 2_000_000_000  # below the customary 5 GB, because a shard is held in memory before it is written
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
@@ -84,11 +86,11 @@ def write_config_files(
     for name in _TOKENIZER:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, output / name)
-    special = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))["added_tokens"]
-    ids = {token["content"]: token["id"] for token in special}
-    stop = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids.get("<|endoftext|>", ids["<|im_end|>"])}
+    tokens = load_tokens(tokenizer)
+    padding, video = tokens.special_id("<|endoftext|>"), tokens.special_id("<|video_pad|>")
+    stop = {"eos_token_id": tokens.end_of_turn, "pad_token_id": tokens.end_of_turn if padding is None else padding}
     files = {
-        "config.json": hf_config(architecture, dtype, ids),
+        "config.json": hf_config(architecture, dtype, video),
         "generation_config.json": {**stop, "do_sample": False},
         "preprocessor_config.json": preprocessor_config(architecture, pixels),
     }
@@ -96,10 +98,12 @@ def write_config_files(
         (output / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def hf_config(architecture: PolicyArchitecture, dtype: str, ids: Mapping[str, int]) -> dict[str, Any]:
+def hf_config(architecture: PolicyArchitecture, dtype: str, video_token_id: int | None) -> dict[str, Any]:
     """A `config.json` in both spellings: transformers 4.57 (`rope_scaling`) and 5 (`rope_parameters`)."""
-    text, vision = architecture.text, architecture.vision
-    sections = {"rope_type": "default", "mrope_section": list(text.mrope_section), "mrope_interleaved": True}
+    text, vision = dataclasses.asdict(architecture.text), dataclasses.asdict(architecture.vision)
+    theta, sections = text["rope_theta"], text.pop("mrope_section")
+    rope = {"rope_type": "default", "mrope_section": list(sections), "mrope_interleaved": True}
+    tied = architecture.tie_word_embeddings
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
@@ -107,41 +111,24 @@ def hf_config(architecture: PolicyArchitecture, dtype: str, ids: Mapping[str, in
         "torch_dtype": dtype,
         "image_token_id": architecture.image_token_id,
         # Without such a token, an id that no token has: id 0 would be taken for a video.
-        "video_token_id": ids.get("<|video_pad|>", text.vocab_size),
+        "video_token_id": text["vocab_size"] if video_token_id is None else video_token_id,
         "vision_start_token_id": architecture.vision_start_token_id,
         "vision_end_token_id": architecture.vision_end_token_id,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": tied,
         "text_config": {
             "model_type": "qwen3_vl_text",
-            "vocab_size": text.vocab_size,
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "num_hidden_layers": text.num_hidden_layers,
-            "num_attention_heads": text.num_attention_heads,
-            "num_key_value_heads": text.num_key_value_heads,
-            "head_dim": text.head_dim,
+            **text,
             "hidden_act": "silu",
-            "rms_norm_eps": text.rms_norm_eps,
             "attention_bias": False,
-            "tie_word_embeddings": True,
-            "rope_theta": text.rope_theta,
-            "rope_scaling": sections,
-            "rope_parameters": {**sections, "rope_theta": text.rope_theta},
+            "tie_word_embeddings": tied,
+            "rope_scaling": rope,
+            "rope_parameters": {**rope, "rope_theta": theta},
             "dtype": dtype,
         },
         "vision_config": {
             "model_type": "qwen3_vl",
-            "depth": vision.depth,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "in_channels": vision.in_channels,
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-            "out_hidden_size": vision.out_hidden_size,
-            "num_position_embeddings": vision.num_position_embeddings,
-            "deepstack_visual_indexes": list(vision.deepstack_visual_indexes),
+            **vision,
+            "deepstack_visual_indexes": list(vision["deepstack_visual_indexes"]),
             "hidden_act": "gelu_pytorch_tanh",
         },
     }
@@ -170,13 +157,9 @@ def write_model_card(output: Path, step: int, settings: Mapping[str, str], summa
         lines += ["| routing | accuracy |", "|---|---|"]
         lines += [f"| {name} | {value:.3f} |" for name, value in summary["accuracy"].items()]
         lines.append("")
-    lines += ["## Settings of the run", "", "```", *_settings(settings), "```", ""]
+    printed = [f"{key} = {value.replace('```', '')}" for key, value in sorted(settings.items())]
+    lines += ["## Settings of the run", "", "```", *printed, "```", ""]
     (output / "README.md").write_text("\n".join(lines))
-
-
-def _settings(settings: Mapping[str, str]) -> Iterator[str]:
-    for key, value in sorted(settings.items()):
-        yield f"{key} = {value.replace('```', '')}"
 
 
 def check_output(output: Path) -> None:

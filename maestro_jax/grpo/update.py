@@ -5,7 +5,7 @@ little more than its own tokens. The same step serves supervised warm start (`nl
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,16 @@ from jax.sharding import Mesh
 
 from maestro_jax.grpo.logprobs import token_logprobs
 from maestro_jax.grpo.losses import LossConfig, LossInputs, aggregate, masked_mean, policy_loss
-from maestro_jax.parallel.sharding import ShardingRules, over_groups, param_shardings, replicated
+from maestro_jax.parallel.sharding import over_groups, replicated
 from maestro_jax.policy.model import Policy, PrefixBatch, prompt_shardings
 from maestro_jax.policy.vision import Leaf
 
 Array = jax.Array
 Metrics = dict[str, Array]
+
+
+# What `config.policy.freeze` may name: where these parameters stand in the policy.
+FREEZABLE = {"vision": ("visual",), "embeddings": ("language_model", "embed_tokens")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +58,22 @@ class GroupBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Parameters, optimiser state and the number of updates made."""
+    """All parameters, the optimiser state of those that are trained, and the number of updates made."""
 
     params: nnx.State
     opt_state: optax.OptState
     step: Array  # int32 []
+
+
+def split_frozen(params: nnx.State, freeze: Sequence[str]) -> tuple[nnx.State, nnx.State]:
+    """The parameters that are trained, and those that `freeze` (keys of `FREEZABLE`) keeps as they are."""
+    prefixes = [FREEZABLE[part] for part in freeze]
+
+    def frozen(path: tuple, _: object) -> bool:
+        return any(path[: len(prefix)] == prefix for prefix in prefixes)
+
+    kept, trained = nnx.split_state(params, frozen, ...)
+    return trained, kept
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -74,9 +89,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk: int) -> tuple[Array, Array]:
     """Log-probability and entropy `[B, G, R]` of every member token, the prefix computed once per group."""
-    root = policy.encode_root(batch.prompts.root)
-    prefix, last = policy.encode_prefix(batch.prompts, root)
-    hidden = policy.encode_members(batch.tokens, batch.length, batch.prompts.next_position, (root, prefix))
+    last, hidden = policy.encode_groups(batch.prompts, batch.tokens, batch.length)
     first = jnp.broadcast_to(last[:, None, None], (*hidden.shape[:2], 1, hidden.shape[-1]))
     before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
     return token_logprobs(policy.logits, before, batch.tokens, temperature, chunk)
@@ -102,22 +115,24 @@ def make_train_step(
     config: LossConfig,
     temperature: float,
     chunk: int,
+    freeze: Sequence[str],
     mesh: Mesh,
     state: TrainState,
 ) -> Callable[[TrainState, GroupBatch], tuple[TrainState, Metrics]]:
     """Compiles `(state, batch) → (state, metrics)`; the state is donated and stays in the shards of `state`."""
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def objective(params: nnx.State, batch: GroupBatch) -> tuple[Array, Metrics]:
-        policy = nnx.merge(graph, params)
+    def objective(trained: nnx.State, frozen: nnx.State, batch: GroupBatch) -> tuple[Array, Metrics]:
+        policy = nnx.merge(graph, trained, frozen)
         logprobs, entropy = member_logprobs(policy, batch, temperature, chunk)
         value, metrics = loss(logprobs, entropy, batch, config)
         return value, metrics | {"loss": value, "entropy": masked_mean(entropy, batch.mask)}
 
     def step(state: TrainState, batch: GroupBatch) -> tuple[TrainState, Metrics]:
-        gradients, metrics = jax.grad(objective, has_aux=True)(state.params, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained, frozen = split_frozen(state.params, freeze)
+        gradients, metrics = jax.grad(objective, has_aux=True)(trained, frozen, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        params = nnx.merge_state(optax.apply_updates(trained, updates), frozen)
         norms = {"grad_norm": optax.global_norm(gradients), "update_norm": optax.global_norm(updates)}
         return TrainState(params, opt_state, state.step + 1), metrics | norms
 
@@ -148,29 +163,18 @@ def make_reference(
     return lambda batch: dataclasses.replace(batch, reference_logprobs=program(reference, batch))
 
 
-def init_params(make_policy: Callable[[], Policy], mesh: Mesh, rules: ShardingRules) -> tuple[nnx.GraphDef, nnx.State]:
-    """Initialises the policy's parameters directly in their shards."""
-    graph, _, shardings = param_layout(make_policy, mesh, rules)
-    return graph, jax.jit(lambda: nnx.split(make_policy(), nnx.Param)[1], out_shardings=shardings)()
-
-
-def param_layout(
-    make_policy: Callable[[], Policy], mesh: Mesh, rules: ShardingRules
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The policy's structure, its parameters' shapes and dtypes, and their shardings; nothing is computed."""
-    graph, abstract = nnx.split(nnx.eval_shape(make_policy), nnx.Param)
-    return graph, abstract, param_shardings(abstract, mesh, rules)
-
-
-def init_train_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_train_state(
+    params: nnx.State, optimizer: optax.GradientTransformation, freeze: Sequence[str], mesh: Mesh
+) -> TrainState:
     """A fresh optimiser around parameters; moments are sharded like the parameters they belong to."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    trained, _ = split_frozen(params, freeze)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trained)
     opt_shardings = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
+        jax.eval_shape(optimizer.init, trained),
         shardings,
         transform_non_params=lambda _: replicated(mesh),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
     return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)))

@@ -1,6 +1,7 @@
 """Sharding rules: logical axis names of parameters and arrays → mesh axes, in one place."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,6 +56,20 @@ def param_shardings(state: nnx.State, mesh: Mesh, rules: ShardingRules) -> Any:
         return variable.replace(NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(one, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def param_layout(
+    make: Callable[[], nnx.Module], mesh: Mesh, rules: ShardingRules
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """A module's structure, its parameters' shapes and dtypes, and their shardings; nothing is computed."""
+    graph, abstract = nnx.split(nnx.eval_shape(make), nnx.Param)
+    return graph, abstract, param_shardings(abstract, mesh, rules)
+
+
+def init_params(make: Callable[[], nnx.Module], mesh: Mesh, rules: ShardingRules) -> tuple[nnx.GraphDef, nnx.State]:
+    """Initialises a module's parameters directly in their shards."""
+    graph, _, shardings = param_layout(make, mesh, rules)
+    return graph, jax.jit(lambda: nnx.split(make(), nnx.Param)[1], out_shardings=shardings)()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -76,6 +76,13 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
     return values
 
 
+def open_architecture(written: Mapping[str, Any], directory: str | Path) -> PolicyArchitecture:
+    """The architecture that a run's config spells out; if it spells none, that of a checkpoint directory."""
+    if written:
+        return architecture_from_hf(written, "config.policy.architecture")
+    return architecture_from_hf(read_config_json(directory), f"{directory}/config.json")
+
+
 def architecture_from_hf(config: Mapping[str, Any], where: str) -> PolicyArchitecture:
     """Reads the architecture from a parsed `config.json`.
 
@@ -134,5 +141,3 @@ def _check(architecture: PolicyArchitecture, where: str) -> None:
         raise ConfigError(f"{where}: deepstack_visual_indexes must be below the vision depth {vision.depth}")
     if len(vision.deepstack_visual_indexes) > text.num_hidden_layers:
         raise ConfigError(f"{where}: more DeepStack taps than decoder layers ({text.num_hidden_layers})")
-    if not architecture.tie_word_embeddings:
-        raise ConfigError(f"{where}: only tied embeddings are supported; set tie_word_embeddings to true")

@@ -36,13 +36,15 @@ _BLOCK = {
 }
 _MERGER = {"fc1": "linear_fc1", "fc2": "linear_fc2", "norm": "norm"}
 _SINGLE = {
+    "lm_head": "lm_head",
     "language_model/embed_tokens": "model.language_model.embed_tokens",
     "language_model/norm": "model.language_model.norm",
     "visual/pos_embed": "model.visual.pos_embed",
     "visual/patch_embed": "model.visual.patch_embed.proj",
 }
-# A tied head is the embedding; some files repeat it.
+# A tied head is the embedding; some files repeat it. An untied one is in the table and is read.
 _IGNORED = frozenset({"lm_head.weight"})
+_DEEPSTACK_LAYERS = "language_model/deepstack_layers/"
 _SHOWN = 8  # names listed of each kind of mistake
 
 
@@ -83,16 +85,25 @@ class Counterpart:
         return whole.reshape(self.shape[0], -1).T[inner]
 
 
-def counterpart(name: str, shape: Sequence[int], patch: tuple[int, int, int, int]) -> Counterpart:
-    """The Hugging Face side of our parameter `name` of `shape`.
+def counterparts(shapes: Mapping[str, Sequence[int]], patch: tuple[int, int, int, int]) -> dict[str, Counterpart]:
+    """The whole table: the Hugging Face side of every parameter.
 
     Args:
-      name: as `named_leaves` gives it, "language_model/layers/q_proj/kernel".
+      shapes: by name as `param_names` gives it, "language_model/layers/q_proj/kernel".
       patch: (channels, time, height, width) of a patch.
     """
+    before = {
+        name.removeprefix(_DEEPSTACK_LAYERS).split("/")[0] for name in shapes if name.startswith(_DEEPSTACK_LAYERS)
+    }
+    return {name: _counterpart(name, shape, patch, len(before)) for name, shape in shapes.items()}
+
+
+def _counterpart(name: str, shape: Sequence[int], patch: tuple[int, int, int, int], before: int) -> Counterpart:
+    """One row; `before` decoder layers stand apart from the stacked ones."""
     module, kind = name.rsplit("/", 1)
     template, stacked = _module_name(module)
-    names = tuple(template.format(i) for i in range(shape[0] if stacked else 1))
+    first = before if module.startswith("language_model/layers/") else 0
+    names = tuple(template.format(first + i) for i in range(shape[0] if stacked else 1))
     own = tuple(shape[1:] if stacked else shape)
     layout = "same"
     if kind == "kernel":
@@ -111,13 +122,10 @@ def _module_name(module: str) -> tuple[str, bool]:
         return f"model.visual.blocks.{{}}.{_BLOCK[part]}", True
     if parent == "visual/merger":
         return f"model.visual.merger.{_MERGER[part]}", False
+    if parent.startswith(_DEEPSTACK_LAYERS):
+        return f"model.language_model.layers.{parent.removeprefix(_DEEPSTACK_LAYERS)}.{_LAYER[part]}", False
     tap = parent.removeprefix("visual/deepstack_mergers/")
     return f"model.visual.deepstack_merger_list.{tap}.{_MERGER[part]}", False
-
-
-def counterparts(shapes: Mapping[str, Sequence[int]], patch: tuple[int, int, int, int]) -> dict[str, Counterpart]:
-    """The whole table for parameters of these shapes."""
-    return {name: counterpart(name, shape, patch) for name, shape in shapes.items()}
 
 
 class TensorFiles:
@@ -187,7 +195,7 @@ def import_params(
 
     def load(name: str, leaf: Any, sharding: Any) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            return np.ascontiguousarray(table[name].from_hf(files.read, tuple(index))).astype(leaf.dtype)
+            return np.ascontiguousarray(table[name].from_hf(files.read, tuple(index)), dtype=leaf.dtype)
 
         return jax.make_array_from_callback(leaf.shape, sharding, part)
 

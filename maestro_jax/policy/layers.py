@@ -5,7 +5,7 @@ turns these into mesh axes. They are stored in the master dtype and cast to the 
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 
 Array = jax.Array
 M = TypeVar("M", bound=nnx.Module)
+C = TypeVar("C")
 
 
 def fan_in_normal(rngs: nnx.Rngs, shape: Sequence[int], fan_in: int, dtype: jnp.dtype) -> Array:
@@ -78,6 +79,34 @@ def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
 
 
 def unstack(stacked: M, count: int) -> list[M]:
-    """The layers of a stack as separate modules (views of the same parameters)."""
+    """The layers of a stack as separate modules."""
     graph, state = nnx.split(stacked)
     return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(count)]
+
+
+def cast(module: M, dtype: jnp.dtype) -> M:
+    """A module with its parameters in another dtype."""
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+
+
+def run_layer(layer: M, body: Callable[[M, C], tuple[C, Any]], carry: C, remat: bool) -> tuple[C, Any]:
+    """`body(layer, carry)`; with `remat` the backward pass computes it again instead of keeping its inside."""
+    step, state = _pure(layer, body)
+    return (jax.checkpoint(step) if remat else step)(carry, state)
+
+
+def scan_layers(stacked: M, body: Callable[[M, C], tuple[C, Any]], carry: C, remat: bool) -> tuple[C, Any]:
+    """Runs `body(layer, carry)` through a stack; its second results come back stacked `[L, ...]`.
+
+    One layer is compiled, whatever the depth. With `remat` the backward pass keeps the carry of each
+    layer only.
+    """
+    step, state = _pure(stacked, body)
+    # Inside a loop XLA cannot merge the second computation with the first, so nothing need prevent it.
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, carry, state)
+
+
+def _pure(layer: M, body: Callable[[M, C], tuple[C, Any]]) -> tuple[Callable[[C, nnx.State], tuple[C, Any]], nnx.State]:
+    graph, state = nnx.split(layer)
+    return lambda carry, state: body(nnx.merge(graph, state), carry), state

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from maestro_jax.parallel.sharding import over_groups, replicated
 from maestro_jax.policy.config import PolicyArchitecture
-from maestro_jax.policy.text import Context, LayerKV, TextModel
+from maestro_jax.policy.layers import Embedding, RMSNorm
+from maestro_jax.policy.text import Context, DecoderLayer, LayerKV, Stretch, TextModel, extend_cache
 from maestro_jax.policy.vision import Leaf, VisionModel
 
 Array = jax.Array
@@ -42,7 +43,13 @@ def prompt_shardings(mesh: Mesh) -> PrefixBatch:
 
 
 class Policy(nnx.Module):
-    """Qwen3-VL: a vision tower and a decoder with a tied head."""
+    """Qwen3-VL: a vision tower and a decoder, whose head may be tied to the embeddings.
+
+    Args:
+      param_dtype: of the stored parameters.
+      compute_dtype: of activations; norms, softmax and logits are fp32 whatever it is.
+      remat: whether the backward pass recomputes each layer instead of keeping its activations.
+    """
 
     def __init__(
         self,
@@ -50,53 +57,98 @@ class Policy(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: jnp.dtype = jnp.float32,
         compute_dtype: jnp.dtype = jnp.float32,
+        remat: bool = False,
     ):
+        text, vision = architecture.text, architecture.vision
         self.architecture = architecture
         self.compute_dtype = compute_dtype
-        self.visual = VisionModel(architecture.vision, param_dtype, compute_dtype, rngs)
-        self.language_model = TextModel(architecture.text, param_dtype, rngs)
+        self.visual = VisionModel(vision, param_dtype, compute_dtype, remat, rngs)
+        self.language_model = TextModel(text, len(vision.deepstack_visual_indexes), param_dtype, remat, rngs)
+        if architecture.tie_word_embeddings:
+            self.lm_head = None
+        else:
+            self.lm_head = Embedding(text.vocab_size, text.hidden_size, ("vocab", "embed"), param_dtype, rngs)
 
-    def embed(self, tokens: Array) -> Array:
-        """Token embeddings in the compute dtype."""
-        return self.language_model.embed_tokens(tokens).astype(self.compute_dtype)
-
-    def encode_root(self, tokens: Array) -> Context:
-        """Keys and values of the shared root, leaves `[P0, K, H]`."""
-        length = tokens.shape[0]
-        positions = jnp.broadcast_to(jnp.arange(length)[None, None, :, None], (1, 1, length, 3))
-        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        _, kv = self.language_model(self.embed(tokens)[None, None], positions, (), causal)
-        return Context(jax.tree.map(lambda leaf: leaf[0, 0], kv), jnp.ones((length,), bool))
-
-    def encode_prefix(self, batch: PrefixBatch, root: Context) -> tuple[Context, Array]:
-        """Encodes images and prefixes once per group.
+    def encode_prompts(self, batch: PrefixBatch) -> tuple[tuple[Context, Context], Array]:
+        """Encodes root, images and prefixes, for members that will be decoded.
 
         Returns:
-          The prefixes as a context (leaves `[B, P, K, H]`), and the final hidden state of each
-          prefix's last token `[B, D]`, from which every member's first token is predicted.
+          The root and the prefixes as contexts (leaves `[P0, K, H]` and `[B, P, K, H]`), and the final
+          hidden state of each prefix's last token `[B, D]`, from which every member's first token is predicted.
         """
-        x, deepstack = self._with_images(batch)
-        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        mask = causal[None] & batch.mask[:, None, :]
-        # A padding row sees itself, so that its softmax is never empty.
-        mask = mask | jnp.eye(x.shape[1], dtype=bool)[None]
-        hidden, kv = self.language_model(
-            x[:, None], batch.positions[:, None], (root,), mask[:, None], [d[:, None] for d in deepstack]
-        )
-        last = jnp.take_along_axis(hidden[:, 0], batch.last[:, None, None], axis=1)[:, 0]
-        return Context(jax.tree.map(lambda leaf: leaf[:, 0], kv), batch.mask), last
+        (_, prefix), (root_kv, prefix_kv) = self.language_model(self.prompt_stretches(batch), keep_kv=True)
+        return (root_kv, prefix_kv), _last(prefix, batch)
 
-    def encode_members(
-        self, tokens: Array, length: Array, next_position: Array, contexts: tuple[Context, ...]
-    ) -> Array:
-        """Final hidden states `[B, G, R, D]` of member tokens `[B, G, R]` of which `length [B, G]` are real."""
-        steps = jnp.arange(tokens.shape[-1])
-        positions = member_positions(next_position, jnp.broadcast_to(steps, tokens.shape))
+    def encode_groups(self, batch: PrefixBatch, members: Array, length: Array) -> tuple[Array, Array]:
+        """Runs whole groups at once, to be differentiated: every prefix once, its members on top of it.
+
+        Args:
+          members: int32 `[B, G, R]`, of which `length [B, G]` are real.
+
+        Returns:
+          The final hidden state of each prefix's last token `[B, D]`, and those of the members `[B, G, R, D]`.
+        """
+        steps = jnp.arange(members.shape[-1])
         real = steps[None, None, None, :] < length[:, :, None, None]
-        mask = (steps[:, None] >= steps[None, :])[None, None] & real
-        mask = mask | jnp.eye(tokens.shape[-1], dtype=bool)[None, None]
-        hidden, _ = self.language_model(self.embed(tokens), positions, contexts, mask)
-        return hidden
+        mask = _causal(members.shape[-1])[None, None] & real
+        positions = member_positions(batch.next_position, jnp.broadcast_to(steps, members.shape))
+        on_top = Stretch(self._embed(members), positions, _or_self(mask))
+        (_, prefix, hidden), _ = self.language_model([*self.prompt_stretches(batch), on_top], keep_kv=False)
+        return _last(prefix, batch), hidden
+
+    def for_decoding(self) -> "DecodingPolicy":
+        """The policy with weights cut per layer and cast; make it outside the loop that decodes."""
+        dtype, text = self.compute_dtype, self.language_model
+        embedding = text.embed_tokens.embedding[...].astype(dtype)
+        head = embedding if self.lm_head is None else self._head()
+        return DecodingPolicy(embedding, text.layer_list(dtype), text.norm, head)
+
+    def logits(self, hidden: Array) -> Array:
+        """fp32 logits `[..., V]` of final hidden states `[..., D]`."""
+        return _logits(hidden, self._head())
+
+    def _head(self) -> Array:
+        table = self.language_model.embed_tokens if self.lm_head is None else self.lm_head
+        return table.embedding[...].astype(self.compute_dtype)
+
+    def _embed(self, tokens: Array) -> Array:
+        return self.language_model.embed_tokens(tokens).astype(self.compute_dtype)
+
+    def prompt_stretches(self, batch: PrefixBatch) -> list[Stretch]:
+        """The root `[1, 1, P0]`, and the prefixes `[B, 1, P]` with their images."""
+        length = batch.root.shape[0]
+        positions = jnp.broadcast_to(jnp.arange(length)[None, None, :, None], (1, 1, length, 3))
+        root = Stretch(
+            self._embed(batch.root)[None, None], positions, _causal(length)[None, None], jnp.ones((length,), bool)
+        )
+        x, deepstack = self._with_images(batch)
+        mask = _or_self((_causal(x.shape[1]) & batch.mask[:, None, :])[:, None])
+        prefix = Stretch(x[:, None], batch.positions[:, None], mask, batch.mask, tuple(d[:, None] for d in deepstack))
+        return [root, prefix]
+
+    def _with_images(self, batch: PrefixBatch) -> tuple[Array, list[Array]]:
+        """Embedded prefixes `[B, P, D]` with image tokens in place, and DeepStack additions like them."""
+        groups = batch.tokens.shape[0]
+        image_tokens, taps = self.visual(batch.images)
+        is_image = (batch.image_index >= 0)[..., None]
+
+        def place(features: Array) -> Array:
+            features = features.reshape(groups, -1, features.shape[-1])
+            index = jnp.maximum(batch.image_index, 0)[..., None]
+            return jnp.take_along_axis(features, index, axis=1).astype(self.compute_dtype)
+
+        x = jnp.where(is_image, place(image_tokens), self._embed(batch.tokens))
+        return x, [jnp.where(is_image, place(tap), 0) for tap in taps]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingPolicy:
+    """What decoding needs of a policy, in its compute dtype."""
+
+    embedding: Array  # [V, D]
+    layers: list[DecoderLayer]
+    norm: RMSNorm
+    head: Array  # [V, D]; the embedding itself where the head is tied
 
     def extend(
         self,
@@ -112,30 +164,35 @@ class Policy(nnx.Module):
         The same function decodes one token a lane and prefills whole observations.
 
         Returns:
-          Hidden states `[B, G, T, D]` and the updated cache.
+          Final hidden states `[B, G, T, D]` and the updated cache.
         """
         width = cache.keys[0].shape[2]
         mask = slots[..., None] >= jnp.arange(width)[None, None, None, :]
         positions = member_positions(next_position, slots)
-        return self.language_model(self.embed(tokens), positions, contexts, mask, cache=cache, slots=slots)
+        x, cache = extend_cache(self.layers, self.embedding[tokens], positions, contexts, mask, cache, slots)
+        return self.norm(x), cache
 
     def logits(self, hidden: Array) -> Array:
-        """fp32 logits `[..., V]`."""
-        return self.language_model.logits(hidden)
+        """fp32 logits `[..., V]` of final hidden states `[..., D]`."""
+        return _logits(hidden, self.head)
 
-    def _with_images(self, batch: PrefixBatch) -> tuple[Array, list[Array]]:
-        """Embedded prefixes `[B, P, D]` with image tokens in place, and DeepStack additions like them."""
-        groups = batch.tokens.shape[0]
-        image_tokens, taps = self.visual(batch.images)
-        is_image = (batch.image_index >= 0)[..., None]
 
-        def place(features: Array) -> Array:
-            features = features.reshape(groups, -1, features.shape[-1])
-            index = jnp.maximum(batch.image_index, 0)[..., None]
-            return jnp.take_along_axis(features, index, axis=1).astype(self.compute_dtype)
+def _logits(hidden: Array, table: Array) -> Array:
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
-        x = jnp.where(is_image, place(image_tokens), self.embed(batch.tokens))
-        return x, [jnp.where(is_image, place(tap), 0) for tap in taps]
+
+def _last(prefix: Array, batch: PrefixBatch) -> Array:
+    """The state `[B, D]` of each prefix's last real token."""
+    return jnp.take_along_axis(prefix[:, 0], batch.last[:, None, None], axis=1)[:, 0]
+
+
+def _causal(length: int) -> Array:
+    return jnp.tril(jnp.ones((length, length), bool))
+
+
+def _or_self(mask: Array) -> Array:
+    """Lets every row see itself, so that the softmax of a padding row is never empty."""
+    return mask | jnp.eye(mask.shape[-1], dtype=bool)
 
 
 def member_positions(next_position: Array, slots: Array) -> Array:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from maestro_jax.policy.attention import Segment, attend
 from maestro_jax.policy.config import TextConfig
-from maestro_jax.policy.layers import Embedding, Linear, RMSNorm, stack, unstack
+from maestro_jax.policy.layers import Embedding, Linear, RMSNorm, cast, run_layer, scan_layers, stack, unstack
 from maestro_jax.policy.rope import mrope, rotate
 
 Array = jax.Array
@@ -31,6 +31,30 @@ class Context:
 
     kv: LayerKV  # leaves [P, K, H] or [B, P, K, H]
     mask: Array  # bool [P] or [B, P]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """New tokens of one pass: the root `[1, 1, P0]`, prefixes `[B, 1, P]` or members `[B, G, R]`.
+
+    Attributes:
+      x: embedded tokens `[B, G, T, D]`.
+      positions: M-RoPE positions int32 `[B, G, T, 3]`.
+      mask: bool `[B, G, T, T]`, which own keys each token sees.
+      seen: bool, which of the tokens later stretches may see; `[T]` if every group shares them, `[B, T]` if the
+        members of a group do, None for the last stretch.
+      deepstack: arrays like `x`, added after the first layers (zero away from image tokens); may be empty.
+    """
+
+    x: Array
+    positions: Array
+    mask: Array
+    seen: Array | None = None
+    deepstack: tuple[Array, ...] = ()
+
+    def shared(self, per_token: Array) -> Array:
+        """Keys or values `[B, G, T, K, H]` without the axes over which this stretch is shared."""
+        return per_token[(0,) * 2] if self.seen is not None and self.seen.ndim == 1 else per_token[:, 0]
 
 
 class DecoderLayer(nnx.Module):
@@ -83,62 +107,110 @@ class DecoderLayer(nnx.Module):
 
 
 class TextModel(nnx.Module):
-    """Token embeddings (tied with the head), decoder layers and the final norm."""
+    """Token embeddings, decoder layers and the final norm.
 
-    def __init__(self, config: TextConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    The layers after which DeepStack features are added differ from the others in that, so they stand
+    apart; the others are stacked and scanned.
+    """
+
+    def __init__(self, config: TextConfig, deepstack: int, dtype: jnp.dtype, remat: bool, rngs: nnx.Rngs):
         self.config = config
+        self.remat = remat
+        self.rest = config.num_hidden_layers - deepstack
+
+        def make(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, dtype, rngs)
+
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ("vocab", "embed"), dtype, rngs)
-        self.layers = stack(lambda r: DecoderLayer(config, dtype, r), config.num_hidden_layers, rngs)
+        self.deepstack_layers = nnx.List([make(rngs) for _ in range(deepstack)])
+        self.layers = stack(make, self.rest, rngs) if self.rest else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def __call__(
-        self,
-        x: Array,
-        positions: Array,
-        contexts: Sequence[Context],
-        mask: Array,
-        deepstack: Sequence[Array] = (),
-        cache: LayerKV | None = None,
-        slots: Array | None = None,
-    ) -> tuple[Array, LayerKV]:
-        """Runs the decoder over new tokens.
+    def __call__(self, stretches: Sequence[Stretch], keep_kv: bool) -> tuple[list[Array], list[Context]]:
+        """Runs all layers over several stretches at once; each sees itself and those before it.
 
-        Args:
-          x: embedded tokens `[B, G, T, D]`.
-          positions: M-RoPE positions int32 `[B, G, T, 3]`.
-          contexts: earlier stretches every token may attend to (root, prefix), as far as masked in.
-          mask: bool `[B, G, T, P]`, which own keys each token sees; P is T, or the cache's length.
-          deepstack: arrays like `x` added after the first layers (zero away from image tokens).
-          cache: keys and values `[B, G, P, K, H]` per layer that the new ones are written into.
-          slots: int32 `[B, G, T]`, where in the cache each token goes; out of range is dropped.
+        One pass over the layers serves root, prefixes and members: weights are gathered once, and no
+        layer's keys and values outlive the layer unless they are asked for.
 
         Returns:
-          Hidden states after the final norm `[B, G, T, D]`, and the new keys and values (without
-          a cache) or the whole updated cache.
+          Final hidden states `[B, G, T, D]` of every stretch, and with `keep_kv` a context of each that
+          later tokens may see.
         """
-        cos, sin = mrope(positions, self.config.rope_theta, self.config.mrope_section)
-        keys, values = [], []
-        for index, layer in enumerate(unstack(self.layers, self.config.num_hidden_layers)):
-            q, k, v = layer.qkv(x, cos, sin)
-            if cache is not None:
-                k, v = _write(cache.keys[index], k, slots), _write(cache.values[index], v, slots)
-            keys.append(k)
-            values.append(v)
-            seen = [Segment(c.kv.keys[index], c.kv.values[index], c.mask) for c in contexts]
-            x = layer.finish(x, q, [*seen, Segment(k, v, mask)])
-            if index < len(deepstack):
-                x = x + deepstack[index]
-        return self.norm(x), LayerKV(keys, values)
+        angles = [mrope(s.positions, self.config.rope_theta, self.config.mrope_section) for s in stretches]
 
-    def logits(self, hidden: Array) -> Array:
-        """fp32 logits `[..., V]` of final hidden states `[..., D]` through the tied embedding."""
-        table = self.embed_tokens.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        def step(layer: DecoderLayer, xs: list[Array]) -> tuple[list[Array], list[tuple[Array, Array]]]:
+            seen: list[Segment] = []
+            outs, shared = [], []
+            for x, stretch, (cos, sin) in zip(xs, stretches, angles, strict=True):
+                q, k, v = layer.qkv(x, cos, sin)
+                outs.append(layer.finish(x, q, [*seen, Segment(k, v, stretch.mask)]))
+                if stretch.seen is not None:
+                    shared.append((stretch.shared(k), stretch.shared(v)))
+                    seen.append(Segment(*shared[-1], stretch.seen))
+            return outs, shared if keep_kv else []
+
+        xs, kept = [stretch.x for stretch in stretches], []
+        for index, layer in enumerate(self.deepstack_layers):
+            xs, shared = run_layer(layer, step, xs, self.remat)
+            xs = [x + s.deepstack[index] if s.deepstack else x for x, s in zip(xs, stretches, strict=True)]
+            kept.append(shared)
+        if self.layers is not None:
+            xs, stacked = scan_layers(self.layers, step, xs, self.remat)
+            kept += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.rest)]
+        return [self.norm(x) for x in xs], _contexts(stretches, kept) if keep_kv else []
+
+    def layer_list(self, dtype: jnp.dtype) -> list[DecoderLayer]:
+        """Every layer as a module of its own, its weights cast: for programs that run them many times."""
+        rest = [] if self.layers is None else unstack(self.layers, self.rest)
+        return [cast(layer, dtype) for layer in (*self.deepstack_layers, *rest)]
 
 
-def _write(cache: Array, new: Array, slots: Array | None) -> Array:
+def _contexts(stretches: Sequence[Stretch], kept: Sequence[Sequence[tuple[Array, Array]]]) -> list[Context]:
+    """Per layer and stretch (keys, values) → a context per stretch."""
+    shared = [stretch.seen for stretch in stretches if stretch.seen is not None]
+    return [
+        Context(LayerKV([layer[i][0] for layer in kept], [layer[i][1] for layer in kept]), mask)
+        for i, mask in enumerate(shared)
+    ]
+
+
+def extend_cache(
+    layers: Sequence[DecoderLayer],
+    x: Array,
+    positions: Array,
+    contexts: Sequence[Context],
+    mask: Array,
+    cache: LayerKV,
+    slots: Array,
+) -> tuple[Array, LayerKV]:
+    """Runs new member tokens through the layers, their keys and values going into a cache.
+
+    A plain loop with a list per layer: a stacked cache carried through a scan would be copied at each.
+
+    Args:
+      x: embedded tokens `[B, G, T, D]`.
+      positions: M-RoPE positions int32 `[B, G, T, 3]`.
+      contexts: earlier stretches every token may attend to (root, prefix), as far as masked in.
+      mask: bool `[B, G, T, P]`, which slots of the cache each token sees.
+      cache: keys and values `[B, G, P, K, H]` per layer.
+      slots: int32 `[B, G, T]`, where in the cache each token goes; out of range is dropped.
+
+    Returns:
+      Hidden states before the final norm `[B, G, T, D]`, and the updated cache.
+    """
+    config = layers[0].config
+    cos, sin = mrope(positions, config.rope_theta, config.mrope_section)
+    keys, values = [], []
+    for index, layer in enumerate(layers):
+        q, k, v = layer.qkv(x, cos, sin)
+        keys.append(_write(cache.keys[index], k, slots))
+        values.append(_write(cache.values[index], v, slots))
+        seen = [Segment(c.kv.keys[index], c.kv.values[index], c.mask) for c in contexts]
+        x = layer.finish(x, q, [*seen, Segment(keys[-1], values[-1], mask)])
+    return x, LayerKV(keys, values)
+
+
+def _write(cache: Array, new: Array, slots: Array) -> Array:
     """Writes `new [B, G, T, K, H]` at `slots [B, G, T]` of `cache [B, G, P, K, H]`."""
-    if slots is None:
-        raise ValueError("a cache needs slots")
     b, g = jnp.arange(cache.shape[0])[:, None, None], jnp.arange(cache.shape[1])[None, :, None]
     return cache.at[b, g, slots].set(new.astype(cache.dtype), mode="drop")

@@ -56,6 +56,10 @@ class Tokens:
         """Number of ids, special and added ones included."""
         return len(self.tokenizer)  # type: ignore[arg-type]
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token, None if the vocabulary has no such one."""
+        return self.tokenizer.get_added_vocab().get(text)  # type: ignore[attr-defined]
+
     def encode(self, text: str) -> list[int]:
         """Ids of trusted text; special tokens are recognised, none is added."""
         return self.tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from maestro_jax.policy.attention import Segment, attend
 from maestro_jax.policy.config import VisionConfig
-from maestro_jax.policy.layers import Embedding, LayerNorm, Linear, stack, unstack
+from maestro_jax.policy.layers import Embedding, LayerNorm, Linear, scan_layers, stack
 from maestro_jax.policy.rope import rotate, vision_rope
 
 Array = jax.Array
@@ -79,9 +80,10 @@ class PatchMerger(nnx.Module):
 class VisionModel(nnx.Module):
     """Patch embedding, interpolated positions, blocks, merger and DeepStack mergers."""
 
-    def __init__(self, config: VisionConfig, dtype: jnp.dtype, compute_dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, dtype: jnp.dtype, compute_dtype: jnp.dtype, remat: bool, rngs: nnx.Rngs):
         self.config = config
         self.compute_dtype = compute_dtype
+        self.remat = remat
         channels = config.in_channels * config.temporal_patch_size * config.patch_size**2
         self.patch_embed = Linear(channels, config.hidden_size, (None, "vision_embed"), True, dtype, rngs)
         self.pos_embed = Embedding(
@@ -103,10 +105,15 @@ class VisionModel(nnx.Module):
         corners = self.pos_embed(images.table_index)  # [I, N, 4, width]
         x = x + jnp.einsum("inc,incw->inw", images.table_weight, corners).astype(x.dtype)
         cos, sin = vision_rope(images.grid, self.config.hidden_size // self.config.num_heads)
-        taps = {}
-        for index, block in enumerate(unstack(self.blocks, self.config.depth)):
+        tapped = np.array(self.config.deepstack_visual_indexes, np.int32)
+
+        def step(block: VisionBlock, carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
+            index, x, taps = carry
             x = block(x, cos, sin, images.mask)
-            if index in self.config.deepstack_visual_indexes:
-                tap = self.config.deepstack_visual_indexes.index(index)
-                taps[tap] = self.deepstack_mergers[tap](x)
-        return self.merger(x), [taps[i] for i in range(len(taps))]
+            here = (tapped == index)[:, None, None, None]
+            return (index + 1, x, jnp.where(here, x, taps)), None
+
+        # The taps travel along, so that the scan does not have to give back the output of every block.
+        taps = jnp.zeros((len(tapped), *x.shape), x.dtype)
+        (_, x, taps), _ = scan_layers(self.blocks, step, (jnp.zeros((), jnp.int32), x, taps), self.remat)
+        return self.merger(x), [merger(tap) for merger, tap in zip(self.deepstack_mergers, taps, strict=True)]

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from maestro_jax.policy.model import Policy, PrefixBatch
+from maestro_jax.policy.model import DecodingPolicy, Policy, PrefixBatch
 from maestro_jax.policy.text import Context
 from maestro_jax.policy.vision import Leaf
 from maestro_jax.rollout.state import Lane, RolloutState, empty_state
@@ -57,8 +57,7 @@ def prefill(
       alive: bool `[B]`, False for groups that only pad the batch.
       room: R.
     """
-    root = policy.encode_root(prompts.root)
-    prefix, last = policy.encode_prefix(prompts, root)
+    (root, prefix), last = policy.encode_prompts(prompts)
     state = empty_state(policy.architecture.text, last, keys, room, alive)
     return Prefilled(root, prefix, prompts.next_position), state
 
@@ -77,17 +76,19 @@ def decode_chunk(
       noise: float32 `[]`, 1 to sample, 0 for greedy decoding (one program serves both).
     """
 
+    decoder = policy.for_decoding()
+
     def go_on(carry: tuple[Array, RolloutState]) -> Array:
         return (carry[0] < config.decode_chunk) & jnp.any(carry[1].lane == Lane.DECODING)
 
     def body(carry: tuple[Array, RolloutState]) -> tuple[Array, RolloutState]:
-        return carry[0] + 1, decode_token(policy, prefilled, carry[1], tables, noise, config)
+        return carry[0] + 1, decode_token(decoder, prefilled, carry[1], tables, noise, config)
 
     return jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), state))[1]
 
 
 def decode_token(
-    policy: Policy,
+    policy: DecodingPolicy,
     prefilled: Prefilled,
     state: RolloutState,
     tables: StopTables,
@@ -167,7 +168,7 @@ def append_observations(
     arrived = observation_length > 0
     room = state.tokens.shape[-1]
     slots = jnp.where(steps < observation_length[..., None], state.length[..., None] + steps, room)
-    hidden, cache = policy.extend(
+    hidden, cache = policy.for_decoding().extend(
         observation, slots, prefilled.next_position, (prefilled.root, prefilled.prefix), state.cache
     )
     last = jnp.maximum(observation_length - 1, 0)[..., None, None]

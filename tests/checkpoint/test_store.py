@@ -33,7 +33,7 @@ def make_state(axes: tuple[int, int, int], width: int = 12, fill: float | None =
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
     params = nnx.state(Toy(width), nnx.Param)
     params = jax.device_put(params, param_shardings(params, mesh, ShardingRules()))
-    state = init_train_state(params, make_optimizer(OptimizerConfig(1e-3, 2, 0, 0.9, 0.95, 1e-8, 0.0, 1.0)), mesh)
+    state = init_train_state(params, make_optimizer(OptimizerConfig(1e-3, 2, 0, 0.9, 0.95, 1e-8, 0.0, 1.0)), (), mesh)
     rng = np.random.default_rng(0)
 
     def value(leaf: jax.Array) -> jax.Array:

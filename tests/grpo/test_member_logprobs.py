@@ -31,7 +31,7 @@ def weights() -> np.ndarray:
 def group_form() -> tuple[np.ndarray, dict[str, np.ndarray], Any]:
     """Log-probabilities `[B, G, R]`, gradients by name, and the transformers model with the same weights."""
     model = reference.reference_model()
-    params = reference.as_params({name: tensor.detach().numpy() for name, tensor in model.state_dict().items()})
+    params = reference.as_params(reference.weights_of(model))
     graph, state = nnx.split(reference.load(params), nnx.Param)
     prompts = reference.collate(ROOT, reference.three_rows(), width=24, per_group=2, patches=24, filler=3)
     tokens = np.where(np.arange(R) < LENGTH[..., None], reference.members(3, G, R), 7)

@@ -17,7 +17,6 @@ from maestro_jax.grpo.update import (
     TrainState,
     batch_shardings,
     grpo_loss,
-    init_params,
     init_train_state,
     make_optimizer,
     make_reference,
@@ -26,14 +25,14 @@ from maestro_jax.grpo.update import (
     nll_loss,
 )
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import ShardingRules
+from maestro_jax.parallel.sharding import ShardingRules, init_params
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import Policy
 from tests.policy import reference
 from tests.policy.reference import ROOT
 
 B, G, R = 8, 2, 4
-MESHES = {"data 2, fsdp 2, tensor 2": (2, 2, 2), "fsdp 8": (1, 8, 1)}
+MESHES = {"data 2, fsdp 2, tensor 2": (2, 2, 2), "fsdp 4, tensor 2": (1, 4, 2), "fsdp 8": (1, 8, 1)}
 LOSS = LossConfig(clip_low=0.2, clip_high=0.2, aggregation="sequence", constant_length=R)
 # A large epsilon keeps Adam's first update a smooth function of the gradient: with 1e-8 it is the sign, and
 # the rounding of a gradient near zero would decide whether a parameter goes up or down.
@@ -82,8 +81,8 @@ def run(axes: tuple[int, int, int], loss: Any) -> Run:
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
     graph, params = init_params(lambda: Policy(architecture(), nnx.Rngs(0)), mesh, ShardingRules())
     optimizer = make_optimizer(OPTIMIZER)
-    state = init_train_state(params, optimizer, mesh)
-    step = make_train_step(graph, optimizer, loss, LOSS, 0.9, 2, mesh, state)
+    state = init_train_state(params, optimizer, (), mesh)
+    step = make_train_step(graph, optimizer, loss, LOSS, 0.9, 2, (), mesh, state)
     before = {name: np.array(leaf) for name, leaf in named_leaves(state.params).items()}
     with jax.set_mesh(mesh):
         after, metrics = step(state, jax.device_put(host_batch(), batch_shardings(mesh)))

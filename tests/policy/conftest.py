@@ -17,8 +17,7 @@ def hf_model() -> Any:
 
 @pytest.fixture(scope="session")
 def policy(hf_model: Any) -> Policy:
-    weights = {name: tensor.detach().numpy() for name, tensor in hf_model.state_dict().items()}
-    return reference.load(reference.as_params(weights))
+    return reference.load(reference.as_params(reference.weights_of(hf_model)))
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,9 @@ from KV heads, and the taps are not the first blocks. Weights are larger than at
 attention is sharp and a wrong position shows. The reference runs in fp64: what differs is our rounding.
 """
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +55,7 @@ VISION = {
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [1, 2],
 }
+Config = Mapping[str, Any]
 CONFIG: dict[str, Any] = {
     "text_config": TEXT,
     "vision_config": VISION,
@@ -72,28 +74,28 @@ def architecture_for(tokens: Tokens) -> PolicyArchitecture:
     return dataclasses.replace(toy, text=text, image_token_id=tokens.image)
 
 
-def architecture() -> PolicyArchitecture:
-    return architecture_from_hf(CONFIG, "config.json")
+def architecture(config: Config = CONFIG) -> PolicyArchitecture:
+    return architecture_from_hf(config, "config.json")
 
 
 # ---- weights -----------------------------------------------------------------------------------------------
 
 
-def reference_model() -> Any:
+def reference_model(config: Config = CONFIG) -> Any:
     """A `Qwen3VLForConditionalGeneration` with random weights, in eval mode."""
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     torch.set_num_threads(1)  # rows this small only lose by waiting for threads
     torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**CONFIG)).eval()
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**copy.deepcopy(dict(config)))).eval()
     for name, parameter in model.named_parameters():
         is_norm = "norm" in name and name.endswith("weight")
         torch.nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=0.15)
     return model.double()
 
 
-def as_params(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def as_params(tensors: Mapping[str, np.ndarray], config: Config = CONFIG) -> dict[str, np.ndarray]:
     """Arrays named and laid out as in transformers → named and laid out as in `Policy` (weights or gradients)."""
     found: dict[str, np.ndarray] = {}
 
@@ -105,32 +107,40 @@ def as_params(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     def one(name: str) -> Callable[[str], np.ndarray]:
         return lambda kind: tensors[f"{name}.{kind}"]
 
-    def stacked(name: str, count: int) -> Callable[[str], np.ndarray]:
-        return lambda kind: np.stack([tensors[f"{name.format(i)}.{kind}"] for i in range(count)])
+    def stacked(name: str, numbers: Iterable[int]) -> Callable[[str], np.ndarray]:
+        return lambda kind: np.stack([tensors[f"{name.format(i)}.{kind}"] for i in numbers])
 
-    text, layers = "model.language_model", TEXT["num_hidden_layers"]
+    def layer(ours: str, read: Callable[[str], Callable[[str], np.ndarray]]) -> None:
+        for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
+            put(f"{ours}/{part[10:]}", read(part), biased=False)
+        for part in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+            put(f"{ours}/{part[4:]}", read(part), biased=False)
+        for part in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+            found[f"{ours}/{part.removeprefix('self_attn.')}/scale"] = read(part)("weight")
+
+    text, layers = "model.language_model", config["text_config"]["num_hidden_layers"]
+    taps = range(len(config["vision_config"]["deepstack_visual_indexes"]))
     found["language_model/embed_tokens/embedding"] = tensors[f"{text}.embed_tokens.weight"]
     found["language_model/norm/scale"] = tensors[f"{text}.norm.weight"]
-    for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
-        put(f"language_model/layers/{part[10:]}", stacked(f"{text}.layers.{{}}.{part}", layers), biased=False)
-    for part in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
-        put(f"language_model/layers/{part[4:]}", stacked(f"{text}.layers.{{}}.{part}", layers), biased=False)
-    for part in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
-        read = stacked(f"{text}.layers.{{}}.{part}", layers)
-        found[f"language_model/layers/{part.removeprefix('self_attn.')}/scale"] = read("weight")
+    if not config["tie_word_embeddings"]:
+        found["lm_head/embedding"] = tensors["lm_head.weight"]
+    for i in taps:
+        layer(f"language_model/deepstack_layers/{i}", lambda part, i=i: one(f"{text}.layers.{i}.{part}"))
+    if layers > len(taps):
+        rest = range(len(taps), layers)
+        layer("language_model/layers", lambda part: stacked(f"{text}.layers.{{}}.{part}", rest))
 
-    vision, depth = "model.visual", VISION["depth"]
+    vision, blocks = "model.visual", range(config["vision_config"]["depth"])
     found["visual/pos_embed/embedding"] = tensors[f"{vision}.pos_embed.weight"]
     patches = tensors[f"{vision}.patch_embed.proj.weight"]  # a convolution whose stride is its size
     found["visual/patch_embed/kernel"] = patches.reshape(len(patches), -1).T
     found["visual/patch_embed/bias"] = tensors[f"{vision}.patch_embed.proj.bias"]
     for part in ("attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2"):
         ours = part.split(".")[1].removeprefix("linear_")
-        put(f"visual/blocks/{ours}", stacked(f"{vision}.blocks.{{}}.{part}", depth), biased=True)
+        put(f"visual/blocks/{ours}", stacked(f"{vision}.blocks.{{}}.{part}", blocks), biased=True)
     for norm in ("norm1", "norm2"):
-        read = stacked(f"{vision}.blocks.{{}}.{norm}", depth)
+        read = stacked(f"{vision}.blocks.{{}}.{norm}", blocks)
         found |= {f"visual/blocks/{norm}/scale": read("weight"), f"visual/blocks/{norm}/bias": read("bias")}
-    taps = range(len(VISION["deepstack_visual_indexes"]))
     mergers = {"merger": "merger"} | {f"deepstack_mergers/{i}": f"deepstack_merger_list.{i}" for i in taps}
     for ours, theirs in mergers.items():
         put(f"visual/{ours}/fc1", one(f"{vision}.{theirs}.linear_fc1"), biased=True)
@@ -140,8 +150,8 @@ def as_params(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def plain_logits(model: Any, root: np.ndarray, row: "Row", member: np.ndarray) -> Any:
-    """transformers on one whole, unpadded row: torch tensor `[len(root) + len(row.ids) + len(member), V]`."""
+def plain_inputs(root: np.ndarray, row: "Row", member: np.ndarray) -> dict[str, Any]:
+    """One whole, unpadded row `[1, len(root) + len(row.ids) + len(member)]` as transformers takes it."""
     import torch
 
     ids = torch.tensor(np.concatenate([root, row.ids, member]))[None].long()
@@ -150,16 +160,26 @@ def plain_logits(model: Any, root: np.ndarray, row: "Row", member: np.ndarray) -
         images["pixel_values"] = torch.tensor(np.concatenate([image.patches for image in row.images])).double()
         images["image_grid_thw"] = torch.tensor([[1, image.rows, image.columns] for image in row.images])
     kinds = (ids == IMAGE).int()
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kinds, **images).logits[0]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds, **images}
 
 
-def load(params: Mapping[str, np.ndarray]) -> Policy:
+def plain_logits(model: Any, root: np.ndarray, row: "Row", member: np.ndarray) -> Any:
+    """transformers on one whole, unpadded row: torch tensor `[len(root) + len(row.ids) + len(member), V]`."""
+    return model(**plain_inputs(root, row, member)).logits[0]
+
+
+def load(params: Mapping[str, np.ndarray], config: Config = CONFIG, **options: Any) -> Policy:
     """A policy of these fp32 parameters; names and shapes must match exactly."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Policy(architecture(), nnx.Rngs(0))), nnx.Param)
+    made = nnx.eval_shape(lambda: Policy(architecture(config), nnx.Rngs(0), **options))
+    graph, state = nnx.split(made, nnx.Param)
     shapes = {name.removesuffix("/value"): leaf.shape for name, leaf in named_leaves(state).items()}
     assert shapes == {name: params[name].shape for name in params}
     leaves = [jnp.asarray(params[name], jnp.float32) for name in shapes]
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
+
+
+def weights_of(model: Any) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
@@ -173,9 +193,9 @@ class Row:
     images: tuple[PreparedImage, ...]
 
 
-def noise_image(height: int, width: int, seed: int) -> PreparedImage:
+def noise_image(height: int, width: int, seed: int, config: Config = CONFIG) -> PreparedImage:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return preprocess.prepare_image(pixels, architecture().vision, 32 * 32, 10**6)
+    return preprocess.prepare_image(pixels, architecture(config).vision, 32 * 32, 10**6)
 
 
 def row(*parts: int | PreparedImage) -> Row:
@@ -190,10 +210,16 @@ def row(*parts: int | PreparedImage) -> Row:
 
 
 def collate(
-    root: Sequence[int] | np.ndarray, rows: Sequence[Row], width: int, per_group: int, patches: int, filler: int = 0
+    root: Sequence[int] | np.ndarray,
+    rows: Sequence[Row],
+    width: int,
+    per_group: int,
+    patches: int,
+    filler: int = 0,
+    config: Config = CONFIG,
 ) -> PrefixBatch:
     """Rows as a padded `PrefixBatch`; `filler` is the token on padding, which must not matter."""
-    vision = architecture().vision
+    vision = architecture(config).vision
     shape = (len(rows), width)
     tokens, mask = np.full(shape, filler, np.int32), np.zeros(shape, bool)
     positions, image_index = np.full((*shape, 3), filler, np.int32), np.full(shape, -1, np.int32)
@@ -216,9 +242,10 @@ def collate(
 ROOT = np.random.default_rng(7).integers(0, TEXT_IDS, 6).astype(np.int32)
 
 
-def three_rows() -> list[Row]:
+def three_rows(config: Config = CONFIG) -> list[Row]:
     """No image; one that is not square; two of different shapes."""
-    wide, tall, small = noise_image(64, 96, 1), noise_image(96, 32, 2), noise_image(32, 64, 3)
+    sizes = ((64, 96), (96, 32), (32, 64))
+    wide, tall, small = (noise_image(*size, seed, config) for seed, size in enumerate(sizes, start=1))
     return [row(5, 6, 7, 8), row(5, wide, 9, 10, 11), row(5, 6, tall, 9, small, 11, 12, 13)]
 
 

@@ -77,7 +77,6 @@ def test_a_missing_key_is_named(key: str, named: str) -> None:
         ({"vision_config__out_hidden_size": 64}, "64 differs from the text hidden_size 48; set both"),
         ({"vision_config__deepstack_visual_indexes": [0, 3]}, "must be below the vision depth 3"),
         ({"text_config__num_hidden_layers": 1}, "more DeepStack taps than decoder layers"),
-        ({"tie_word_embeddings": False}, "only tied embeddings are supported; set tie_word_embeddings to true"),
     ],
 )
 def test_a_contradiction_names_its_cure(change: dict[str, Any], named: str) -> None:

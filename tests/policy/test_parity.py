@@ -20,11 +20,10 @@ LENGTH = np.array([[6, 4, 1], [2, 6, 5], [6, 1, 3]], np.int32)
 
 
 def encode(policy: Policy, batch: PrefixBatch, members: jax.Array, length: jax.Array) -> tuple[Any, ...]:
-    """Logits of each prefix's last token `[B, V]`, hidden states of members `[B, G, R, D]`, and the contexts."""
-    root = policy.encode_root(batch.root)
-    prefix, last = policy.encode_prefix(batch, root)
-    hidden = policy.encode_members(members, length, batch.next_position, (root, prefix))
-    return policy.logits(last), hidden, (root, prefix)
+    """Logits of prefixes' last tokens `[B, V]`, states of members `[B, G, R, D]`, contexts, the logits again."""
+    last, hidden = policy.encode_groups(batch, members, length)
+    contexts, last_of_prompts = policy.encode_prompts(batch)
+    return policy.logits(last), hidden, contexts, policy.logits(last_of_prompts)
 
 
 jitted_encode = nnx.jit(encode)
@@ -46,14 +45,15 @@ def test_group_form_equals_transformers_on_plain_rows(
 ) -> None:
     import torch
 
-    first, hidden, _ = encoded
+    first, hidden, _, first_of_prompts = encoded
     row = reference.three_rows()[group]
     start = len(ROOT) + len(row.ids)
     for member, length in enumerate(LENGTH[group]):
         tokens = reference.members(3, G, R)[group, member, :length]
         with torch.no_grad():
             wanted = reference.plain_logits(hf_model, ROOT, row, tokens).numpy()
-        assert_near(first[group], wanted[start - 1], TOLERANCE, "prediction of the first member token")
+        for found in (first, first_of_prompts):  # of the pass that trains, and of the one that decodes
+            assert_near(found[group], wanted[start - 1], TOLERANCE, "prediction of the first member token")
         assert_near(policy.logits(hidden[group, member, :length]), wanted[start:], TOLERANCE, f"member {member}")
 
 
@@ -62,7 +62,7 @@ def test_padding_changes_nothing(policy: Policy, encoded: tuple[Any, ...]) -> No
     wide = reference.collate(ROOT, reference.three_rows(), width=31, per_group=3, patches=40, filler=17)
     members = np.full((3, G, R + 3), 23, np.int32)
     members[..., :R] = np.where(np.arange(R) < LENGTH[..., None], reference.members(3, G, R), 99)
-    first, hidden, _ = jitted_encode(policy, wide, jnp.asarray(members), jnp.asarray(LENGTH))
+    first, hidden, *_ = jitted_encode(policy, wide, jnp.asarray(members), jnp.asarray(LENGTH))
     real = np.arange(R) < LENGTH[..., None]
     assert_near(first, encoded[0], TOLERANCE)
     assert_near(np.asarray(hidden)[:, :, :R][real], np.asarray(encoded[1])[real], TOLERANCE)
@@ -73,7 +73,7 @@ def test_a_group_does_not_see_its_neighbours(policy: Policy, encoded: tuple[Any,
     turned = reference.collate(ROOT, [rows[2], rows[0], rows[1]], width=24, per_group=2, patches=24)
     order = np.array([2, 0, 1])
     members = jnp.asarray(reference.members(3, G, R)[order])
-    first, hidden, _ = jitted_encode(policy, turned, members, jnp.asarray(LENGTH[order]))
+    first, hidden, *_ = jitted_encode(policy, turned, members, jnp.asarray(LENGTH[order]))
     real = (np.arange(R) < LENGTH[..., None])[order]
     assert_near(first, np.asarray(encoded[0])[order], TOLERANCE)
     assert_near(np.asarray(hidden)[real], np.asarray(encoded[1])[order][real], TOLERANCE)
@@ -107,7 +107,7 @@ def empty_cache(policy: Policy, room: int) -> LayerKV:
 def jitted_extend(
     policy: Policy, tokens: jax.Array, slots: jax.Array, after: jax.Array, contexts: tuple[Context, ...], cache: LayerKV
 ) -> tuple[jax.Array, LayerKV]:
-    return policy.extend(tokens, slots, after, contexts, cache)
+    return policy.for_decoding().extend(tokens, slots, after, contexts, cache)
 
 
 def test_extend_equals_encoding_at_once(policy: Policy, batch: PrefixBatch, encoded: tuple[Any, ...]) -> None:

@@ -37,12 +37,12 @@ class Bigram(nnx.Module):
         self.architecture = architecture
         self.table = nnx.Param(jnp.asarray(table))
 
-    def encode_root(self, tokens: Array) -> Context:
-        return self._context(tokens.shape)
-
-    def encode_prefix(self, batch: PrefixBatch, root: Context) -> tuple[Context, Array]:
+    def encode_prompts(self, batch: PrefixBatch) -> tuple[tuple[Context, Context], Array]:
         last = jnp.take_along_axis(batch.tokens, batch.last[:, None], axis=1)[:, 0]
-        return self._context(batch.tokens.shape), self.table[...][last]
+        return (self._context(batch.root.shape), self._context(batch.tokens.shape)), self.table[...][last]
+
+    def for_decoding(self) -> "Bigram":
+        return self
 
     def extend(
         self, tokens: Array, slots: Array, next_position: Array, contexts: tuple[Context, ...], cache: LayerKV

@@ -148,9 +148,7 @@ TAGS = {b"</search>": StopReason.CALL, b"</answer>": StopReason.ANSWER}
 def full_logits(params: nnx.State, prompts: PrefixBatch, tokens: jax.Array, length: jax.Array) -> jax.Array:
     """Next-token logits `[B, G, V]` of whole sequences, with nothing kept from one call to the next."""
     policy = nnx.merge(GRAPH, params)
-    root = policy.encode_root(prompts.root)
-    prefix, last = policy.encode_prefix(prompts, root)
-    hidden = policy.encode_members(tokens, length, prompts.next_position, (root, prefix))
+    last, hidden = policy.encode_groups(prompts, tokens, length)
     index = jnp.maximum(length - 1, 0)[..., None, None]
     newest = jnp.take_along_axis(hidden, index, axis=2)[:, :, 0]
     return policy.logits(jnp.where((length > 0)[..., None], newest, last[:, None])) / CONFIG.temperature

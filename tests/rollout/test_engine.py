@@ -12,9 +12,8 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from maestro_jax.grpo.update import init_params
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import ShardingRules, replicated
+from maestro_jax.parallel.sharding import ShardingRules, init_params, replicated
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.dispatch import Dispatcher
