@@ -1,6 +1,6 @@
 """The main job as a user starts it: to the end, killed in the middle, with mistakes on its command line.
 
-It is the quickstart at a size where the policy learns to call, and little more.
+It is the quickstart at a size where the policy calls now and then when it samples, and never when it is greedy.
 """
 
 import dataclasses
