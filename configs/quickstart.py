@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 
 from configs.registry import suite
 
-# Quoting what an expert said takes a tiny policy about 100 steps to learn.
+# A tiny policy starts from random weights: these steps teach it the format, a weak routing and to quote what an
+# expert said. Runs with 160 to 300 of them ended lower (docs/quickstart.md, What it took).
 WARM_START_STEPS = 400
 GRPO_STEPS = 80
 
@@ -77,7 +78,7 @@ def policy() -> ConfigDict:
         "num_key_value_heads": 2,
         "head_dim": 64,
         "rms_norm_eps": 1e-6,
-        # A prompt has some 400 tokens: a small base leaves no frequency idle.
+        # An episode has about 350 tokens, prompt included: a small base leaves no frequency idle.
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": (12, 10, 10)},
     }
     vision = {

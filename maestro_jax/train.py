@@ -307,8 +307,7 @@ def warm_start(
         return state.params
     groups_needed = settings.steps * settings.groups
     tasks = [source[i % len(source)] for i in range(groups_needed) for _ in range(settings.group_size)]
-    progress.phase("demonstrations", round(len(tasks) * (1 - settings.rehearsal)))
-    demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress.tick)
+    demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress)
     size = settings.group_size
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
     loss_config, chunk = fields(LossConfig, config.grpo), config.grpo.logprob_chunk

@@ -1,6 +1,6 @@
 """The main job as a user starts it: to the end, killed in the middle, with mistakes on its command line.
 
-It is the quickstart at a size where the policy learns to call, and little more.
+It is the quickstart at a size where the policy calls now and then when it samples, and never when it is greedy.
 """
 
 import dataclasses
@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from maestro_jax.errors import EXIT_CONFIG
 from maestro_jax.observe.metrics import read_metrics
+from tests.data import verl_rows
 
 ROOT = Path(__file__).parents[1]
 # The published rows are handed out in a shared folder inside the checkout or beside it.
@@ -274,27 +273,6 @@ def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
 
 # ---- tasks from verl parquet files -------------------------------------------------------------------------
 
-SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))),
-        ("ability", pa.string()),
-        (
-            "extra_info",
-            pa.struct(
-                [
-                    ("answer", pa.list_(pa.string())),
-                    ("index", pa.int64()),
-                    ("question", pa.string()),
-                    ("split", pa.string()),
-                ]
-            ),
-        ),
-        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-        ("reward_model", pa.struct([("ground_truth", pa.list_(pa.string())), ("style", pa.string())])),
-    ]
-)
-
 
 def png(red: int) -> bytes:
     buffer = io.BytesIO()
@@ -304,24 +282,7 @@ def png(red: int) -> bytes:
 
 def write_parquet(path: Path, images: Sequence[bytes]) -> Path:
     """A file in the published schema with one row per image."""
-    rows = [
-        {
-            "data_source": "chartqa",
-            "prompt": [{"role": "user", "content": f"<image>How high is bar {number}?"}],
-            "ability": "charts",
-            "extra_info": {
-                "answer": [str(number)],
-                "index": number,
-                "question": f"<image>How high is bar {number}?",
-                "split": path.stem,
-            },
-            "images": [{"bytes": image, "path": None}],
-            "reward_model": {"style": "rule", "ground_truth": [str(number)]},
-        }
-        for number, image in enumerate(images)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
-    return path
+    return verl_rows.write_rows(path, [verl_rows.row(number, image) for number, image in enumerate(images)])
 
 
 def verl(train: Path, test: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from maestro_jax.config import WarmStartConfig
+from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
@@ -100,20 +101,21 @@ def make_calls(
 
 
 def write_demonstrations(
-    tasks: Sequence[Task], router: WeakRouter, exchange: Exchange, seed: int, tick: Callable[[int], None]
+    tasks: Sequence[Task], router: WeakRouter, exchange: Exchange, seed: int, progress: Progress
 ) -> list[Demonstration]:
     """One demonstration per entry of `tasks` (a task may stand there several times).
 
     Args:
       exchange: runs the calls and renders observations exactly as in a rollout.
-      tick: told how many calls have been answered.
+      progress: told about every answered call; how many there are depends on the draws in here.
     """
     rng = np.random.default_rng(seed)
     deadline = exchange.config.deadline
     first = [router.choose(task.source, rng) for task in tasks]
     rehearsed = rng.random(len(tasks)) < router.config.rehearsal
     real = [(task, call) for task, call, skip in zip(tasks, first, rehearsed, strict=True) if not skip]
-    answered = iter(make_calls(exchange.dispatcher, real, deadline, tick))
+    progress.phase("demonstrations", len(real))
+    answered = iter(make_calls(exchange.dispatcher, real, deadline, progress.tick))
     words = [str(answer) for task in tasks for answer in task.answers[:1]] or ["answer"]
     pieces = letter_pieces(exchange.tokens)
     replies = [
@@ -125,7 +127,9 @@ def write_demonstrations(
     ]
     second = [router.choose(task.source, rng) if more else None for task, more in zip(tasks, wants_more, strict=True)]
     again = [(task, call) for task, call in zip(tasks, second, strict=True) if call is not None]
-    later = iter(make_calls(exchange.dispatcher, again, deadline, lambda done: tick(len(real) + done)))
+    if again:
+        progress.phase("demonstrations, second calls", len(again))
+    later = iter(make_calls(exchange.dispatcher, again, deadline, progress.tick))
     demonstrations = []
     for task, call, reply, other in zip(tasks, first, replies, second, strict=True):
         steps = [(call, reply)] if other is None else [(call, reply), (other, next(later))]

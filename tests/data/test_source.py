@@ -229,14 +229,23 @@ def test_command_shows_progress_and_prints_the_folder(
     monkeypatch.setattr(build, "_generator", fake_domain)
     values = types.SimpleNamespace(directory=str(tmp_path), train_per_domain=2, test_per_domain=1, seed=0)
     monkeypatch.setattr(build.flags, "FLAGS", values)
-    assert build.main(["build"]) == 0
+    build.main(["build"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[3] for line in lines[: len(build.DOMAINS)]] == list(build.DOMAINS)
     assert TfdsSource(lines[-1], "test")[0].source == "visual_qa"
 
 
-def test_command_reports_user_errors_in_one_line(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    done = run_python("-m", "maestro_jax.data.suite.build", "--directory", str(tmp_path / "file"))
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--directory", "{place}"], "cannot write {place}: File exists; name another directory"),
+        (["--directory", "{place}", "stray"], "unexpected argument 'stray'; use --directory DIR"),
+        ([], "--directory is missing; see --help, or the README for the whole command"),
+    ],
+)
+def test_command_reports_user_errors_in_one_line(tmp_path: pathlib.Path, arguments: list[str], told: str) -> None:
+    place = tmp_path / "file"
+    place.write_text("in the way")
+    done = run_python("-m", "maestro_jax.data.suite.build", *(text.format(place=place) for text in arguments))
     assert done.returncode == EXIT_CONFIG
-    assert done.stderr.splitlines() == [f"error: cannot write {tmp_path / 'file'}: File exists; name another directory"]
+    assert done.stderr.splitlines() == [f"error: {told.format(place=place)}"]

@@ -13,57 +13,19 @@ from PIL import Image
 
 from maestro_jax.data.verl import VerlParquetSource
 from maestro_jax.errors import ConfigError, DataError
+from tests.data.verl_rows import SCHEMA, row, write_rows
 
 # The published rows are handed out in a shared folder inside the checkout or beside it.
 ROOTS = pathlib.Path(__file__).parents[2:4]
 EXAMPLES = next((path for root in ROOTS if (path := root / "shared/data/maestro_example").is_dir()), None)
 
-SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))),
-        ("ability", pa.string()),
-        (
-            "extra_info",
-            pa.struct(
-                [
-                    ("answer", pa.list_(pa.string())),
-                    ("index", pa.int64()),
-                    ("question", pa.string()),
-                    ("split", pa.string()),
-                ]
-            ),
-        ),
-        ("images", pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))),
-        ("reward_model", pa.struct([("ground_truth", pa.list_(pa.string())), ("style", pa.string())])),
-    ]
-)
 Write = Callable[..., pathlib.Path]
-
-
-def row(number: int, png: bytes, **changes: object) -> dict:
-    return {
-        "data_source": "chartqa",
-        "prompt": [
-            {"role": "system", "content": "Route."},
-            {"role": "user", "content": f"<image>From the prompt {number}?"},
-        ],
-        "ability": "fact-reasoning",
-        "extra_info": {"answer": ["x"], "index": number, "question": f"<image>Question {number}?", "split": "train"},
-        "images": [{"bytes": png, "path": f"data/{number}.png"}],
-        "reward_model": {"style": "rule", "ground_truth": [f"answer {number}"]},
-    } | changes
 
 
 @pytest.fixture
 def write(tmp_path: pathlib.Path) -> Write:
-    def _write(
-        rows: list[dict], name: str = "train.parquet", schema: pa.Schema = SCHEMA, group: int = 3
-    ) -> pathlib.Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=group)
-        return path
+    def _write(rows: list[dict], name: str = "train.parquet", schema: pa.Schema = SCHEMA) -> pathlib.Path:
+        return write_rows(tmp_path / name, rows, schema)
 
     return _write
 

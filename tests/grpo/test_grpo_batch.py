@@ -59,7 +59,7 @@ def test_only_authored_tokens_of_valid_members_are_in_the_loss(rollout: Rollout)
     batch, _ = batch_of(rollout)
     mask = np.asarray(batch.mask)
     np.testing.assert_array_equal(mask[0, :2], rollout.authored[0, :2, :12])
-    np.testing.assert_array_equal(mask[1], rollout.authored[1, :, :12])  # without contrast, but not without a say
+    np.testing.assert_array_equal(mask[1], rollout.authored[1, :, :12])  # no contrast, yet counted in the mean
     assert mask[0, :2].any() and mask[1].any() and not mask[0, 2].any() and not mask[2:].any()
 
 

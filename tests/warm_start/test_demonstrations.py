@@ -1,7 +1,9 @@
 """The weak router's habits, and demonstrations that mark exactly what a policy would have written."""
 
 import dataclasses
+import io
 import itertools
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
@@ -99,7 +102,7 @@ def write(make_router: Make, instant_experts: Any, tokens: Tokens, tasks: list[T
     ) -> tuple[list[Demonstration], Any, Exchange]:
         experts, router = instant_experts(reply, backwards), make_router(**settings)
         exchange = Exchange(tokens, router.registry, experts, dataclasses.replace(EPISODE, max_calls=max_calls))
-        return write_demonstrations(tasks, router, exchange, seed, lambda done: None), experts, exchange
+        return write_demonstrations(tasks, router, exchange, seed, Progress(io.StringIO())), experts, exchange
 
     return run
 
@@ -201,7 +204,19 @@ def test_tasks_without_answers_can_be_rehearsed(
     router = make_router(rehearsal=1.0)
     exchange = Exchange(tokens, router.registry, instant_experts(echo), EPISODE)
     unanswered = [dataclasses.replace(task, answers=()) for task in tasks]
-    assert len(write_demonstrations(unanswered, router, exchange, 0, lambda done: None)) == len(tasks)
+    assert len(write_demonstrations(unanswered, router, exchange, 0, Progress(io.StringIO()))) == len(tasks)
+
+
+def test_progress_ends_at_the_number_of_calls(
+    instant_experts: Any, make_router: Make, tokens: Tokens, tasks: list[Task]
+) -> None:
+    experts, router = instant_experts(lambda call, question: NO_HELP), make_router(rehearsal=0.5, second_call=1.0)
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        write_demonstrations(tasks, router, Exchange(tokens, router.registry, experts, EPISODE), 0, progress)
+    ends = re.findall(r"^demonstrations.*: (\d+)/(\d+) in", stream.getvalue(), re.MULTILINE)
+    assert len(ends) == 2 and all(done == total for done, total in ends)
+    assert sum(int(done) for done, _ in ends) == len(experts.calls)
 
 
 def test_the_seed_decides_and_the_order_of_arrival_does_not(write: Callable[..., Any]) -> None:

@@ -15,15 +15,15 @@ import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from maestro_jax import command
 from maestro_jax.data.images import check_image
-from maestro_jax.errors import EXIT_CONFIG, ConfigError, DataError, UserError
+from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.observe.progress import Progress
 from maestro_jax.types import Task
 
@@ -198,27 +198,21 @@ def _move(building: Path, target: Path) -> None:
 
 def define_flags() -> None:
     """Flags of the command; not defined on import, since `maestro_jax.train` imports this module and has its own."""
-    flags.DEFINE_string("directory", None, "Where suites are kept.", required=True)
+    flags.DEFINE_string("directory", "", "Where suites are kept.")
     flags.DEFINE_integer("train_per_domain", 200, "Training tasks of each domain.", lower_bound=1)
     flags.DEFINE_integer("test_per_domain", 50, "Held-out tasks of each domain.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of every random choice.", lower_bound=0)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     if argv[1:]:
-        print(f"unexpected argument {argv[1]!r}; use --directory DIR", file=sys.stderr)
-        return EXIT_CONFIG
+        raise ConfigError(f"unexpected argument {argv[1]!r}; use --directory DIR")
     values = flags.FLAGS
-    try:
-        with Progress() as progress:
-            path = build_suite(values.directory, values.train_per_domain, values.test_per_domain, values.seed, progress)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
+    with Progress() as progress:
+        path = build_suite(values.directory, values.train_per_domain, values.test_per_domain, values.seed, progress)
     print(path)
-    return 0
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command.run(main, required=("directory",))
