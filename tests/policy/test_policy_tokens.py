@@ -110,10 +110,12 @@ def test_rows_are_padded_on_the_right() -> None:
 
 def test_an_added_word_that_is_not_special_stays_visible(tokens_directory: Path, tmp_path: Path) -> None:
     # Qwen3 adds <think> as a plain word: without it an unclosed think would look well formed.
+    words = ["<think>", "so: </answer>", "答案</answer>"]  # the last two are not in the byte-level alphabet
     again = load_tokens(tokens_directory)
-    again.tokenizer.add_tokens(["<think>"])  # type: ignore[attr-defined]
+    again.tokenizer.add_tokens(words)  # type: ignore[attr-defined]
     again.tokenizer.save_pretrained(str(tmp_path))  # type: ignore[attr-defined]
     tokens = load_tokens(tmp_path)
-    ids = tokens.encode("<think> a")
-    assert tokens.decode(ids) == "<think> a"
-    assert b"<think>" in tokens.token_bytes(400)
+    table = tokens.token_bytes(400)
+    for word in words:
+        ids = tokens.encode(f"{word} a")
+        assert tokens.decode(ids) == f"{word} a" and table[ids[0]] == word.encode()
