@@ -303,20 +303,51 @@ def test_a_run_on_parquet_files(job: Job, interrupted: Interrupted, tmp_path: Pa
     assert all(set(row) == {"chartqa"} for row in summary["accuracy_by_domain"].values())
 
 
-def test_a_run_starts_from_an_exported_one(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(job: Job, interrupted: Interrupted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interrupted run's last parameters as a Hugging Face directory."""
+    output = tmp_path_factory.mktemp("export") / "exported"
+    command = [sys.executable, "-m", "maestro_jax.export", f"--checkpoint={interrupted.workdir}"]
+    result = job.finish([*command, f"--output={output}", "--dtype=float32"])
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+def assert_same_parameters(first: Path, second: Path, below: str = "") -> None:
+    """Of the newest checkpoints of two runs, those whose names begin with `below`, bit for bit."""
+    one, other = ParamReader(first / "checkpoints", None), ParamReader(second / "checkpoints", None)
+    names = [name for name in one.shapes if name.startswith(below)]
+    assert names and one.shapes == other.shapes
+    for name in names:
+        np.testing.assert_array_equal(one.read(name), other.read(name), err_msg=name)
+
+
+def test_a_run_starts_from_an_exported_one(job: Job, interrupted: Interrupted, exported: Path, tmp_path: Path) -> None:
     """A step at rate 0 leaves the parameters as the first run left them."""
-    export = [sys.executable, "-m", "maestro_jax.export", f"--checkpoint={interrupted.workdir}"]
-    result = job.finish([*export, f"--output={tmp_path}/exported", "--dtype=float32"])
+    start = {"policy.init_from": exported, "warm_start.steps": 0, "grpo.steps": 1, "optimizer.learning_rate": 0.0}
+    result = job.run(tmp_path / "run", **start)
     assert result.returncode == 0, result.stderr
-    start = {"policy.init_from": tmp_path / "exported", "warm_start.steps": 0}
-    result = job.run(tmp_path / "run", **start, **{"grpo.steps": 1, "optimizer.learning_rate": 0.0})
-    assert result.returncode == 0, result.stderr
-    first = ParamReader(interrupted.workdir / "checkpoints", None)
-    second = ParamReader(tmp_path / "run/checkpoints", None)
-    assert second.step == 1 and first.shapes == second.shapes
-    for name in first.shapes:
-        np.testing.assert_array_equal(second.read(name), first.read(name), err_msg=name)
+    assert_same_parameters(interrupted.workdir, tmp_path / "run")
     assert not (tmp_path / "run/tokenizer").exists()  # it is the exported one
+
+
+def test_the_config_of_the_4b_trains_a_small_checkpoint(
+    job: Job, interrupted: Interrupted, exported: Path, tmp_path: Path
+) -> None:
+    """Its own settings (bf16, recomputed layers, the checkpoint's architecture), with fewer and shorter tasks."""
+    keys = ("data.", "rollout.", "reward.", "grpo.", "evaluate.", "checkpoint.", "policy.prefix_buckets")
+    small = {key: value for key, value in TINY.items() if key.startswith(keys)}
+    small |= {"policy.init_from": exported, "data.suite_directory": job.shared / "suite", "grpo.steps": 2}
+    small |= {"policy.image_buckets": "(80,)", "policy.min_pixels": 32 * 32, "policy.max_pixels": 160 * 128}
+    small |= {"policy.freeze": "('vision',)", "optimizer.learning_rate": 1e-3}
+    flags = [f"--config.{key}={value}" for key, value in small.items()]
+    result = job.finish([*job.bare(), "--config=configs/qwen3_vl_4b.py", f"--workdir={tmp_path}/run", *flags])
+    assert result.returncode == 0, result.stderr
+    rows = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if row["step"]]
+    assert [row["step"] for row in rows] == [1, 2] and all(np.isfinite(row["loss"]) for row in rows)
+    # bf16 keeps 8 bits; sampler and trainer cut the same sums differently.
+    assert all(0 < row["logprob_gap"] < 0.2 for row in rows)
+    assert_same_parameters(interrupted.workdir, tmp_path / "run", below="visual/")
 
 
 def test_a_corrupt_parquet_file_is_refused(job: Job, tmp_path: Path) -> None:

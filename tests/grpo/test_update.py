@@ -77,12 +77,12 @@ class Run:
         return {name: np.asarray(leaf) - self.before[name] for name, leaf in named_leaves(self.after.params).items()}
 
 
-def run(axes: tuple[int, int, int], loss: Any) -> Run:
+def run(axes: tuple[int, int, int], loss: Any, freeze: tuple[str, ...] = ()) -> Run:
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
     graph, params = init_params(lambda: Policy(architecture(), nnx.Rngs(0)), mesh, ShardingRules())
     optimizer = make_optimizer(OPTIMIZER)
-    state = init_train_state(params, optimizer, (), mesh)
-    step = make_train_step(graph, optimizer, loss, LOSS, 0.9, 2, (), mesh, state)
+    state = init_train_state(params, optimizer, freeze, mesh)
+    step = make_train_step(graph, optimizer, loss, LOSS, 0.9, 2, freeze, mesh, state)
     before = {name: np.array(leaf) for name, leaf in named_leaves(state.params).items()}
     with jax.set_mesh(mesh):
         after, metrics = step(state, jax.device_put(host_batch(), batch_shardings(mesh)))
@@ -126,6 +126,20 @@ def test_moments_are_sharded_like_their_parameters(sharded: Run) -> None:
         parameter = name.split("/mu/")[-1].split("/nu/")[-1]
         assert leaf.sharding == wanted[parameter], name
     assert any(not sharding.is_fully_replicated for sharding in wanted.values())
+
+
+@pytest.mark.parametrize("freeze", [("vision",), ("embeddings",), ("vision", "embeddings")], ids="+".join)
+def test_what_is_frozen_stays_and_has_no_optimiser_state(freeze: tuple[str, ...]) -> None:
+    result = run((1, 2, 1), grpo_loss, freeze)
+    prefixes = {"vision": "visual/", "embeddings": "language_model/embed_tokens/"}
+    frozen = {name for name in result.before if name.startswith(tuple(prefixes[part] for part in freeze))}
+    assert frozen and frozen < result.before.keys()
+    for name, update in result.update().items():
+        assert (np.abs(update).max() == 0.0) == (name in frozen), name
+    moments = [name for name in named_leaves(result.after.opt_state) if "/mu/" in name or "/nu/" in name]
+    assert len(moments) == 2 * (len(result.before) - len(frozen))
+    assert not any(name in moment for name in frozen for moment in moments)
+    assert result.after.params.keys() == result.donated.params.keys()
 
 
 def test_steps_are_counted(alone: Run) -> None:

@@ -1,7 +1,9 @@
 """Checkpoints that transformers wrote come in exactly, on any mesh, and go out as the same tensors."""
 
+import copy
 import json
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from maestro_jax.checkpoint.store import named_leaves
@@ -127,6 +131,56 @@ def test_out_and_in_again_is_the_identity(seed: int) -> None:
         for index in [index for index in indices if array[index].size]:
             found = part.from_hf(lambda name, index, tensors=tensors: tensors[name][index], index)
             np.testing.assert_array_equal(found, array[index], err_msg=name)
+
+
+@st.composite
+def small_configs(draw: st.DrawFn) -> reference.Config:
+    """Any small architecture: sizes that differ from each other by chance, tied or not, tapped or not."""
+    config = copy.deepcopy(reference.CONFIG)
+    text, vision = config["text_config"], config["vision_config"]
+    head, kv_heads = draw(st.sampled_from([8, 12, 16])), draw(st.integers(1, 2))
+    time, height = head // 4, head // 8
+    text |= {
+        "head_dim": head,
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * draw(st.integers(1, 3)),
+    }
+    text |= {"hidden_size": draw(st.integers(3, 40)), "intermediate_size": draw(st.integers(3, 40))}
+    text |= {"num_hidden_layers": draw(st.integers(1, 4)), "vocab_size": draw(st.integers(300, 320))}
+    text["rope_parameters"]["mrope_section"] = [head // 2 - time, time - height, height]
+    width = 8 * draw(st.integers(1, 3))
+    vision |= {"hidden_size": width, "num_heads": 2, "intermediate_size": draw(st.integers(3, 40))}
+    vision |= {"depth": draw(st.integers(1, 4)), "patch_size": draw(st.sampled_from([4, 8]))}
+    vision |= {"num_position_embeddings": draw(st.integers(2, 5)) ** 2, "out_hidden_size": text["hidden_size"]}
+    vision["temporal_patch_size"] = draw(st.integers(1, 2))
+    most = min(vision["depth"], text["num_hidden_layers"])
+    blocks = st.lists(st.integers(0, vision["depth"] - 1), max_size=most, unique=True)
+    vision["deepstack_visual_indexes"] = sorted(draw(blocks))
+    return {**config, "tie_word_embeddings": draw(st.booleans())}
+
+
+@settings(max_examples=15, deadline=None)
+@given(small_configs(), st.sampled_from([jnp.float32, jnp.bfloat16]))
+def test_any_architecture_goes_through_bit_for_bit(config: reference.Config, dtype: Any) -> None:
+    """transformers' tensors → our sharded parameters → tensors of the same names, shapes and bits."""
+    architecture = reference.architecture(config)
+    wanted = {
+        name: np.asarray(jnp.asarray(tensor).astype(dtype))
+        for name, tensor in reference.weights_of(reference.reference_model(config).float()).items()
+        if name != "lm_head.weight" or not config["tie_word_embeddings"]
+    }
+    make = lambda: Policy(architecture, nnx.Rngs(0), dtype)  # noqa: E731
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    _, abstract, shardings = param_layout(make, mesh, ShardingRules())
+    with tempfile.TemporaryDirectory() as directory:
+        save_file(wanted, f"{directory}/model.safetensors")
+        params = import_params(directory, abstract, shardings, architecture.vision.patch_shape)
+    ours = {name.removesuffix("/value"): np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+    table = counterparts({name: leaf.shape for name, leaf in ours.items()}, architecture.vision.patch_shape)
+    found = {name: tensor for ours_name, part in table.items() for name, tensor in part.to_hf(ours[ours_name]).items()}
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].shape == tensor.shape and found[name].tobytes() == tensor.tobytes(), name
 
 
 def test_every_mistake_is_listed_in_one_error(saved: Path, tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""GRPO of Qwen3-VL-4B-Instruct as the orchestrator: the method's group size, rate and losses (docs/method.md).
+
+    python -m maestro_jax.train --config configs/qwen3_vl_4b.py --workdir runs/4b \\
+        --config.policy.init_from=path/to/Qwen3-VL-4B-Instruct \\
+        --config.data.kind=verl --config.data.train_files="('train.parquet',)" \\
+        --config.data.test_files="('val.parquet',)"
+
+Architecture, weights and tokenizer come from the checkpoint directory. Without `data.*` it trains on the
+embedded suite. Registry: the suite's in-process experts until yours are listed in `configs/registry/`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+from configs.registry import suite
+
+STEPS = 200
+PIXELS_PER_TOKEN = 32 * 32  # patch 16, merged 2 x 2
+ROOM = 2048
+
+
+def get_config() -> ConfigDict:
+    config = quickstart.get_config()
+    config.policy = policy()
+    config.registry = suite.get_registry()
+    config.rollout = rollout()
+    config.grpo.update(
+        {
+            "steps": STEPS,
+            "groups": 32,
+            "group_size": 8,
+            "constant_length": ROOM,
+            "kl_weight": 0.0,  # a pretrained policy needs no tie to its start
+            "logprob_chunk": 64,  # 64 x 151,936 fp32 logits a member: 39 MB
+        }
+    )
+    config.optimizer = quickstart.optimizer(learning_rate=1e-6, warmup_steps=5)
+    config.warm_start.steps = 0  # it follows the format from the prompt
+    config.evaluate.every = 20
+    config.checkpoint.update({"every": 10, "keep": 3})
+    return config
+
+
+def policy() -> ConfigDict:
+    return ConfigDict(
+        {
+            "init_from": "checkpoints/Qwen3-VL-4B-Instruct",
+            "architecture": {},
+            "tokenizer": "",
+            "param_dtype": "float32",  # master weights: bf16 would round updates of 1e-6 away
+            "compute_dtype": "bfloat16",
+            "freeze": (),
+            "remat": True,
+            "prefix_buckets": (512, 1024, 2048, 4096),
+            "image_buckets": (1024, 2048, 4096),
+            "images_per_task": 1,
+            "min_pixels": 64 * PIXELS_PER_TOKEN,
+            "max_pixels": 1024 * PIXELS_PER_TOKEN,
+        }
+    )
+
+
+def rollout() -> ConfigDict:
+    return ConfigDict(
+        {
+            "max_calls": 4,
+            "turn_budget": 256,
+            "observation_tokens": 160,
+            "observation_multiple": 1,
+            "room": ROOM,  # five turns and four observations, with their frames
+            "member_buckets": (512, 1024, ROOM),
+            "decode_chunk": 32,
+            "temperature": 1.0,
+            "deadline": 120.0,
+        }
+    )

@@ -1,0 +1,55 @@
+"""The same logits and gradients on eight devices as on one, however parameters and groups are spread."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from maestro_jax.checkpoint.store import named_leaves
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.parallel.sharding import ShardingRules, init_params, over_groups
+from maestro_jax.policy.model import Policy, prompt_shardings
+from tests.policy import reference
+from tests.policy.reference import ROOT, assert_near
+
+MESHES = {"fsdp 8": (1, 8, 1), "fsdp 4, tensor 2": (1, 4, 2), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
+B, G, R = 8, 2, 4
+TOLERANCE = 1e-5  # fp32: sums are split over devices; a missing collective is off by parts of one
+
+
+def run(axes: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits `[B, G, R, V]`, and the gradients of the members' mean log-likelihood by name."""
+    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
+    make = lambda: Policy(reference.architecture(), nnx.Rngs(0), remat=True)  # noqa: E731
+    graph, params = init_params(make, mesh, ShardingRules())
+    rows = (reference.three_rows() * 3)[:B]
+    prompts = jax.device_put(reference.collate(ROOT, rows, 24, per_group=2, patches=24), prompt_shardings(mesh))
+    members = jax.device_put(reference.members(B, G, R), over_groups(mesh))
+
+    def mean(params: nnx.State) -> tuple[jax.Array, jax.Array]:
+        policy = nnx.merge(graph, params)
+        last, hidden = policy.encode_groups(prompts, members, jnp.full((B, G), R))
+        first = jnp.broadcast_to(last[:, None, None], (B, G, 1, last.shape[-1]))
+        logits = policy.logits(jnp.concatenate([first, hidden[:, :, :-1]], axis=2))
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), members[..., None], axis=-1).mean(), logits
+
+    with jax.set_mesh(mesh):
+        gradients, logits = jax.jit(jax.grad(mean, has_aux=True))(params)
+    return np.asarray(logits), {name: np.asarray(leaf) for name, leaf in named_leaves(gradients).items()}
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    return run((1, 1, 1))
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_a_mesh_computes_what_one_device_does(
+    axes: tuple[int, int, int], alone: tuple[np.ndarray, dict[str, np.ndarray]]
+) -> None:
+    logits, gradients = run(axes)
+    assert_near(logits, alone[0], TOLERANCE, "logits")
+    for name, wanted in alone[1].items():
+        assert np.abs(wanted).max() > 1e-6, f"{name} takes no part; the comparison would be empty"
+        assert_near(gradients[name], wanted, TOLERANCE, name)
