@@ -30,6 +30,7 @@ from maestro_jax.parallel.sharding import ShardingRules, init_params
 from maestro_jax.policy.config import architecture_from_hf, open_architecture, read_config_json
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy
+from maestro_jax.policy.preprocess import prepare_image
 from maestro_jax.policy.tokens import train_tokens
 from maestro_jax.train import flatten, open_params
 
@@ -128,6 +129,17 @@ def test_the_files_around_the_weights(run: SavedRun, exported: tuple[Path, str])
     card = (output / "README.md").read_text()
     assert "checkpoint of step 5" in card and "| trained | 0.500 |" in card and "grpo.group_size = 8" in card
     assert not list(run.workdir.glob(".*partial"))
+
+
+def test_transformers_prepares_images_as_the_run_did(exported: tuple[Path, str]) -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    policy = small_config().policy
+    vision = architecture_from_hf(policy.architecture, "config").vision
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 170, 3), dtype=np.uint8)  # above the run's limit
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(exported[0])([pixels], return_tensors="np")
+    ours = prepare_image(pixels, vision, policy.min_pixels, policy.max_pixels)
+    np.testing.assert_array_equal(theirs["pixel_values"], ours.patches)
 
 
 def test_a_new_run_starts_from_it_without_an_architecture_of_its_own(run: SavedRun, exported: tuple[Path, str]) -> None:

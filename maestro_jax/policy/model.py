@@ -100,8 +100,7 @@ class Policy(nnx.Module):
         """The policy with weights cut per layer and cast; make it outside the loop that decodes."""
         dtype, text = self.compute_dtype, self.language_model
         embedding = text.embed_tokens.embedding[...].astype(dtype)
-        head = embedding if self.lm_head is None else self._head()
-        return DecodingPolicy(embedding, text.layer_list(dtype), text.norm, head)
+        return DecodingPolicy(embedding, text.layer_list(dtype), text.norm, self._head())
 
     def logits(self, hidden: Array) -> Array:
         """fp32 logits `[..., V]` of final hidden states `[..., D]`."""

@@ -54,7 +54,8 @@ class Stretch:
 
     def shared(self, per_token: Array) -> Array:
         """Keys or values `[B, G, T, K, H]` without the axes over which this stretch is shared."""
-        return per_token[(0,) * 2] if self.seen is not None and self.seen.ndim == 1 else per_token[:, 0]
+        everyone = self.seen is not None and self.seen.ndim == 1
+        return per_token[0, 0] if everyone else per_token[:, 0]
 
 
 class DecoderLayer(nnx.Module):
