@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.advantages import NORMALISERS
-from maestro_jax.grpo.losses import AGGREGATIONS, KL_ESTIMATORS
+from maestro_jax.grpo.losses import AGGREGATIONS, KL_ESTIMATORS, SURROGATES
 from maestro_jax.grpo.update import FREEZABLE, OptimizerConfig
 from maestro_jax.parallel.mesh import MeshConfig
 from maestro_jax.registry.config import RegistryConfig, parse_registry
@@ -104,14 +104,25 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
-    """One update per step from `groups` tasks with `group_size` members each."""
+    """One update per step from `groups` tasks with `group_size` members each.
+
+    Attributes:
+      advantage: "std", "none" or "leave_one_out" (`grpo/advantages.py`).
+      surrogate: what is clipped, "ppo" (a token's update), "gspo" (a member's) or "cispo" (a token's weight).
+      clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
+      importance_cap: upper bound of the weights that correct for the sampler (Yao et al. 2025); 0: no weights.
+      aggregation: how token losses are averaged, "sequence", "token" or "constant" (by constant_length tokens).
+      logprob_chunk: tokens of a member whose logits exist at a time.
+    """
 
     steps: int
     groups: int
     group_size: int
     advantage: str
+    surrogate: str
     clip_low: float
     clip_high: float
+    importance_cap: float
     aggregation: str
     constant_length: int
     entropy_weight: float
@@ -254,17 +265,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"config.grpo.logprob_chunk={grpo.logprob_chunk} must divide the member bucket {size}")
     if rollout.turn_budget >= rollout.room:
         raise ConfigError(f"config.rollout.turn_budget={rollout.turn_budget} must be below room={rollout.room}")
-    if grpo.group_size < 2:
-        raise ConfigError(f"config.grpo.group_size={grpo.group_size} gives no contrast; use at least 2")
-    if grpo.advantage not in NORMALISERS:
-        raise ConfigError(f"config.grpo.advantage {grpo.advantage!r} is unknown; use one of {', '.join(NORMALISERS)}")
-    if grpo.kl_estimator not in KL_ESTIMATORS:
-        known = ", ".join(KL_ESTIMATORS)
-        raise ConfigError(f"config.grpo.kl_estimator {grpo.kl_estimator!r} is unknown; use one of {known}")
-    if grpo.aggregation not in AGGREGATIONS:
-        raise ConfigError(
-            f"config.grpo.aggregation {grpo.aggregation!r} is unknown; use one of {', '.join(AGGREGATIONS)}"
-        )
+    _check_grpo(grpo)
     _check_schedule("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
     warm_start = config.warm_start
     _check_schedule("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
@@ -272,6 +273,34 @@ def _check(config: Config) -> None:
         found = config.registry.resolve(*pair)
         if isinstance(found, str):
             raise ConfigError(f"config.warm_start.claims.{source} {pair!r} is not in the registry: {found}")
+
+
+def _check_grpo(grpo: GrpoConfig) -> None:
+    if grpo.group_size < 2:
+        raise ConfigError(f"config.grpo.group_size={grpo.group_size} gives no contrast; use at least 2")
+    names = {
+        "advantage": NORMALISERS,
+        "surrogate": SURROGATES,
+        "aggregation": AGGREGATIONS,
+        "kl_estimator": KL_ESTIMATORS,
+    }
+    for key, known in names.items():
+        if getattr(grpo, key) not in known:
+            raise ConfigError(f"config.grpo.{key} {getattr(grpo, key)!r} is unknown; use one of {', '.join(known)}")
+    for key in ("clip_low", "clip_high"):
+        if getattr(grpo, key) < 0:
+            found = getattr(grpo, key)
+            raise ConfigError(f"config.grpo.{key}={found} puts 1 outside the ratio's range; use 0 or more")
+    if grpo.importance_cap and grpo.importance_cap < 1:
+        raise ConfigError(
+            f"config.grpo.importance_cap={grpo.importance_cap} would shrink the updates of fresh tokens too; "
+            "use 1 or more (2 is usual), or 0 for no importance weights"
+        )
+    if grpo.aggregation == "constant" and grpo.constant_length < 1:
+        cure = "use 1 or more, as config.rollout.room"
+        raise ConfigError(
+            f'config.grpo.aggregation "constant" divides by constant_length={grpo.constant_length}; {cure}'
+        )
 
 
 def _check_schedule(where: str, optimizer: OptimizerConfig, steps_key: str, steps: int) -> None:

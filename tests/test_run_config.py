@@ -172,6 +172,11 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
         ("policy.freeze", ("tower",), "it may name vision, embeddings"),
         ("grpo.aggregation", "mean", "use one of "),
         ("grpo.kl_estimator", "k4", "use one of "),
+        ("grpo.surrogate", "gpso", "use one of ppo, gspo, cispo"),
+        ("grpo.clip_low", -0.2, "use 0 or more"),
+        ("grpo.clip_high", -0.2, "use 0 or more"),
+        ("grpo.importance_cap", 0.5, "use 1 or more"),
+        ("grpo.importance_cap", -1.0, "use 1 or more"),
         ("grpo.steps", 10_000, "set config.optimizer.decay_steps=10000"),
         ("warm_start.steps", 10_000, "set config.warm_start.optimizer.decay_steps=10000"),
         ("optimizer.decay_steps", 2, "must exceed warmup_steps="),
@@ -180,6 +185,19 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
 def test_a_contradiction_names_the_cure(key: str, value: Any, says: str) -> None:
     text = message(with_value(key, value))
     assert says in text and f"config.{key.split('.')[0]}." in text
+
+
+def test_a_constant_length_of_zero_names_the_cure() -> None:
+    config = with_value("grpo.aggregation", "constant")
+    config.grpo.constant_length = 0
+    assert "config.grpo.aggregation" in (text := message(config)) and "as config.rollout.room" in text
+
+
+@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo"])
+def test_published_clip_ranges_pass(surrogate: str) -> None:
+    config = with_value("grpo.surrogate", surrogate)
+    config.grpo.update({"clip_low": 10.0, "clip_high": 4e-4, "importance_cap": 2.0})  # CISPO's low, GSPO's high
+    assert parse_config(config).grpo.surrogate == surrogate
 
 
 @pytest.mark.parametrize(
