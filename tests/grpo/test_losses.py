@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maestro_jax.grpo.losses import LossConfig, LossInputs, masked_mean, policy_loss
+from maestro_jax.grpo.losses import (
+    SURROGATES,
+    LossConfig,
+    LossInputs,
+    importance_weights,
+    masked_mean,
+    policy_loss,
+)
 
 B, G, R = 2, 3, 5
 GRPO = LossConfig(clip_low=0.2, clip_high=0.2, aggregation="sequence", constant_length=R)
@@ -100,6 +107,77 @@ def test_clipping_stops_the_gradient_only_where_it_would_go_further() -> None:
     gradient = jax.grad(lambda x: policy_loss(dataclasses.replace(inputs, logprobs=x), GRPO)[0])(ratio)
     assert (gradient[0, :, 0] != 0).tolist() == [False, True, True, False]
     assert policy_loss(inputs, GRPO)[1]["clip_fraction"] == 0.5
+
+
+def one_member(log_ratios: list[float], advantage: float, surrogate: str, **other: float) -> tuple[float, list, dict]:
+    """Loss, gradient per token and statistics of one member, old log-probabilities 0, clipped to [0.8, 1.5]."""
+    config = LossConfig(0.2, 0.5, "sequence", R, surrogate=surrogate, **other)  # type: ignore[arg-type]
+    zeros = jnp.zeros((1, 1, len(log_ratios)))
+    inputs = LossInputs(zeros, zeros, zeros, zeros, jnp.full((1, 1), advantage), zeros == 0)
+
+    def loss(logprobs: jax.Array) -> tuple[jax.Array, dict]:
+        return policy_loss(dataclasses.replace(inputs, logprobs=logprobs), config)
+
+    at = jnp.asarray(log_ratios).reshape(1, 1, -1)
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(at)
+    return float(value), gradient.ravel().tolist(), {name: float(x) for name, x in metrics.items()}
+
+
+TWICE, HALF, FOUR = math.log(2), math.log(0.5), math.log(4)
+
+
+def test_gspo_clips_a_member_as_a_whole() -> None:
+    """Ratios 2 and 1/2: s = 1, nothing is clipped. Ratios 4 and 1: s = 2, clipped if that is good, kept if bad."""
+    value, gradient, metrics = one_member([TWICE, HALF], 1.0, "gspo")
+    np.testing.assert_allclose([value, *gradient], [-1.0, -0.5, -0.5], rtol=1e-6)
+    assert metrics["clip_fraction"] == 0.0 and metrics["ratio_max"] == 1.0
+    np.testing.assert_allclose(metrics["logprob_gap"], TWICE, rtol=1e-6)  # stays that of tokens
+
+    value, gradient, metrics = one_member([FOUR, 0.0], 1.0, "gspo")
+    np.testing.assert_allclose([value, *gradient], [-1.5, 0.0, 0.0], rtol=1e-6)
+    assert metrics["clip_fraction"] == 1.0
+    value, gradient, metrics = one_member([FOUR, 0.0], -1.0, "gspo")
+    np.testing.assert_allclose([value, *gradient], [2.0, 1.0, 1.0], rtol=1e-6)
+    assert metrics["clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_cispo_clips_weights_and_keeps_every_gradient(advantage: float) -> None:
+    """Ratios 4, 1 and 1/2 weigh 1.5, 1 and 0.8, whatever the sign; loss = -weight x advantage x log-probability."""
+    value, gradient, metrics = one_member([FOUR, 0.0, HALF], advantage, "cispo")
+    np.testing.assert_allclose(gradient, [-advantage * w / 3 for w in (1.5, 1.0, 0.8)], rtol=1e-6)
+    np.testing.assert_allclose(value, -advantage * (1.5 * FOUR + 0.8 * HALF) / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["clip_fraction"], 2 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_importance_weights_are_truncated(surrogate: str) -> None:
+    """The sampler gave tokens 1/4, 1 and twice of what the policy does: weights 2 of 4, 1 and 1/2, at ratio one."""
+    _, gradient, metrics = one_member([FOUR, 0.0, HALF], 1.0, surrogate, importance_cap=2.0)
+    np.testing.assert_allclose(gradient, [-2 / 3, -1 / 3, -0.5 / 3], rtol=1e-6)
+    np.testing.assert_allclose(metrics["importance_weight"], 3.5 / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["importance_capped"], 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["logprob_gap"], FOUR, rtol=1e-6)
+    assert metrics["ratio_max"] == 1.0 and metrics["clip_fraction"] == 0.0
+
+
+def test_importance_weights_are_constants(inputs: LossInputs) -> None:
+    def total(proximal: jax.Array) -> jax.Array:
+        return importance_weights(proximal, inputs.old_logprobs, inputs.mask, 1.5)[0].sum()
+
+    assert total(inputs.logprobs) != total(inputs.old_logprobs)
+    assert not jax.grad(total)(inputs.logprobs).any()
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_for_tokens_of_the_policy_itself_weights_change_nothing(inputs: LossInputs, surrogate: str) -> None:
+    on_policy = dataclasses.replace(inputs, old_logprobs=inputs.logprobs)
+    plain = dataclasses.replace(GRPO, surrogate=surrogate)
+
+    def gradient(config: LossConfig) -> jax.Array:
+        return jax.grad(lambda x: policy_loss(dataclasses.replace(on_policy, logprobs=x), config)[0])(inputs.logprobs)
+
+    np.testing.assert_array_equal(gradient(dataclasses.replace(plain, importance_cap=2.0)), gradient(plain))
 
 
 def test_statistics(inputs: LossInputs) -> None:
