@@ -60,10 +60,10 @@ FULL = Shape(
         VisionConfig(24, 1024, 4096, 16, 3, 16, 2, 2, 1024, 2304, (5, 11, 17)),
         *(151_655, 151_652, 151_653, True),
     ),
-    prompt=512,
-    root=128,
+    prompt=256,
+    root=64,
     image=(320, 480),
-    new_tokens=32,
+    new_tokens=16,
     members=8,
 )
 TOY = Shape(
