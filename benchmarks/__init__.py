@@ -1,0 +1,1 @@
+"""Timings against other implementations, as ratios; each program runs as `python -m benchmarks.NAME [--json FILE]`."""

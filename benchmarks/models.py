@@ -1,0 +1,254 @@
+"""The same Qwen3-VL twice: our policy and transformers' model, with the same weights, prompts and outputs.
+
+Everything that benchmarks need to know of either side's interfaces is in here. Both sides start from ids and from an
+image's patches; both make positions and interpolation weights within the time that is measured.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from benchmarks.pairs import timed
+from maestro_jax.checkpoint.hf_export import hf_config
+from maestro_jax.checkpoint.store import named_leaves
+from maestro_jax.grpo.update import init_params
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.parallel.sharding import ShardingRules
+from maestro_jax.policy import preprocess
+from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.policy.huggingface import counterparts
+from maestro_jax.policy.model import Policy, PrefixBatch
+from maestro_jax.policy.vision import ImageBatch
+from maestro_jax.rollout.decode import DecodeConfig, StopTables, decode_chunk, prefill
+
+_LM_HEAD = "lm_head.weight"  # tied with the embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt with one image."""
+
+    ids: np.ndarray  # int32 [T], with one image token per merged patch
+    root: int  # how many of them stand in front of what differs between tasks
+    image: preprocess.PreparedImage
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Lengths in tokens, the image in patches."""
+        return {"prompt": len(self.ids), "root": self.root, "patches": [self.image.rows, self.image.columns]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What G members wrote, and the seconds it took."""
+
+    tokens: np.ndarray  # int32 [G, R]
+    prefill_seconds: float
+    decode_seconds: float
+    logprobs: np.ndarray | None = None  # float32 [G, R]
+    margin: float | None = None  # smallest distance of a chosen logit to the second best
+
+
+def random_prompt(architecture: PolicyArchitecture, length: int, root: int, size: tuple[int, int], seed: int) -> Prompt:
+    """Random text around an image of noise of `size` (height, width); `length` tokens in all."""
+    rng, vision = np.random.default_rng(seed), architecture.vision
+    pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    image = preprocess.prepare_image(pixels, vision, 1, math.prod(size))
+    picture = [architecture.image_token_id] * image.tokens(vision.spatial_merge_size)
+    framed = [architecture.vision_start_token_id, *picture, architecture.vision_end_token_id]
+    text = rng.integers(0, architecture.vision_start_token_id, length - len(framed))  # ids below the special ones
+    return Prompt(np.concatenate([text[:root], framed, text[root:]]).astype(np.int32), root, image)
+
+
+# ---- ours --------------------------------------------------------------------------------------------------
+
+
+class OurPolicy:
+    """Our policy with random fp32 weights on one device."""
+
+    def __init__(self, architecture: PolicyArchitecture, seed: int):
+        self.architecture = architecture
+        self.mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+        make = lambda: Policy(architecture, nnx.Rngs(seed))  # noqa: E731
+        # Waited for: initialising takes three times the weights' memory, a second model is to come after it.
+        self.graph, self.params = jax.block_until_ready(init_params(make, self.mesh, ShardingRules()))
+
+    def compile(self, function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> Callable:
+        """`function(policy, *args)` compiled ahead of time, as a function of args like these (shapes are enough)."""
+        with jax.set_mesh(self.mesh):
+            program = jax.jit(self._on_params(function), donate_argnums=donate).lower(self.params, *args).compile()
+        return lambda *args: jax.block_until_ready(program(self.params, *args))
+
+    def shapes(self, function: Callable, *args: Any) -> Any:
+        """What `function(policy, *args)` returns, as shapes and dtypes."""
+        return jax.eval_shape(self._on_params(function), self.params, *args)
+
+    def _on_params(self, function: Callable) -> Callable:
+        return lambda params, *args: function(nnx.merge(self.graph, params), *args)
+
+    def batch(self, prompt: Prompt) -> PrefixBatch:
+        """The prompt as one group, with everything that is computed on the host."""
+        image_token, merge = self.architecture.image_token_id, self.architecture.vision.spatial_merge_size
+        root, row = prompt.ids[: prompt.root], prompt.ids[prompt.root :]
+        positions, next_position = preprocess.mrope_positions(row, image_token, (prompt.image,), merge, len(root))
+        image_index = np.full(len(row), -1, np.int32)
+        image_index[row == image_token] = np.arange(prompt.image.tokens(merge))
+        patches = len(prompt.image.patches)
+        images = preprocess.collate_images([(prompt.image,)], self.architecture.vision, 1, patches)
+        last, following = np.array([len(row) - 1], np.int32), np.array([next_position], np.int32)
+        real = np.ones((1, len(row)), bool)
+        return PrefixBatch(
+            root, row[None], real, positions[None], last, following, ImageBatch(**images), image_index[None]
+        )
+
+
+class OurForward:
+    """Logits `[V]` after a prompt."""
+
+    def __init__(self, policy: OurPolicy, prompt: Prompt):
+        self.policy, self.prompt, self.shape = policy, prompt, {"shape": prompt.shape}
+        self.compile_seconds, self._program = timed(lambda: policy.compile(_last_logits, policy.batch(prompt)))
+
+    def __call__(self) -> np.ndarray:
+        return np.asarray(self._program(self.policy.batch(self.prompt)))
+
+
+def _last_logits(policy: Policy, batch: PrefixBatch) -> jax.Array:
+    _, last = policy.encode_prefix(batch, policy.encode_root(batch.root))
+    return policy.logits(last)[0]
+
+
+class OurGeneration:
+    """Greedy continuations of a prompt by a group's members: a prefill program, then one program for all tokens."""
+
+    def __init__(self, policy: OurPolicy, prompt: Prompt, members: int, new_tokens: int):
+        self.policy, self.prompt = policy, prompt
+        self.shape = {"shape": prompt.shape | {"members": members, "new_tokens": new_tokens}}
+        self._keys = np.zeros((1, members, 2), np.uint32)
+        self._tables = _endless(policy.architecture.text.vocab_size)
+        config = DecodeConfig(new_tokens, turn_budget=new_tokens, room=new_tokens, temperature=1.0)
+        self.compile_seconds, (self._prefill, self._decode) = timed(lambda: self._compile(config))
+
+    def __call__(self) -> Generated:
+        prefill_seconds, begun = timed(lambda: self._prefill(*self._start()))
+        decode_seconds, state = timed(lambda: self._decode(*begun, self._tables, np.float32(0)))
+        tokens, logprobs = np.asarray(state.tokens[0]), np.asarray(state.logprobs[0])
+        return Generated(tokens, prefill_seconds, decode_seconds, logprobs)
+
+    def _start(self) -> tuple[PrefixBatch, np.ndarray, np.ndarray]:
+        return self.policy.batch(self.prompt), self._keys, np.ones(1, bool)
+
+    def _compile(self, config: DecodeConfig) -> tuple[Callable, Callable]:
+        begin, decode = functools.partial(prefill, room=config.room), functools.partial(decode_chunk, config=config)
+        start = self._start()
+        begun = self.policy.shapes(begin, *start)
+        # The state is donated, as in the rollout engine.
+        decode_program = self.policy.compile(decode, *begun, self._tables, np.float32(0), donate=(2,))
+        return self.policy.compile(begin, *start), decode_program
+
+
+def _endless(vocabulary: int) -> StopTables:
+    """One state that every token leads back to: nothing ends a turn but its budget."""
+    return StopTables(jnp.zeros((1, vocabulary), jnp.int32), jnp.zeros((1,), jnp.int32), jnp.int32(-1))
+
+
+# ---- theirs ------------------------------------------------------------------------------------------------
+
+
+def transformers_model(policy: OurPolicy) -> Any:
+    """transformers' model with our weights; attention is what it picks itself (sdpa)."""
+    config = Qwen3VLConfig(**hf_config(policy.architecture, "float32", {}))
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    ours = {name.removesuffix("/value"): leaf for name, leaf in named_leaves(policy.params).items()}
+    table = counterparts({name: leaf.shape for name, leaf in ours.items()}, policy.architecture.vision.patch_shape)
+    # Copied one by one into tensors of its own layout: a transposed view would be slower for it than its own.
+    left = dict(model.state_dict())
+    for name, part in table.items():
+        for tensor_name, tensor in part.to_hf(np.asarray(ours[name])).items():
+            left.pop(tensor_name).copy_(torch.tensor(tensor))
+    if left.keys() - {_LM_HEAD}:
+        raise ValueError(f"transformers has parameters that the policy lacks: {sorted(left)}")
+    return model
+
+
+def _inputs(prompt: Prompt, image_token: int, rows: int) -> dict[str, torch.Tensor]:
+    """What transformers' processor would hand over for equal rows."""
+    ids = torch.tensor(prompt.ids)[None].long().repeat(rows, 1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == image_token).int(),
+        "pixel_values": torch.tensor(prompt.image.patches).repeat(rows, 1),
+        "image_grid_thw": torch.tensor([[1, prompt.image.rows, prompt.image.columns]]).repeat(rows, 1),
+    }
+
+
+class TheirForward:
+    """Logits `[V]` after a prompt."""
+
+    def __init__(self, model: Any, prompt: Prompt):
+        self.model = model
+        self._inputs = _inputs(prompt, model.config.image_token_id, 1)
+
+    @torch.inference_mode()
+    def __call__(self) -> np.ndarray:
+        return self.model(**self._inputs, use_cache=False, logits_to_keep=1).logits[0, -1].numpy()
+
+
+class TheirGeneration:
+    """Greedy continuations of a prompt by `generate`: the prompt stands in as many rows as there are members."""
+
+    def __init__(self, model: Any, prompt: Prompt, members: int, new_tokens: int):
+        self.model = model
+        self._inputs = _inputs(prompt, model.config.image_token_id, members)
+        self._limits = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+
+    @torch.inference_mode()
+    def __call__(self, keep_logits: bool = False) -> Generated:
+        """One run; only one that keeps its logits tells log-probabilities and margin."""
+        clock, start = _Clock(), time.perf_counter()
+        out = self.model.generate(
+            **self._inputs,
+            **self._limits,
+            do_sample=False,
+            use_cache=True,
+            streamer=clock,
+            return_dict_in_generate=True,
+            output_logits=keep_logits,
+        )
+        _, first, *_, last = clock.times
+        tokens = out.sequences[:, self._inputs["input_ids"].shape[1] :]
+        logprobs, margin = _judge(torch.stack(out.logits, dim=1), tokens) if keep_logits else (None, None)
+        return Generated(tokens.int().numpy(), first - start, last - first, logprobs, margin)
+
+
+class _Clock:
+    """A streamer that notes when `generate` hands over the prompt and each token of the members."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        del tokens
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _judge(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[np.ndarray, float]:
+    """Log-probabilities `[G, R]` of tokens under `logits [G, R, V]`, and by how much the nearest choice was made."""
+    chosen = torch.gather(logits, -1, tokens[..., None])[..., 0]
+    best, second = torch.topk(logits, 2).values.unbind(-1)
+    return (chosen - torch.logsumexp(logits, dim=-1)).numpy(), float((best - second).min())
