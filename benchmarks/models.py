@@ -21,9 +21,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from benchmarks.pairs import timed
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import named_leaves
-from maestro_jax.grpo.update import init_params
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import ShardingRules
+from maestro_jax.parallel.sharding import ShardingRules, init_params
 from maestro_jax.policy import preprocess
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.huggingface import counterparts
@@ -124,7 +123,7 @@ class OurForward:
 
 
 def _last_logits(policy: Policy, batch: PrefixBatch) -> jax.Array:
-    _, last = policy.encode_prefix(batch, policy.encode_root(batch.root))
+    _, last = policy.encode_prompts(batch)
     return policy.logits(last)[0]
 
 
@@ -167,7 +166,7 @@ def _endless(vocabulary: int) -> StopTables:
 
 def transformers_model(policy: OurPolicy) -> Any:
     """transformers' model with our weights; attention is what it picks itself (sdpa)."""
-    config = Qwen3VLConfig(**hf_config(policy.architecture, "float32", {}))
+    config = Qwen3VLConfig(**hf_config(policy.architecture, "float32", None))
     model = Qwen3VLForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = None
     ours = {name.removesuffix("/value"): leaf for name, leaf in named_leaves(policy.params).items()}
