@@ -20,6 +20,7 @@ from maestro_jax.registry.config import RegistryConfig, parse_registry
 from maestro_jax.rewards.reward import RewardConfig
 
 T = TypeVar("T")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class PolicyConfig:
 
     Attributes:
       init_from: Hugging Face checkpoint directory to start from; empty starts from random weights.
-      architecture: the content of a config.json; empty reads the one in `init_from`.
+      architecture: the content of a config.json; with `init_from` that directory's is taken instead.
       tokenizer: directory with tokenizer.json; empty takes the one in `init_from`, or trains one of the
         architecture's vocab_size on the tasks.
       freeze: what is not trained and has no optimiser state: "vision" (the tower with its mergers), "embeddings"
@@ -249,6 +250,9 @@ def _check(config: Config) -> None:
     rollout, grpo = config.rollout, config.grpo
     if not config.policy.init_from and not config.policy.architecture:
         raise ConfigError("config.policy.architecture is empty; fill it in, or set config.policy.init_from")
+    for key in ("param_dtype", "compute_dtype"):
+        if (found := getattr(config.policy, key)) not in DTYPES:
+            raise ConfigError(f"config.policy.{key} {found!r} is unknown; use one of {', '.join(DTYPES)}")
     for part in config.policy.freeze:
         if part not in FREEZABLE:
             raise ConfigError(f"config.policy.freeze has {part!r}; it may name {', '.join(FREEZABLE)}")
@@ -269,7 +273,7 @@ def _check(config: Config) -> None:
     _check_schedule("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
     warm_start = config.warm_start
     _check_schedule("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
-    for source, pair in config.warm_start.claims.items():
+    for source, pair in warm_start.claims.items() if warm_start.steps else ():
         found = config.registry.resolve(*pair)
         if isinstance(found, str):
             raise ConfigError(f"config.warm_start.claims.{source} {pair!r} is not in the registry: {found}")

@@ -30,7 +30,7 @@ from maestro_jax.checkpoint.store import ParamReader
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import read_json
 from maestro_jax.observe.progress import Progress
-from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture, read_config_json
+from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, read_config_json
 from maestro_jax.policy.huggingface import counterparts
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Work directory of a run, its checkpoints/, or one checkpoint.")
@@ -49,9 +49,9 @@ def main(argv: Sequence[str]) -> None:
         # ---- The run ---------------------------------------------------------------------------
         run = find_run(Path(CHECKPOINT.value))
         reader = ParamReader(run.checkpoints, run.step)
-        architecture = open_architecture(nested(run, "policy.architecture."), run.value("policy.init_from"))
+        architecture = architecture_from_hf(run.architecture, f"{run.workdir}/architecture.json")
         if base is not None:
-            check_base(base, architecture)
+            check_base(base, architecture, DTYPE.value)
         table = counterparts(reader.shapes, architecture.vision.patch_shape)
 
         # ---- Weights, one parameter at a time --------------------------------------------------
@@ -92,6 +92,7 @@ class Run:
     checkpoints: Path
     step: int | None  # None: the newest
     settings: dict[str, str]  # as the run wrote them: dotted key → printed value
+    architecture: dict[str, Any]  # the content of a config.json
 
     def value(self, key: str) -> Any:
         """A setting, as the config had it."""
@@ -111,32 +112,27 @@ def find_run(path: Path) -> Run:
     if path.name.isdigit() and path.parent.name == "checkpoints":
         step, path = int(path.name), path.parent
     workdir = path.parent if path.name == "checkpoints" else path
-    settings = read_json(workdir / "config.json")
-    if settings is None:
+    settings, architecture = read_json(workdir / "config.json"), read_json(workdir / "architecture.json")
+    if settings is None or architecture is None:
+        lacks = "config.json" if settings is None else "architecture.json"
         raise ConfigError(
-            f"{workdir} has no config.json, so it is no run's work directory; give --checkpoint the "
+            f"{workdir} has no {lacks}, so it is no run's work directory; give --checkpoint the "
             "--workdir of a run of maestro_jax.train"
         )
-    return Run(workdir, workdir / "checkpoints", step, settings)
+    return Run(workdir, workdir / "checkpoints", step, settings, architecture)
 
 
-def check_base(base: Path, architecture: PolicyArchitecture) -> None:
-    """Refuses a base whose files describe another architecture."""
-    if architecture_from_hf(read_config_json(base), f"{base}/config.json") != architecture:
+def check_base(base: Path, architecture: PolicyArchitecture, dtype: str) -> None:
+    """Refuses a base whose files describe another architecture or another type of weights."""
+    values = read_config_json(base)
+    if architecture_from_hf(values, f"{base}/config.json") != architecture:
         raise ConfigError(f"{base}/config.json describes another architecture than this run's; give its own --base")
-
-
-def nested(run: Run, prefix: str) -> dict[str, Any]:
-    """The settings below a dotted prefix, as nested mappings again."""
-    found: dict[str, Any] = {}
-    for key in run.settings:
-        if key.startswith(prefix):
-            *groups, last = key.removeprefix(prefix).split(".")
-            place = found
-            for group in groups:
-                place = place.setdefault(group, {})
-            place[last] = run.value(key)
-    return found
+    text = values["text_config"]
+    said = next((part[key] for part in (values, text) for key in ("dtype", "torch_dtype") if part.get(key)), dtype)
+    if said != dtype:
+        raise ConfigError(
+            f"{base}/config.json says {said}, which readers would cast to; give --dtype={said} or no --base"
+        )
 
 
 def tokenizer_directory(run: Run) -> Path:

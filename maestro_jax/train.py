@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from maestro_jax import command
+from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
 from maestro_jax.data.pipeline import Batches
@@ -45,7 +46,7 @@ from maestro_jax.observe.files import read_json, write_json
 from maestro_jax.observe.metrics import MetricsWriter, read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.observe.table import summary_table
-from maestro_jax.parallel.mesh import make_mesh
+from maestro_jax.parallel.mesh import batch_shards, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, open_architecture
 from maestro_jax.policy.huggingface import import_params
@@ -104,12 +105,15 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Mesh, policy, engine --------------------------------------------------------------
         mesh = make_mesh(config.mesh)
+        check_batches(config, mesh)
         graph, params = open_params(config, architecture, mesh)
         engine = Engine(graph, mesh, prompts, exchange, fields(DecodeConfig, config.rollout))
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         progress.note(f"policy: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)")
 
-        write_json(workdir / "config.json", settings)  # from here on the directory belongs to this run
+        # From here on the directory belongs to this run.
+        write_json(workdir / "config.json", settings)
+        write_json(workdir / "architecture.json", hf_config(architecture, config.policy.param_dtype, None))
 
         # ---- Warm start (cached in the work directory) -----------------------------------------
         if config.warm_start.steps:
@@ -258,6 +262,20 @@ def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSo
     directory = data.suite_directory or workdir / "suite"
     suite = build_suite(directory, data.train_per_domain, data.test_per_domain, config.seed, progress)
     return TfdsSource(suite, "train"), TfdsSource(suite, "test")
+
+
+def check_batches(config: Config, mesh: Mesh) -> None:
+    """Groups are spread over devices, so every batch of them must divide."""
+    shards = batch_shards(mesh)
+    batches = {"grpo.groups": config.grpo.groups, "evaluate.batch": config.evaluate.batch}
+    if config.warm_start.steps:
+        batches["warm_start.groups"] = config.warm_start.groups
+    for key, size in batches.items():
+        if size % shards:
+            raise ConfigError(
+                f"config.{key}={size} does not divide over {shards} devices (mesh axes data x fsdp); "
+                f"set it to a multiple of {shards}"
+            )
 
 
 def open_params(config: Config, architecture: PolicyArchitecture, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:

@@ -2,7 +2,7 @@
 
 Everything here lives on the host and holds Python or numpy values only, so that the registry,
 the graders and the tests can use it without importing jax. Array bundles that enter compiled
-programs are defined beside those programs (`rollout/state.py`, `grpo/batch.py`).
+programs are defined beside those programs (`rollout/state.py`, `grpo/update.py`).
 """
 
 import dataclasses

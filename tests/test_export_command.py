@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file
 
 from configs import quickstart
 from maestro_jax.checkpoint import hf_export
-from maestro_jax.checkpoint.hf_export import ShardWriter
+from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
 from maestro_jax.errors import EXIT_CONFIG
@@ -60,6 +61,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
     directory, raw = tmp_path_factory.mktemp("run"), small_config()
     config = parse_config(raw)
     write_json(directory / "config.json", flatten(raw.to_dict()))
+    architecture = architecture_from_hf(raw.policy.architecture.to_dict(), "config")
+    write_json(directory / "architecture.json", hf_config(architecture, "float32", None))
     write_json(directory / "summary.json", {"held_out_tasks": 7, "steps": 5, "accuracy": {"trained": 0.5}})
     train_tokens(["What is shown? a chart of numbers"] * 9, 290, directory / "tokenizer")
     mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
@@ -158,8 +161,16 @@ def test_a_new_run_starts_from_it_without_an_architecture_of_its_own(run: SavedR
 def test_one_checkpoint_in_bfloat16_with_the_files_of_a_base(
     run: SavedRun, exported: tuple[Path, str], tmp_path: Path
 ) -> None:
-    base = exported[0]
-    result = export(f"--checkpoint={run.workdir}/checkpoints/{STEPS[0]}", f"--output={tmp_path}/out", f"--base={base}")
+    base = tmp_path / "base"
+    shutil.copytree(exported[0], base)
+    command = [f"--checkpoint={run.workdir}/checkpoints/{STEPS[0]}", f"--output={tmp_path}/out", f"--base={base}"]
+    result = export(*command)  # the base is of another type, and its config.json would be copied
+    assert (
+        result.returncode == EXIT_CONFIG and "says float32, which readers would cast to; give --dtype" in result.stderr
+    )
+    config = base / "config.json"
+    config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+    result = export(*command)
     assert result.returncode == 0, result.stderr
     found, wanted = load_file(tmp_path / "out/model.safetensors"), run.tensors[STEPS[0]]
     assert found.keys() == wanted.keys()

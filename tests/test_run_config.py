@@ -170,6 +170,7 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
         ("grpo.advantage", "zscore", "use one of "),
         ("policy.architecture", {}, "set config.policy.init_from"),
         ("policy.freeze", ("tower",), "it may name vision, embeddings"),
+        ("policy.compute_dtype", "bf16", "use one of float32, bfloat16"),
         ("grpo.aggregation", "mean", "use one of "),
         ("grpo.kl_estimator", "k4", "use one of "),
         ("grpo.surrogate", "gpso", "use one of ppo, gspo, cispo"),

@@ -19,7 +19,7 @@ from maestro_jax.policy.tokens import load_tokens
 
 SHARD_BYTES = 2_000_000_000  # below the customary 5 GB, because a shard is held in memory before it is written
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 
 class ShardWriter:

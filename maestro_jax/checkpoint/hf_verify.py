@@ -109,7 +109,8 @@ def _policy_logits(
     directory: Path, architecture: PolicyArchitecture, prompt: PrefixBatch, continued: np.ndarray
 ) -> np.ndarray:
     """Our logits `[T + 1, V]` on the prompt continued by these tokens."""
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    # transformers computes on the CPU; accelerators would round fp32 products to bf16 or TF32.
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices("cpu")[:1])
     graph, abstract, shardings = param_layout(lambda: Policy(architecture, nnx.Rngs(0)), mesh, ShardingRules())
     params = import_params(directory, abstract, shardings, architecture.vision.patch_shape)
 

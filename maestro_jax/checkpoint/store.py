@@ -36,7 +36,7 @@ class CheckpointStore:
         return self._manager.latest_step()
 
     def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
-        """Loads checkpoint `step` into the shape and shardings of `state`, whose values are not used.
+        """Loads checkpoint `step` into the shape and shardings of `state`, whose arrays are given up for it.
 
         Raises:
           ConfigError: the checkpoint holds other parameters than this configuration makes.
@@ -46,11 +46,13 @@ class CheckpointStore:
             for name, leaf in named_leaves(state).items()
         }
         self._check(step, target)
+        structure = jax.tree.structure(state)
+        jax.tree.map(lambda leaf: leaf.delete(), state)  # two states need not fit
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore())
         )
         leaves = [restored.state[name] for name in target]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), restored.run
+        return jax.tree.unflatten(structure, leaves), restored.run
 
     def close(self) -> None:
         """Waits for what is being written; raises if it failed."""

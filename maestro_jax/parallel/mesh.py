@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from maestro_jax.errors import ConfigError
 
@@ -46,6 +46,6 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Over how many devices the groups of a batch are spread."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.parallel.mesh import BATCH_AXES
+from maestro_jax.parallel.mesh import BATCH_AXES, batch_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,29 @@ def init_params(make: Callable[[], nnx.Module], mesh: Mesh, rules: ShardingRules
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def keep_over_groups(x: jax.Array) -> jax.Array:
+    """Holds the leading axis (B groups, or B x M images) of an activation on the batch axes.
+
+    Left alone, XLA rather splits activations over their features, as the weights are split, and keeps every group
+    on every device. Outside `jax.set_mesh`, or where the axis does not divide (the root), nothing is done.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % batch_shards(mesh):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def gather_rows(table: jax.Array) -> jax.Array:
+    """A vocabulary table `[V, D]` with whole rows on every device: split over `tensor` only, as tokens are looked up.
+
+    Its features are split over `fsdp`, on which the groups are, too: without this a lookup is computed for all
+    groups everywhere, and so are logits.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return table
+    return jax.lax.with_sharding_constraint(table, PartitionSpec("tensor", None))
 
 
 def over_groups(mesh: Mesh) -> NamedSharding:

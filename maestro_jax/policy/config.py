@@ -77,10 +77,10 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
 
 
 def open_architecture(written: Mapping[str, Any], directory: str | Path) -> PolicyArchitecture:
-    """The architecture that a run's config spells out; if it spells none, that of a checkpoint directory."""
-    if written:
-        return architecture_from_hf(written, "config.policy.architecture")
-    return architecture_from_hf(read_config_json(directory), f"{directory}/config.json")
+    """The architecture of the checkpoint directory a run starts from; without one, what its config spells out."""
+    if directory:
+        return architecture_from_hf(read_config_json(directory), f"{directory}/config.json")
+    return architecture_from_hf(written, "config.policy.architecture")
 
 
 def architecture_from_hf(config: Mapping[str, Any], where: str) -> PolicyArchitecture:
@@ -94,6 +94,7 @@ def architecture_from_hf(config: Mapping[str, Any], where: str) -> PolicyArchite
       ConfigError: a key is missing, or the sections do not fill half a head.
     """
     text = dict(_get(config, "text_config", where))
+    _refuse_other_kinds(config, where)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     text["rope_theta"] = rope.get("rope_theta", text.get("rope_theta"))
     text["mrope_section"] = rope.get("mrope_section", text.get("mrope_section"))
@@ -109,6 +110,29 @@ def architecture_from_hf(config: Mapping[str, Any], where: str) -> PolicyArchite
     )
     _check(architecture, where)
     return architecture
+
+
+# What the code computes, whatever else a config.json could ask for.
+_ONLY = {
+    ("text_config", "hidden_act"): "silu",
+    ("text_config", "attention_bias"): False,
+    ("text_config", "rope_parameters", "rope_type"): "default",
+    ("text_config", "rope_parameters", "mrope_interleaved"): True,
+    ("text_config", "rope_scaling", "rope_type"): "default",
+    ("text_config", "rope_scaling", "mrope_interleaved"): True,
+    ("vision_config", "hidden_act"): "gelu_pytorch_tanh",
+}
+
+
+def _refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
+    for path, only in _ONLY.items():
+        value: Any = config
+        for key in path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None and value != only:
+            raise ConfigError(f"{where}: {'.'.join(path)} is {value!r}; only {only!r} is implemented")
+    if config.get("quantization_config"):
+        raise ConfigError(f"{where}: the checkpoint is quantised; use the one in bfloat16")
 
 
 def _get(config: Mapping[str, Any], key: str, where: str) -> Any:
@@ -137,6 +161,8 @@ def _check(architecture: PolicyArchitecture, where: str) -> None:
             f"{where}: vision out_hidden_size {vision.out_hidden_size} differs from the text "
             f"hidden_size {text.hidden_size}; set both to the same width"
         )
+    if list(vision.deepstack_visual_indexes) != sorted(set(vision.deepstack_visual_indexes)):
+        raise ConfigError(f"{where}: deepstack_visual_indexes {vision.deepstack_visual_indexes} must rise")
     if vision.deepstack_visual_indexes and max(vision.deepstack_visual_indexes) >= vision.depth:
         raise ConfigError(f"{where}: deepstack_visual_indexes must be below the vision depth {vision.depth}")
     if len(vision.deepstack_visual_indexes) > text.num_hidden_layers:

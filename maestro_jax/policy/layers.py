@@ -21,6 +21,15 @@ def fan_in_normal(rngs: nnx.Rngs, shape: Sequence[int], fan_in: int, dtype: jnp.
     return (jax.random.normal(rngs.params(), tuple(shape), jnp.float32) * fan_in**-0.5).astype(dtype)
 
 
+def _widened(param: nnx.Param, dtype: jnp.dtype) -> Array:
+    """A parameter rounded to the compute dtype, as fp32.
+
+    Added or multiplied in fp32 and rounded once more, it gives the bits that the compute dtype would; but its
+    gradient, a sum over all tokens, is then summed in fp32.
+    """
+    return param[...].astype(dtype).astype(jnp.float32)
+
+
 class Linear(nnx.Module):
     """y = x @ kernel (+ bias); kernel `[d_in, d_out]`, the transpose of Hugging Face's weight."""
 
@@ -32,7 +41,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        if self.bias is None:
+            return y
+        return (y.astype(jnp.float32) + _widened(self.bias, x.dtype)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -45,7 +56,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
+        return (_widened(self.scale, x.dtype) * y.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from maestro_jax.parallel.sharding import over_groups, replicated
+from maestro_jax.parallel.sharding import gather_rows, keep_over_groups, over_groups, replicated
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.layers import Embedding, RMSNorm
 from maestro_jax.policy.text import Context, DecoderLayer, LayerKV, Stretch, TextModel, extend_cache
@@ -99,19 +99,20 @@ class Policy(nnx.Module):
     def for_decoding(self) -> "DecodingPolicy":
         """The policy with weights cut per layer and cast; make it outside the loop that decodes."""
         dtype, text = self.compute_dtype, self.language_model
-        embedding = text.embed_tokens.embedding[...].astype(dtype)
-        return DecodingPolicy(embedding, text.layer_list(dtype), text.norm, self._head())
+        return DecodingPolicy(self._table(text.embed_tokens), text.layer_list(dtype), text.norm, self._head())
 
     def logits(self, hidden: Array) -> Array:
         """fp32 logits `[..., V]` of final hidden states `[..., D]`."""
         return _logits(hidden, self._head())
 
     def _head(self) -> Array:
-        table = self.language_model.embed_tokens if self.lm_head is None else self.lm_head
-        return table.embedding[...].astype(self.compute_dtype)
+        return self._table(self.language_model.embed_tokens if self.lm_head is None else self.lm_head)
 
     def _embed(self, tokens: Array) -> Array:
-        return self.language_model.embed_tokens(tokens).astype(self.compute_dtype)
+        return keep_over_groups(self._table(self.language_model.embed_tokens)[tokens])
+
+    def _table(self, embedding: Embedding) -> Array:
+        return gather_rows(embedding.embedding[...].astype(self.compute_dtype))
 
     def prompt_stretches(self, batch: PrefixBatch) -> list[Stretch]:
         """The root `[1, 1, P0]`, and the prefixes `[B, 1, P]` with their images."""
@@ -134,7 +135,7 @@ class Policy(nnx.Module):
         def place(features: Array) -> Array:
             features = features.reshape(groups, -1, features.shape[-1])
             index = jnp.maximum(batch.image_index, 0)[..., None]
-            return jnp.take_along_axis(features, index, axis=1).astype(self.compute_dtype)
+            return keep_over_groups(jnp.take_along_axis(features, index, axis=1).astype(self.compute_dtype))
 
         x = jnp.where(is_image, place(image_tokens), self._embed(batch.tokens))
         return x, [jnp.where(is_image, place(tap), 0) for tap in taps]
@@ -168,7 +169,8 @@ class DecodingPolicy:
         width = cache.keys[0].shape[2]
         mask = slots[..., None] >= jnp.arange(width)[None, None, None, :]
         positions = member_positions(next_position, slots)
-        x, cache = extend_cache(self.layers, self.embedding[tokens], positions, contexts, mask, cache, slots)
+        x = keep_over_groups(self.embedding[tokens])
+        x, cache = extend_cache(self.layers, x, positions, contexts, mask, cache, slots)
         return self.norm(x), cache
 
     def logits(self, hidden: Array) -> Array:

@@ -96,6 +96,11 @@ class Prompts:
         content: list[dict[str, str]] = [{"type": "image"} for _ in images]
         marker = "\x00question\x00"
         text = self._render([self.system, {"role": "user", "content": [*content, {"type": "text", "text": marker}]}])
+        if not text.startswith(self.root_text):
+            raise ConfigError(
+                "the chat template writes the system turn differently where a user turn follows, so that groups "
+                "cannot share it; use the published template of a Qwen3-VL Instruct checkpoint"
+            )
         before, after = text.removeprefix(self.root_text).split(marker)
         # Tokens reach across other borders: the line end of "user\n" merges with those of the question.
         start = max((found.end() for found in self.special.finditer(before)), default=0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maestro_jax.parallel.sharding import keep_over_groups
 from maestro_jax.policy.attention import Segment, attend
 from maestro_jax.policy.config import TextConfig
 from maestro_jax.policy.layers import Embedding, Linear, RMSNorm, cast, run_layer, scan_layers, stack, unstack
@@ -102,9 +103,9 @@ class DecoderLayer(nnx.Module):
     def finish(self, x: Array, queries: Array, segments: Sequence[Segment]) -> Array:
         """Attention output and MLP, each added to the residual `x [B, G, T, D]`."""
         mixed = attend(queries, segments, self.config.head_dim**-0.5)
-        x = x + self.o_proj(mixed.reshape(*x.shape[:-1], -1))
+        x = keep_over_groups(x + self.o_proj(mixed.reshape(*x.shape[:-1], -1)))
         h = self.post_attention_layernorm(x)
-        return x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h))
+        return keep_over_groups(x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)))
 
 
 class TextModel(nnx.Module):

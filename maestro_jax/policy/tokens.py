@@ -5,6 +5,7 @@ what was sampled, an observation is encoded by the exchange. Nothing is ever dec
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -117,7 +118,20 @@ def load_tokens(directory: str | Path) -> Tokens:
     missing = [text for text, i in ids.items() if i is None]
     if missing:
         raise ConfigError(f"{directory}/tokenizer.json lacks the special token {missing[0]}; use a Qwen3-VL tokenizer")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _separate_template(directory)
     return Tokens(tokenizer, added[END_OF_TURN], added[IMAGE], frozenset(added.values()), tuple(added))
+
+
+def _separate_template(directory: Path) -> str:
+    """The chat template from `chat_template.json`, where older checkpoints of vision-language models keep it."""
+    try:
+        return json.loads((directory / "chat_template.json").read_text("utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{directory} has no chat template (in tokenizer_config.json, chat_template.jinja or chat_template.json); "
+            "copy it from the published checkpoint"
+        ) from None
 
 
 def train_tokens(texts: Iterable[str], vocab_size: int, directory: str | Path) -> Tokens:

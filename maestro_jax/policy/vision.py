@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from maestro_jax.parallel.sharding import keep_over_groups
 from maestro_jax.policy.attention import Segment, attend
 from maestro_jax.policy.config import VisionConfig
 from maestro_jax.policy.layers import Embedding, LayerNorm, Linear, scan_layers, stack
@@ -55,8 +56,8 @@ class VisionBlock(nnx.Module):
         q, k = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin)
         own = Segment(k[:, None], qkv[:, None, :, 2], mask[:, None, None, :])
         mixed = attend(q[:, None], [own], (width // self.heads) ** -0.5)
-        x = x + self.proj(mixed.reshape(images, patches, width))
-        return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))
+        x = keep_over_groups(x + self.proj(mixed.reshape(images, patches, width)))
+        return keep_over_groups(x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True)))
 
 
 class PatchMerger(nnx.Module):
@@ -74,7 +75,7 @@ class PatchMerger(nnx.Module):
         x = x if self.norm_after_join else self.norm(x)
         x = x.reshape(x.shape[0], -1, self.joined)
         x = self.norm(x) if self.norm_after_join else x
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        return keep_over_groups(self.fc2(jax.nn.gelu(self.fc1(x), approximate=False)))
 
 
 class VisionModel(nnx.Module):
@@ -103,7 +104,7 @@ class VisionModel(nnx.Module):
         """
         x = self.patch_embed(images.patches.astype(self.compute_dtype))
         corners = self.pos_embed(images.table_index)  # [I, N, 4, width]
-        x = x + jnp.einsum("inc,incw->inw", images.table_weight, corners).astype(x.dtype)
+        x = keep_over_groups(x + jnp.einsum("inc,incw->inw", images.table_weight, corners).astype(x.dtype))
         cos, sin = vision_rope(images.grid, self.config.hidden_size // self.config.num_heads)
         tapped = np.array(self.config.deepstack_visual_indexes, np.int32)
 

@@ -6,6 +6,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
+from maestro_jax.parallel.sharding import keep_over_groups
 from maestro_jax.policy.config import TextConfig
 from maestro_jax.policy.text import LayerKV
 
@@ -53,7 +54,7 @@ def empty_state(config: TextConfig, hidden: Array, keys: Array, room: int, alive
     shape = (b, g, room, config.num_key_value_heads, config.head_dim)
     layers = range(config.num_hidden_layers)
     zeros = jnp.zeros((b, g), jnp.int32)
-    return RolloutState(
+    fresh = RolloutState(
         tokens=jnp.zeros((b, g, room), jnp.int32),
         logprobs=jnp.zeros((b, g, room), jnp.float32),
         authored=jnp.zeros((b, g, room), bool),
@@ -69,3 +70,5 @@ def empty_state(config: TextConfig, hidden: Array, keys: Array, room: int, alive
             [jnp.zeros(shape, hidden.dtype) for _ in layers], [jnp.zeros(shape, hidden.dtype) for _ in layers]
         ),
     )
+    # Zeros depend on nothing that is sharded: without this every device would hold every lane.
+    return jax.tree.map(keep_over_groups, fresh)

@@ -76,7 +76,11 @@ def test_a_missing_key_is_named(key: str, named: str) -> None:
         ({"text_config__head_dim": 32}, "sums to 8; it must sum to head_dim / 2 = 16"),
         ({"vision_config__out_hidden_size": 64}, "64 differs from the text hidden_size 48; set both"),
         ({"vision_config__deepstack_visual_indexes": [0, 3]}, "must be below the vision depth 3"),
+        ({"vision_config__deepstack_visual_indexes": [2, 1]}, "(2, 1) must rise"),
         ({"text_config__num_hidden_layers": 1}, "more DeepStack taps than decoder layers"),
+        ({"text_config__rope_parameters__rope_type": "yarn"}, "rope_type is 'yarn'; only 'default' is implemented"),
+        ({"text_config__hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' is implemented"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantised; use the one in bfloat16"),
     ],
 )
 def test_a_contradiction_names_its_cure(change: dict[str, Any], named: str) -> None:

@@ -1,5 +1,8 @@
 """The same logits and gradients on eight devices as on one, however parameters and groups are spread."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from flax import nnx
 from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params, over_groups
+from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import Policy, prompt_shardings
 from tests.policy import reference
 from tests.policy.reference import ROOT, assert_near
@@ -18,10 +22,16 @@ B, G, R = 8, 2, 4
 TOLERANCE = 1e-5  # fp32: sums are split over devices; a missing collective is off by parts of one
 
 
-def run(axes: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits `[B, G, R, V]`, and the gradients of the members' mean log-likelihood by name."""
+def architecture() -> PolicyArchitecture:
+    """Sizes that can be told apart in a program, also when they are split in two."""
+    toy = reference.architecture()
+    return dataclasses.replace(toy, text=dataclasses.replace(toy.text, intermediate_size=112))
+
+
+def lowered(axes: tuple[int, int, int]) -> tuple[Any, nnx.State]:
+    """A program that gives gradients of the members' mean log-likelihood and logits `[B, G, R, V]`; its parameters."""
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
-    make = lambda: Policy(reference.architecture(), nnx.Rngs(0), remat=True)  # noqa: E731
+    make = lambda: Policy(architecture(), nnx.Rngs(0), remat=True)  # noqa: E731
     graph, params = init_params(make, mesh, ShardingRules())
     rows = (reference.three_rows() * 3)[:B]
     prompts = jax.device_put(reference.collate(ROOT, rows, 24, per_group=2, patches=24), prompt_shardings(mesh))
@@ -35,7 +45,13 @@ def run(axes: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         return jnp.take_along_axis(jax.nn.log_softmax(logits), members[..., None], axis=-1).mean(), logits
 
     with jax.set_mesh(mesh):
-        gradients, logits = jax.jit(jax.grad(mean, has_aux=True))(params)
+        return jax.jit(jax.grad(mean, has_aux=True)).lower(params), params
+
+
+def run(axes: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits `[B, G, R, V]`, and gradients by name."""
+    program, params = lowered(axes)
+    gradients, logits = program.compile()(params)
     return np.asarray(logits), {name: np.asarray(leaf) for name, leaf in named_leaves(gradients).items()}
 
 
@@ -53,3 +69,12 @@ def test_a_mesh_computes_what_one_device_does(
     for name, wanted in alone[1].items():
         assert np.abs(wanted).max() > 1e-6, f"{name} takes no part; the comparison would be empty"
         assert_near(gradients[name], wanted, TOLERANCE, name)
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_every_device_computes_its_own_groups_only(axes: tuple[int, int, int]) -> None:
+    """Left alone, XLA keeps every group on every device and splits features instead."""
+    text = lowered(axes)[0].compile().as_text()
+    own, width = B // (axes[0] * axes[1]), architecture().text.intermediate_size // axes[2]
+    assert f"f32[{own},{G},{R},{width}]" in text  # inside the MLP
+    assert f"f32[{B},{G},{R},{width}]" not in text

@@ -1,5 +1,6 @@
 """The tokenizer's promises: nothing is lost, and foreign text never speaks in special tokens."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -119,3 +120,17 @@ def test_an_added_word_that_is_not_special_stays_visible(tokens_directory: Path,
     for word in words:
         ids = tokens.encode(f"{word} a")
         assert tokens.decode(ids) == f"{word} a" and table[ids[0]] == word.encode()
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_found_and_a_missing_one_named(
+    tokens_directory: Path, tokens: Tokens, tmp_path: Path
+) -> None:
+    template = tokens.tokenizer.chat_template  # type: ignore[attr-defined]
+    shutil.copy(tokens_directory / "tokenizer.json", tmp_path)
+    values = json.loads((tokens_directory / "tokenizer_config.json").read_text())
+    values.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="has no chat template .* copy it from the published checkpoint"):
+        load_tokens(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokens(tmp_path).tokenizer.chat_template == template  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from maestro_jax.policy.layers import Linear, RMSNorm
 from maestro_jax.policy.model import Policy
 from tests.policy import reference
 from tests.policy.reference import ROOT, assert_near
@@ -76,3 +77,17 @@ def test_bfloat16_stays_near_float32() -> None:
         found[dtype] = np.asarray(logits)
     wanted, rough = found[jnp.float32], found[jnp.bfloat16]
     assert 1e-4 < np.abs(rough - wanted).max() / np.abs(wanted).max() < 3e-2
+
+
+def test_gradients_of_biases_and_scales_are_summed_in_float32() -> None:
+    """Each is a sum over all tokens: in bf16 a sum of ones stops growing at 256."""
+    tokens = 65_536
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, 4)), jnp.bfloat16)
+    linear = Linear(4, 3, (None, None), True, jnp.float32, nnx.Rngs(0))
+    norm = RMSNorm(4, 1e-6, jnp.float32)
+    bias = nnx.jit(nnx.grad(lambda module: module(x).astype(jnp.float32).sum()))(linear).bias[...]
+    np.testing.assert_allclose(bias, tokens, rtol=1e-6)
+    scale = nnx.jit(nnx.grad(lambda module: module(x).astype(jnp.float32).sum()))(norm).scale[...]
+    rounded = np.asarray(x, np.float64) / np.sqrt(np.mean(np.asarray(x, np.float64) ** 2, axis=-1, keepdims=True))
+    # Each of 65,536 terms of size 1 is rounded to 8 bits at random: the sum is off by some 2**-9 * 256 = 0.5.
+    np.testing.assert_allclose(scale, rounded.sum(axis=0), atol=3.0)

@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 
 from maestro_jax.grpo.update import GroupBatch, member_logprobs
-from maestro_jax.policy.model import PrefixBatch
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.parallel.sharding import over_groups
+from maestro_jax.policy.model import PrefixBatch, prompt_shardings
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import (
     DecodeConfig,
@@ -309,3 +311,18 @@ def test_padding_groups_never_decode() -> None:
     state = decode(PARAMS, prefilled, state, stop_tables(), np.float32(1))
     assert (state.length[1] == 0).all() and (state.length[0] > 0).all()
     assert (state.lane[1] == Lane.DONE).all()
+
+
+def test_fresh_lanes_are_spread_over_the_mesh_and_decoded_by_one_program() -> None:
+    """Zeros depend on nothing sharded: left alone, every device would hold every lane, and decoding compile twice."""
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+    prompts = jax.device_put(toy.prompts((0, 1)), prompt_shardings(mesh))
+    keys, alive = jax.device_put((toy.lanes((2, MEMBERS)), np.ones(2, bool)), over_groups(mesh))
+    decode = jax.jit(lambda *args: decode_chunk(nnx.merge(GRAPH, PARAMS), *args, config=CONFIG), donate_argnums=1)
+    with jax.set_mesh(mesh):
+        prefilled, state = _prefill()(PARAMS, prompts, keys, alive)
+        for leaf in jax.tree.leaves(state):
+            assert leaf.sharding.is_equivalent_to(over_groups(mesh), leaf.ndim)
+        for _ in range(2):
+            state = decode(prefilled, state, stop_tables(), np.float32(1))
+    assert decode._cache_size() == 1
