@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
                 "kl_weight": 0.1,
                 "kl_estimator": "k3",
                 "logprob_chunk": 16,
+                "microbatches": 1,
             },
             # A tiny policy needs large steps; the 4B run uses 1e-6.
             "optimizer": optimizer(learning_rate=1e-3, warmup_steps=3, decay_steps=GRPO_STEPS),

@@ -8,8 +8,8 @@
 Architecture, weights and tokenizer come from the checkpoint directory. Without `data.*` it trains on the
 embedded suite. Registry: the suite's in-process experts until yours are listed in `configs/registry/`.
 
-Not yet run at this size: attention scores are kept in fp32 for all members of a group at once (some 15 GB a group at
-full lengths), and gradients are not accumulated over groups, so it takes about as many 80 GB devices as groups.
+Written for 8 devices of 80 GB, one group on each at a time. Not yet run at this size: attention scores are kept in
+fp32 for all members of a group at once (by arithmetic some 15 GB a layer and group at full lengths).
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +30,8 @@ def get_config() -> ConfigDict:
     config.grpo.update(
         {
             "steps": STEPS,
-            "groups": 8,  # as many as devices, until gradients are accumulated
+            "groups": 32,
+            "microbatches": 4,  # 8 groups at a time, as many as devices
             "group_size": 8,
             "constant_length": ROOM,
             "kl_weight": 0.0,  # a pretrained policy needs no tie to its start

@@ -114,6 +114,8 @@ class GrpoConfig:
       importance_cap: upper bound of the weights that correct for the sampler (Yao et al. 2025); 0: no weights.
       aggregation: how token losses are averaged, "sequence", "token" or "constant" (by constant_length tokens).
       logprob_chunk: tokens of a member whose logits exist at a time.
+      microbatches: parts of the groups whose gradients are taken one after the other, to save memory; the update is
+        the same.
     """
 
     steps: int
@@ -130,6 +132,7 @@ class GrpoConfig:
     kl_weight: float
     kl_estimator: str
     logprob_chunk: int
+    microbatches: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +283,8 @@ def _check(config: Config) -> None:
 
 
 def _check_grpo(grpo: GrpoConfig) -> None:
+    if grpo.microbatches < 1 or grpo.groups % grpo.microbatches:
+        raise ConfigError(f"config.grpo.microbatches={grpo.microbatches} must divide config.grpo.groups={grpo.groups}")
     if grpo.group_size < 2:
         raise ConfigError(f"config.grpo.group_size={grpo.group_size} gives no contrast; use at least 2")
     names = {

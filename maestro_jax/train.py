@@ -151,6 +151,7 @@ def main(argv: Sequence[str]) -> None:
             config.rollout.temperature,
             config.grpo.logprob_chunk,
             config.policy.freeze,
+            config.grpo.microbatches,
             mesh,
             state,
         )
@@ -268,6 +269,7 @@ def check_batches(config: Config, mesh: Mesh) -> None:
     """Groups are spread over devices, so every batch of them must divide."""
     shards = batch_shards(mesh)
     batches = {"grpo.groups": config.grpo.groups, "evaluate.batch": config.evaluate.batch}
+    batches["grpo.groups / microbatches"] = config.grpo.groups // config.grpo.microbatches
     if config.warm_start.steps:
         batches["warm_start.groups"] = config.warm_start.groups
     for key, size in batches.items():
@@ -329,7 +331,7 @@ def warm_start(
     size = settings.group_size
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
     loss_config, chunk = fields(LossConfig, config.grpo), config.grpo.logprob_chunk
-    step = make_train_step(graph, optimizer, nll_loss, loss_config, 1.0, chunk, config.policy.freeze, mesh, state)
+    step = make_train_step(graph, optimizer, nll_loss, loss_config, 1.0, chunk, config.policy.freeze, 1, mesh, state)
     progress.phase("warm start", settings.steps)
 
     def report(done: int, values: dict[str, float]) -> None:

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from configs import quickstart
 from maestro_jax.checkpoint import hf_export
 from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
+from maestro_jax.checkpoint.hf_verify import verify_logits
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
 from maestro_jax.errors import EXIT_CONFIG
@@ -180,6 +181,22 @@ def test_one_checkpoint_in_bfloat16_with_the_files_of_a_base(
     for path in base.iterdir():
         if path.suffix != ".safetensors" and path.name != "README.md":
             assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_an_untied_head_goes_out_and_computes_the_same(run: SavedRun, tmp_path: Path) -> None:
+    values = {**small_config().policy.architecture.to_dict(), "tie_word_embeddings": False}
+    architecture = architecture_from_hf(values, "config")
+    params = nnx.state(Policy(architecture, nnx.Rngs(1)), nnx.Param)
+    arrays = {name.removesuffix("/value"): np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+    table = counterparts({name: array.shape for name, array in arrays.items()}, architecture.vision.patch_shape)
+    writer = ShardWriter(tmp_path)
+    for name, part in table.items():
+        for tensor_name, tensor in part.to_hf(arrays[name]).items():
+            writer.add(tensor_name, tensor)
+    writer.close()
+    hf_export.write_config_files(architecture, run.workdir / "tokenizer", "float32", (1024, 10**5), tmp_path)
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+    assert "16 greedy tokens equal transformers'" in verify_logits(tmp_path, architecture)
 
 
 def test_mistakes_are_one_line_that_names_the_cure(run: SavedRun, exported: tuple[Path, str], tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
-from maestro_jax.parallel.mesh import make_mesh
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.config import architecture_from_hf
+from maestro_jax.train import check_batches
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
@@ -101,6 +102,21 @@ def test_an_unknown_key_unlike_all_others_lists_the_right_ones() -> None:
     assert "config.checkpoint.zzz" in text and "every, keep" in text
 
 
+def test_claims_of_a_warm_start_that_is_left_out_are_not_checked() -> None:
+    raw = with_value("warm_start.claims", {"charts": ("Nobody", "Nothing")})
+    assert "warm_start.claims.charts" in message(raw)
+    raw.warm_start.steps = 0
+    parse_config(raw)
+
+
+@pytest.mark.parametrize("key", ["grpo.groups", "evaluate.batch", "warm_start.groups"])
+def test_batches_must_divide_over_the_devices(key: str) -> None:
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    check_batches(parse_config(quickstart.get_config()), mesh)
+    with pytest.raises(ConfigError, match=f"config.{key}=6 does not divide over 4 devices .* a multiple of 4"):
+        check_batches(parse_config(with_value(key, 6)), mesh)
+
+
 def test_a_missing_key_is_named() -> None:
     def drop(config: ConfigDict) -> None:
         del config.rollout.room
@@ -167,6 +183,7 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
         ("grpo.logprob_chunk", 48, "must divide the member bucket"),
         ("rollout.turn_budget", 10_000, "must be below room="),
         ("grpo.group_size", 1, "use at least 2"),
+        ("grpo.microbatches", 3, "must divide config.grpo.groups=16"),
         ("grpo.advantage", "zscore", "use one of "),
         ("policy.architecture", {}, "set config.policy.init_from"),
         ("policy.freeze", ("tower",), "it may name vision, embeddings"),

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maestro_jax.grpo.logprobs import token_logprobs
-from maestro_jax.grpo.losses import LossConfig, LossInputs, aggregate, masked_mean, policy_loss
+from maestro_jax.grpo.losses import LossConfig, LossInputs, aggregate, loss_denominator, masked_mean, policy_loss
 from maestro_jax.parallel.sharding import over_groups, replicated
 from maestro_jax.policy.model import Policy, PrefixBatch, prompt_shardings
 from maestro_jax.policy.vision import Leaf
@@ -95,42 +95,65 @@ def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk
     return token_logprobs(policy.logits, before, batch.tokens, temperature, chunk)
 
 
-def nll_loss(logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
-    """Mean negative log-likelihood of the tokens in the loss."""
+def nll_loss(
+    logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig, whole: Array
+) -> tuple[Array, Metrics]:
+    """Mean negative log-likelihood of the tokens in the loss; `whole` as in `grpo_loss`."""
     del entropy
     token_mean = dataclasses.replace(config, aggregation="token")
-    return aggregate(-logprobs, batch.mask, token_mean), {}
+    return aggregate(-logprobs, batch.mask, token_mean, loss_denominator(whole, token_mean)), {}
 
 
-def grpo_loss(logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
-    """The clipped policy loss of `losses.py` on a batch."""
+def grpo_loss(
+    logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig, whole: Array
+) -> tuple[Array, Metrics]:
+    """The policy loss of `losses.py` on a batch, or on a part of the batch with the mask `whole [B, G, R]`."""
     arrays = (batch.old_logprobs, batch.reference_logprobs, batch.advantages, batch.mask)
-    return policy_loss(LossInputs(logprobs, entropy, *arrays), config)
+    return policy_loss(LossInputs(logprobs, entropy, *arrays), config, loss_denominator(whole, config))
 
 
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    loss: Callable[[Array, Array, GroupBatch, LossConfig], tuple[Array, Metrics]],
+    loss: Callable[[Array, Array, GroupBatch, LossConfig, Array], tuple[Array, Metrics]],
     config: LossConfig,
     temperature: float,
     chunk: int,
     freeze: Sequence[str],
+    microbatches: int,
     mesh: Mesh,
     state: TrainState,
 ) -> Callable[[TrainState, GroupBatch], tuple[TrainState, Metrics]]:
-    """Compiles `(state, batch) → (state, metrics)`; the state is donated and stays in the shards of `state`."""
+    """Compiles `(state, batch) → (state, metrics)`; the state is donated and stays in the shards of `state`.
+
+    The gradient of `microbatches` parts of the batch is taken one after the other and summed in fp32; it is that of
+    the whole batch, whatever the parts.
+    """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def objective(trained: nnx.State, frozen: nnx.State, batch: GroupBatch) -> tuple[Array, Metrics]:
+    def objective(trained: nnx.State, frozen: nnx.State, batch: GroupBatch, whole: Array) -> tuple[Array, Metrics]:
         policy = nnx.merge(graph, trained, frozen)
         logprobs, entropy = member_logprobs(policy, batch, temperature, chunk)
-        value, metrics = loss(logprobs, entropy, batch, config)
+        value, metrics = loss(logprobs, entropy, batch, config, whole)
         return value, metrics | {"loss": value, "entropy": masked_mean(entropy, batch.mask)}
+
+    def accumulated(trained: nnx.State, frozen: nnx.State, batch: GroupBatch) -> tuple[nnx.State, Metrics]:
+        def add(total: nnx.State, part: GroupBatch) -> tuple[nnx.State, tuple[Metrics, Array]]:
+            part = dataclasses.replace(part, prompts=dataclasses.replace(part.prompts, root=batch.prompts.root))
+            gradients, metrics = jax.grad(objective, has_aux=True)(trained, frozen, part, batch.mask)
+            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients), (metrics, jnp.sum(part.mask))
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
+        total, (metrics, tokens) = jax.lax.scan(add, zeros, split_groups(batch, microbatches))
+        gradients = jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, trained)
+        return gradients, {name: _over_parts(name, values, tokens) for name, values in metrics.items()}
 
     def step(state: TrainState, batch: GroupBatch) -> tuple[TrainState, Metrics]:
         trained, frozen = split_frozen(state.params, freeze)
-        gradients, metrics = jax.grad(objective, has_aux=True)(trained, frozen, batch)
+        if microbatches == 1:
+            gradients, metrics = jax.grad(objective, has_aux=True)(trained, frozen, batch, batch.mask)
+        else:
+            gradients, metrics = accumulated(trained, frozen, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = nnx.merge_state(optax.apply_updates(trained, updates), frozen)
         norms = {"grad_norm": optax.global_norm(gradients), "update_norm": optax.global_norm(updates)}
@@ -142,6 +165,31 @@ def make_train_step(
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def split_groups(batch: GroupBatch, parts: int) -> GroupBatch:
+    """A batch of B groups as `parts` batches of B / parts, stacked in front; the root, which all share, is left out.
+
+    Part i takes every `parts`-th group from i on, so that all parts are spread over the devices as the batch is, and
+    no group moves.
+    """
+    groups = batch.tokens.shape[0]
+
+    def split(leaf: Array) -> Array:
+        each = leaf.shape[0] // groups  # images have several rows a group
+        rows = leaf.reshape(groups // parts, parts, each, *leaf.shape[1:])
+        return jnp.moveaxis(rows, 1, 0).reshape(parts, groups // parts * each, *leaf.shape[1:])
+
+    return jax.tree.map(split, dataclasses.replace(batch, prompts=dataclasses.replace(batch.prompts, root=None)))
+
+
+def _over_parts(name: str, values: Array, tokens: Array) -> Array:
+    """A metric of the batch from those of its parts: losses add up, peaks are peaks, means are over tokens."""
+    if name == "loss":
+        return jnp.sum(values)
+    if name in ("ratio_max", "logprob_gap"):
+        return jnp.max(values)
+    return jnp.sum(values * tokens) / jnp.maximum(jnp.sum(tokens), 1)
 
 
 def batch_shardings(mesh: Mesh) -> GroupBatch:

@@ -23,6 +23,7 @@ from maestro_jax.grpo.update import (
     make_train_step,
     member_logprobs,
     nll_loss,
+    split_groups,
 )
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params
@@ -77,12 +78,12 @@ class Run:
         return {name: np.asarray(leaf) - self.before[name] for name, leaf in named_leaves(self.after.params).items()}
 
 
-def run(axes: tuple[int, int, int], loss: Any, freeze: tuple[str, ...] = ()) -> Run:
+def run(axes: tuple[int, int, int], loss: Any, freeze: tuple[str, ...] = (), microbatches: int = 1) -> Run:
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
     graph, params = init_params(lambda: Policy(architecture(), nnx.Rngs(0)), mesh, ShardingRules())
     optimizer = make_optimizer(OPTIMIZER)
     state = init_train_state(params, optimizer, freeze, mesh)
-    step = make_train_step(graph, optimizer, loss, LOSS, 0.9, 2, freeze, mesh, state)
+    step = make_train_step(graph, optimizer, loss, LOSS, 0.9, 2, freeze, microbatches, mesh, state)
     before = {name: np.array(leaf) for name, leaf in named_leaves(state.params).items()}
     with jax.set_mesh(mesh):
         after, metrics = step(state, jax.device_put(host_batch(), batch_shardings(mesh)))
@@ -110,6 +111,26 @@ def test_a_mesh_computes_what_one_device_does(alone: Run, sharded: Run) -> None:
         assert size > 1e-4, f"{name} does not move; the comparison would be empty"
         stored = 1.2e-7 * np.abs(alone.before[name]).max()  # a parameter is kept to one part in 2**23
         assert np.abs(sharded.update()[name] - update).max() <= 1e-5 * size + stored, name
+
+
+@pytest.mark.parametrize(("axes", "parts"), [((1, 1, 1), 4), ((1, 2, 1), 2), ((2, 2, 2), 2)], ids=str)
+def test_microbatches_make_the_update_of_the_whole_batch(axes: tuple[int, int, int], parts: int, alone: Run) -> None:
+    """Members are ragged and one is out of the loss, so a mean of the parts' means would be another update."""
+    split = run(axes, grpo_loss, microbatches=parts)
+    for name, value in alone.metrics.items():
+        np.testing.assert_allclose(split.metrics[name], value, rtol=1e-5, err_msg=name)
+    for name, update in alone.update().items():
+        stored = 1.2e-7 * np.abs(alone.before[name]).max()
+        assert np.abs(split.update()[name] - update).max() <= 1e-5 * np.abs(update).max() + stored, name
+
+
+def test_parts_of_a_batch_are_every_nth_group_with_its_images() -> None:
+    batch = host_batch()
+    parts = split_groups(batch, 4)
+    assert parts.prompts.root is None
+    for part in range(4):
+        np.testing.assert_array_equal(parts.tokens[part], batch.tokens[part::4])
+        np.testing.assert_array_equal(parts.prompts.images.patches[part], batch.prompts.images.patches[part::4])
 
 
 def test_state_is_donated_and_keeps_its_shards(sharded: Run) -> None:
@@ -188,5 +209,5 @@ def test_gradients_are_clipped_together_and_decay_is_decoupled() -> None:
 def test_nll_is_the_mean_over_tokens_in_the_loss() -> None:
     batch = host_batch()
     logprobs = np.random.default_rng(1).uniform(-5, 0, (B, G, R)).astype(np.float32)
-    found, _ = nll_loss(jnp.asarray(logprobs), jnp.zeros((B, G, R)), batch, LOSS)
+    found, _ = nll_loss(jnp.asarray(logprobs), jnp.zeros((B, G, R)), batch, LOSS, batch.mask)
     np.testing.assert_allclose(found, -logprobs[batch.mask].mean(), rtol=1e-6)
