@@ -339,7 +339,7 @@ def test_the_config_of_the_4b_trains_a_small_checkpoint(
     small = {key: value for key, value in TINY.items() if key.startswith(keys)}
     small |= {"policy.init_from": exported, "data.suite_directory": job.shared / "suite", "grpo.steps": 2}
     small |= {"policy.image_buckets": "(80,)", "policy.min_pixels": 32 * 32, "policy.max_pixels": 160 * 128}
-    small |= {"policy.freeze": "('vision',)", "optimizer.learning_rate": 1e-3}
+    small |= {"policy.freeze": "('vision',)", "optimizer.learning_rate": 1e-3, "grpo.microbatches": 2}
     flags = [f"--config.{key}={value}" for key, value in small.items()]
     result = job.finish([*job.bare(), "--config=configs/qwen3_vl_4b.py", f"--workdir={tmp_path}/run", *flags])
     assert result.returncode == 0, result.stderr
