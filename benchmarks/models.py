@@ -27,7 +27,7 @@ from maestro_jax.policy import preprocess
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy, PrefixBatch
-from maestro_jax.policy.vision import ImageBatch
+from maestro_jax.policy.prompts import collate_prompts
 from maestro_jax.rollout.decode import DecodeConfig, StopTables, decode_chunk, prefill
 
 _LM_HEAD = "lm_head.weight"  # tied with the embedding
@@ -97,17 +97,9 @@ class OurPolicy:
 
     def batch(self, prompt: Prompt) -> PrefixBatch:
         """The prompt as one group, with everything that is computed on the host."""
-        image_token, merge = self.architecture.image_token_id, self.architecture.vision.spatial_merge_size
         root, row = prompt.ids[: prompt.root], prompt.ids[prompt.root :]
-        positions, next_position = preprocess.mrope_positions(row, image_token, (prompt.image,), merge, len(root))
-        image_index = np.full(len(row), -1, np.int32)
-        image_index[row == image_token] = np.arange(prompt.image.tokens(merge))
-        patches = len(prompt.image.patches)
-        images = preprocess.collate_images([(prompt.image,)], self.architecture.vision, 1, patches)
-        last, following = np.array([len(row) - 1], np.int32), np.array([next_position], np.int32)
-        real = np.ones((1, len(row)), bool)
-        return PrefixBatch(
-            root, row[None], real, positions[None], last, following, ImageBatch(**images), image_index[None]
+        return collate_prompts(
+            root, [row], [(prompt.image,)], self.architecture, len(row), per_group=1, patches=len(prompt.image.patches)
         )
 
 

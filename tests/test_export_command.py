@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from configs import quickstart
 from maestro_jax.checkpoint import hf_export
@@ -24,7 +24,7 @@ from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
 from maestro_jax.checkpoint.hf_verify import verify_logits
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
-from maestro_jax.errors import EXIT_CONFIG
+from maestro_jax.errors import EXIT_CONFIG, DataError
 from maestro_jax.grpo.update import init_train_state, make_optimizer
 from maestro_jax.observe.files import write_json
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
@@ -195,8 +195,12 @@ def test_an_untied_head_goes_out_and_computes_the_same(run: SavedRun, tmp_path: 
             writer.add(tensor_name, tensor)
     writer.close()
     hf_export.write_config_files(architecture, run.workdir / "tokenizer", "float32", (1024, 10**5), tmp_path)
-    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
     assert "16 greedy tokens equal transformers'" in verify_logits(tmp_path, architecture)
+    tensors["lm_head.weight"] = np.full_like(tensors["lm_head.weight"], np.nan)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match="logits differ from transformers' by nan"):
+        verify_logits(tmp_path, architecture)
 
 
 def test_mistakes_are_one_line_that_names_the_cure(run: SavedRun, exported: tuple[Path, str], tmp_path: Path) -> None:

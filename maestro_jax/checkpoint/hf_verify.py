@@ -57,7 +57,7 @@ def verify_logits(directory: Path, architecture: PolicyArchitecture) -> str:
     continued, theirs = _transformers(directory, architecture, prompt)
     ours = _policy_logits(directory, architecture, prompt, continued)
     gap = float(np.abs(ours - theirs).max())
-    if gap > TOLERANCE * max(1.0, float(np.abs(theirs).max())):
+    if not gap <= TOLERANCE * max(1.0, float(np.abs(theirs).max())):  # NaN differs, too
         raise DataError(f"{directory}: logits differ from transformers' by {gap:.1e}; please report this")
     if ours[:-1].argmax(axis=-1).tolist() != continued.tolist():
         raise DataError(f"{directory}: greedy tokens differ from transformers'; please report this")

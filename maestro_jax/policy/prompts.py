@@ -63,23 +63,8 @@ class Prompts:
         patches = preprocess.bucket(
             most, self.config.image_buckets, "an image's patches", "raise config.policy.image_buckets"
         )
-        tokens = np.zeros((len(tasks), width), np.int32)
-        mask = np.zeros((len(tasks), width), bool)
-        positions = np.zeros((len(tasks), width, 3), np.int32)
-        image_index = np.full((len(tasks), width), -1, np.int32)
-        next_position = np.zeros(len(tasks), np.int32)
-        for at, (row, shown) in enumerate(zip(rows, images, strict=True)):
-            n = len(row)
-            tokens[at, :n], mask[at, :n] = row, True
-            positions[at, :n], next_position[at] = preprocess.mrope_positions(
-                row, self.tokens.image, shown, self.merge, start=len(self.root)
-            )
-            image_index[at, :n][row == self.tokens.image] = self._image_index(shown, patches)
-        collated = preprocess.collate_images(
-            images, self.architecture.vision, max(self.config.images_per_task, 1), patches
-        )
-        last = mask.sum(axis=1).astype(np.int32) - 1
-        return PrefixBatch(self.root, tokens, mask, positions, last, next_position, ImageBatch(**collated), image_index)
+        per_group = max(self.config.images_per_task, 1)
+        return collate_prompts(self.root, rows, images, self.architecture, width, per_group, patches)
 
     def _images(self, task: Task) -> list[preprocess.PreparedImage]:
         if len(task.images) > self.config.images_per_task:
@@ -113,11 +98,6 @@ class Prompts:
         ids.extend(self.tokens.encode(after[end:]))
         return np.array(ids, np.int32)
 
-    def _image_index(self, images: Sequence[preprocess.PreparedImage], patches: int) -> np.ndarray:
-        stride = patches // self.merge**2
-        parts = [i * stride + np.arange(image.tokens(self.merge)) for i, image in enumerate(images)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
     def _bucket(self, task: Task, row: np.ndarray) -> int:
         what = f"the prompt of task {task.id}"
         return preprocess.bucket(len(row), self.config.prefix_buckets, what, "raise config.policy.prefix_buckets")
@@ -127,6 +107,43 @@ class Prompts:
         return tokenizer.apply_chat_template(  # type: ignore[attr-defined]
             messages, tokenize=False, add_generation_prompt=generate
         )
+
+
+def collate_prompts(
+    root: np.ndarray,
+    rows: Sequence[np.ndarray],
+    images: Sequence[Sequence[preprocess.PreparedImage]],
+    architecture: PolicyArchitecture,
+    width: int,
+    per_group: int,
+    patches: int,
+) -> PrefixBatch:
+    """Prefixes of ids, each image expanded to its tokens, as a numpy-valued `PrefixBatch` padded on the right.
+
+    Args:
+      width: P.
+      per_group: M, image slots a group.
+      patches: size of an image slot, a multiple of the patches of a token.
+    """
+    merge, image_token = architecture.vision.spatial_merge_size, architecture.image_token_id
+    tokens = np.zeros((len(rows), width), np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    positions = np.zeros((len(rows), width, 3), np.int32)
+    image_index = np.full((len(rows), width), -1, np.int32)
+    next_position = np.zeros(len(rows), np.int32)
+    for at, (row, shown) in enumerate(zip(rows, images, strict=True)):
+        n = len(row)
+        tokens[at, :n], mask[at, :n] = row, True
+        positions[at, :n], next_position[at] = preprocess.mrope_positions(
+            row, image_token, shown, merge, start=len(root)
+        )
+        stride = patches // merge**2
+        image_index[at, :n][row == image_token] = [
+            i * stride + k for i, image in enumerate(shown) for k in range(image.tokens(merge))
+        ]
+    collated = ImageBatch(**preprocess.collate_images(images, architecture.vision, per_group, patches))
+    last = mask.sum(axis=1).astype(np.int32) - 1
+    return PrefixBatch(root, tokens, mask, positions, last, next_position, collated, image_index)
 
 
 def _check_tokens(tokens: Tokens, architecture: PolicyArchitecture) -> None:

@@ -20,8 +20,8 @@ from maestro_jax.policy import preprocess
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.policy.preprocess import PreparedImage
+from maestro_jax.policy.prompts import collate_prompts
 from maestro_jax.policy.tokens import Tokens
-from maestro_jax.policy.vision import ImageBatch
 
 IMAGE, VISION_START, VISION_END = 290, 292, 293
 TEXT_IDS = 280  # ids below are plain text
@@ -219,23 +219,11 @@ def collate(
     config: Config = CONFIG,
 ) -> PrefixBatch:
     """Rows as a padded `PrefixBatch`; `filler` is the token on padding, which must not matter."""
-    vision = architecture(config).vision
-    shape = (len(rows), width)
-    tokens, mask = np.full(shape, filler, np.int32), np.zeros(shape, bool)
-    positions, image_index = np.full((*shape, 3), filler, np.int32), np.full(shape, -1, np.int32)
-    next_position = np.zeros(len(rows), np.int32)
-    for at, one in enumerate(rows):
-        n = len(one.ids)
-        tokens[at, :n], mask[at, :n] = one.ids, True
-        positions[at, :n], next_position[at] = preprocess.mrope_positions(one.ids, IMAGE, one.images, 2, len(root))
-        index = [i * (patches // 4) + k for i, image in enumerate(one.images) for k in range(image.tokens(2))]
-        image_index[at, :n][one.ids == IMAGE] = index
-    images = preprocess.collate_images([one.images for one in rows], vision, per_group, patches)
-    images["patches"][~images["mask"]] = filler
-    last = mask.sum(axis=1).astype(np.int32) - 1
-    batch = PrefixBatch(
-        np.asarray(root, np.int32), tokens, mask, positions, last, next_position, ImageBatch(**images), image_index
-    )
+    root = np.asarray(root, np.int32)
+    ids, images = [one.ids for one in rows], [one.images for one in rows]
+    batch = collate_prompts(root, ids, images, architecture(config), width, per_group, patches)
+    batch.tokens[~batch.mask], batch.positions[~batch.mask] = filler, filler
+    batch.images.patches[~batch.images.mask] = filler
     return jax.tree.map(jnp.asarray, batch)
 
 
