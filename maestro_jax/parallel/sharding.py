@@ -1,6 +1,7 @@
 """Sharding rules: logical axis names of parameters and arrays → mesh axes, in one place."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -88,15 +89,37 @@ def keep_over_groups(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
-def gather_rows(table: jax.Array) -> jax.Array:
-    """A vocabulary table `[V, D]` with whole rows on every device: split over `tensor` only, as tokens are looked up.
+def gather_over_fsdp(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A parameter with these logical axes, whole but for its `tensor` axis; its gradient goes back into the shards.
 
-    Its features are split over `fsdp`, on which the groups are, too: without this a lookup is computed for all
-    groups everywhere, and so are logits.
+    Said where the parameter is used, inside the scan over layers: one layer is gathered at a time, and its
+    gradient is reduced and scattered at once. Left to itself XLA may gather a stack of all layers, or give every
+    device the whole gradient. Outside `jax.set_mesh` nothing is done.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return table
-    return jax.lax.with_sharding_constraint(table, PartitionSpec("tensor", None))
+        return kernel
+    spec = ShardingRules().spec(axes)
+    return _gather(kernel, spec, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(kernel: jax.Array, shards: PartitionSpec, whole: PartitionSpec) -> jax.Array:
+    del shards
+    return jax.lax.with_sharding_constraint(kernel, whole)
+
+
+def _gather_forward(kernel: jax.Array, shards: PartitionSpec, whole: PartitionSpec) -> tuple[jax.Array, None]:
+    return _gather(kernel, shards, whole), None
+
+
+def _gather_backward(
+    shards: PartitionSpec, whole: PartitionSpec, residual: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    del whole, residual
+    return (jax.lax.with_sharding_constraint(gradient, shards),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def over_groups(mesh: Mesh) -> NamedSharding:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maestro_jax.parallel.sharding import gather_over_fsdp
+
 Array = jax.Array
 M = TypeVar("M", bound=nnx.Module)
 C = TypeVar("C")
@@ -40,7 +42,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=(axes[1],)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ gather_over_fsdp(self.kernel[...].astype(x.dtype), self.kernel.get_metadata("axes"))
         if self.bias is None:
             return y
         return (y.astype(jnp.float32) + _widened(self.bias, x.dtype)).astype(x.dtype)
@@ -74,13 +76,17 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table `[rows, width]`; lookups are cast to `compute_dtype` by the caller."""
+    """A table `[rows, width]`, looked up in its own dtype."""
 
     def __init__(self, rows: int, width: int, axes: tuple[str | None, str | None], dtype: jnp.dtype, rngs: nnx.Rngs):
         self.embedding = nnx.Param(fan_in_normal(rngs, (rows, width), width, dtype), axes=axes)
 
+    def table(self, dtype: jnp.dtype) -> Array:
+        """The rows cast, each of them whole on its device."""
+        return gather_over_fsdp(self.embedding[...].astype(dtype), self.embedding.get_metadata("axes"))
+
     def __call__(self, ids: Array) -> Array:
-        return self.embedding[...][ids]
+        return self.table(self.embedding[...].dtype)[ids]
 
 
 def stack(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:

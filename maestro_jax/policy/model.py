@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from maestro_jax.parallel.sharding import gather_rows, keep_over_groups, over_groups, replicated
+from maestro_jax.parallel.sharding import keep_over_groups, over_groups, replicated
+from maestro_jax.policy.attention import AttentionConfig
 from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.policy.groups import GroupLayout, causal
 from maestro_jax.policy.layers import Embedding, RMSNorm
-from maestro_jax.policy.text import Context, DecoderLayer, LayerKV, Stretch, TextModel, extend_cache
+from maestro_jax.policy.text import Context, DecoderLayer, GroupRows, LayerKV, TextModel, extend_cache
 from maestro_jax.policy.vision import Leaf, VisionModel
 
 Array = jax.Array
@@ -49,6 +51,7 @@ class Policy(nnx.Module):
       param_dtype: of the stored parameters.
       compute_dtype: of activations; norms, softmax and logits are fp32 whatever it is.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
+      attention: how attention of whole sequences is computed, the same numbers by other means.
     """
 
     def __init__(
@@ -58,12 +61,14 @@ class Policy(nnx.Module):
         param_dtype: jnp.dtype = jnp.float32,
         compute_dtype: jnp.dtype = jnp.float32,
         remat: bool = False,
+        attention: AttentionConfig = AttentionConfig(),  # noqa: B008, frozen
     ):
         text, vision = architecture.text, architecture.vision
         self.architecture = architecture
         self.compute_dtype = compute_dtype
-        self.visual = VisionModel(vision, param_dtype, compute_dtype, remat, rngs)
-        self.language_model = TextModel(text, len(vision.deepstack_visual_indexes), param_dtype, remat, rngs)
+        self.visual = VisionModel(vision, param_dtype, compute_dtype, remat, attention, rngs)
+        taps = len(vision.deepstack_visual_indexes)
+        self.language_model = TextModel(text, taps, param_dtype, remat, attention, rngs)
         if architecture.tie_word_embeddings:
             self.lm_head = None
         else:
@@ -76,7 +81,7 @@ class Policy(nnx.Module):
           The root and the prefixes as contexts (leaves `[P0, K, H]` and `[B, P, K, H]`), and the final
           hidden state of each prefix's last token `[B, D]`, from which every member's first token is predicted.
         """
-        (_, prefix), (root_kv, prefix_kv) = self.language_model(self.prompt_stretches(batch), keep_kv=True)
+        prefix, (root_kv, prefix_kv) = self.language_model(*self.prompt_rows(batch), keep_kv=True)
         return (root_kv, prefix_kv), _last(prefix, batch)
 
     def encode_groups(self, batch: PrefixBatch, members: Array, length: Array) -> tuple[Array, Array]:
@@ -88,13 +93,18 @@ class Policy(nnx.Module):
         Returns:
           The final hidden state of each prefix's last token `[B, D]`, and those of the members `[B, G, R, D]`.
         """
-        steps = jnp.arange(members.shape[-1])
-        real = steps[None, None, None, :] < length[:, :, None, None]
-        mask = _causal(members.shape[-1])[None, None] & real
-        positions = member_positions(batch.next_position, jnp.broadcast_to(steps, members.shape))
-        on_top = Stretch(self._embed(members), positions, _or_self(mask))
-        (_, prefix, hidden), _ = self.language_model([*self.prompt_stretches(batch), on_top], keep_kv=False)
-        return _last(prefix, batch), hidden
+        root, prompts = self.prompt_rows(batch)
+        layout = GroupLayout(prompts.layout.prefix, *members.shape[1:])
+        steps = jnp.broadcast_to(jnp.arange(layout.room), members.shape)
+        rows = GroupRows(
+            layout,
+            keep_over_groups(layout.join(prompts.x, self._embed(members))),
+            layout.join(prompts.positions, member_positions(batch.next_position, steps)),
+            layout.join(prompts.real, steps < length[..., None]),
+            prompts.deepstack,
+        )
+        hidden, _ = self.language_model(root, rows, keep_kv=False)
+        return _last(hidden, batch), layout.of_members(hidden)
 
     def for_decoding(self) -> "DecodingPolicy":
         """The policy with weights cut per layer and cast; make it outside the loop that decodes."""
@@ -112,19 +122,13 @@ class Policy(nnx.Module):
         return keep_over_groups(self._table(self.language_model.embed_tokens)[tokens])
 
     def _table(self, embedding: Embedding) -> Array:
-        return gather_rows(embedding.embedding[...].astype(self.compute_dtype))
+        return embedding.table(self.compute_dtype)
 
-    def prompt_stretches(self, batch: PrefixBatch) -> list[Stretch]:
-        """The root `[1, 1, P0]`, and the prefixes `[B, 1, P]` with their images."""
-        length = batch.root.shape[0]
-        positions = jnp.broadcast_to(jnp.arange(length)[None, None, :, None], (1, 1, length, 3))
-        root = Stretch(
-            self._embed(batch.root)[None, None], positions, _causal(length)[None, None], jnp.ones((length,), bool)
-        )
+    def prompt_rows(self, batch: PrefixBatch) -> tuple[Array, GroupRows]:
+        """The embedded root `[1, P0, D]`, and rows of the prefixes with their images."""
         x, deepstack = self._with_images(batch)
-        mask = _or_self((_causal(x.shape[1]) & batch.mask[:, None, :])[:, None])
-        prefix = Stretch(x[:, None], batch.positions[:, None], mask, batch.mask, tuple(d[:, None] for d in deepstack))
-        return [root, prefix]
+        rows = GroupRows(causal(x.shape[1]), x, batch.positions, batch.mask, tuple(deepstack))
+        return self._embed(batch.root)[None], rows
 
     def _with_images(self, batch: PrefixBatch) -> tuple[Array, list[Array]]:
         """Embedded prefixes `[B, P, D]` with image tokens in place, and DeepStack additions like them."""
@@ -182,18 +186,9 @@ def _logits(hidden: Array, table: Array) -> Array:
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
-def _last(prefix: Array, batch: PrefixBatch) -> Array:
-    """The state `[B, D]` of each prefix's last real token."""
-    return jnp.take_along_axis(prefix[:, 0], batch.last[:, None, None], axis=1)[:, 0]
-
-
-def _causal(length: int) -> Array:
-    return jnp.tril(jnp.ones((length, length), bool))
-
-
-def _or_self(mask: Array) -> Array:
-    """Lets every row see itself, so that the softmax of a padding row is never empty."""
-    return mask | jnp.eye(mask.shape[-1], dtype=bool)
+def _last(rows: Array, batch: PrefixBatch) -> Array:
+    """The state `[B, D]` of each prefix's last real token, of rows `[B, T, D]`."""
+    return jnp.take_along_axis(rows, batch.last[:, None, None], axis=1)[:, 0]
 
 
 def member_positions(next_position: Array, slots: Array) -> Array:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maestro_jax.parallel.sharding import keep_over_groups
-from maestro_jax.policy.attention import Segment, attend
+from maestro_jax.policy.attention import AttentionConfig, Segment, attend, attend_groups
 from maestro_jax.policy.config import TextConfig
+from maestro_jax.policy.groups import GroupLayout, causal
 from maestro_jax.policy.layers import Embedding, Linear, RMSNorm, cast, run_layer, scan_layers, stack, unstack
 from maestro_jax.policy.rope import mrope, rotate
 
@@ -35,28 +36,21 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
-    """New tokens of one pass: the root `[1, 1, P0]`, prefixes `[B, 1, P]` or members `[B, G, R]`.
+class GroupRows:
+    """New tokens of a pass, a row a group (`GroupLayout`).
 
     Attributes:
-      x: embedded tokens `[B, G, T, D]`.
-      positions: M-RoPE positions int32 `[B, G, T, 3]`.
-      mask: bool `[B, G, T, T]`, which own keys each token sees.
-      seen: bool, which of the tokens later stretches may see; `[T]` if every group shares them, `[B, T]` if the
-        members of a group do, None for the last stretch.
-      deepstack: arrays like `x`, added after the first layers (zero away from image tokens); may be empty.
+      x: embedded tokens `[B, T, D]`.
+      positions: M-RoPE positions int32 `[B, T, 3]`.
+      real: bool `[B, T]`, False on padding.
+      deepstack: arrays `[B, P, D]`, added to the prefixes after the first layers (zero away from image tokens).
     """
 
+    layout: GroupLayout
     x: Array
     positions: Array
-    mask: Array
-    seen: Array | None = None
-    deepstack: tuple[Array, ...] = ()
-
-    def shared(self, per_token: Array) -> Array:
-        """Keys or values `[B, G, T, K, H]` without the axes over which this stretch is shared."""
-        everyone = self.seen is not None and self.seen.ndim == 1
-        return per_token[0, 0] if everyone else per_token[:, 0]
+    real: Array
+    deepstack: tuple[Array, ...]
 
 
 class DecoderLayer(nnx.Module):
@@ -93,16 +87,19 @@ class DecoderLayer(nnx.Module):
         self.down_proj.kernel[...] = 0.1 * self.down_proj.kernel[...]
 
     def qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """Normed, rotated queries `[B, G, T, N, H]`, keys and values `[B, G, T, K, H]` of `x [B, G, T, D]`."""
+        """Normed, rotated queries `[..., T, N, H]`, keys and values `[..., T, K, H]` of `x [..., T, D]`."""
         h, head = self.input_layernorm(x), self.config.head_dim
         q = self.q_norm(self.q_proj(h).reshape(*h.shape[:-1], -1, head))
         k = self.k_norm(self.k_proj(h).reshape(*h.shape[:-1], -1, head))
         v = self.v_proj(h).reshape(*h.shape[:-1], -1, head)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def finish(self, x: Array, queries: Array, segments: Sequence[Segment]) -> Array:
-        """Attention output and MLP, each added to the residual `x [B, G, T, D]`."""
-        mixed = attend(queries, segments, self.config.head_dim**-0.5)
+    @property
+    def scale(self) -> float:
+        return self.config.head_dim**-0.5
+
+    def finish(self, x: Array, mixed: Array) -> Array:
+        """Adds the projection of attention `mixed [..., T, N, H]`, then the MLP, to the residual `x [..., T, D]`."""
         x = keep_over_groups(x + self.o_proj(mixed.reshape(*x.shape[:-1], -1)))
         h = self.post_attention_layernorm(x)
         return keep_over_groups(x + self.down_proj(jax.nn.silu(self.gate_proj(h)) * self.up_proj(h)))
@@ -115,9 +112,18 @@ class TextModel(nnx.Module):
     apart; the others are stacked and scanned.
     """
 
-    def __init__(self, config: TextConfig, deepstack: int, dtype: jnp.dtype, remat: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: TextConfig,
+        deepstack: int,
+        dtype: jnp.dtype,
+        remat: bool,
+        attention: AttentionConfig,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         self.remat = remat
+        self.attention = attention
         self.rest = config.num_hidden_layers - deepstack
 
         def make(rngs: nnx.Rngs) -> DecoderLayer:
@@ -128,38 +134,45 @@ class TextModel(nnx.Module):
         self.layers = stack(make, self.rest, rngs) if self.rest else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def __call__(self, stretches: Sequence[Stretch], keep_kv: bool) -> tuple[list[Array], list[Context]]:
-        """Runs all layers over several stretches at once; each sees itself and those before it.
+    def __call__(self, root: Array, groups: GroupRows, keep_kv: bool) -> tuple[Array, list[Context]]:
+        """Runs all layers over the root `[1, P0, D]` and the rows of all groups at once.
 
         One pass over the layers serves root, prefixes and members: weights are gathered once, and no
         layer's keys and values outlive the layer unless they are asked for.
 
         Returns:
-          Final hidden states `[B, G, T, D]` of every stretch, and with `keep_kv` a context of each that
-          later tokens may see.
+          Final hidden states `[B, T, D]`, and with `keep_kv` root and prefixes as contexts of later tokens.
         """
-        angles = [mrope(s.positions, self.config.rope_theta, self.config.mrope_section) for s in stretches]
+        layout, length = groups.layout, root.shape[1]
+        positions = jnp.broadcast_to(jnp.arange(length)[None, :, None], (1, length, 3))
+        config = self.config
+        root_angles, angles = (mrope(p, config.rope_theta, config.mrope_section) for p in (positions, groups.positions))
+        # The root has any length, and it is short: no kernel for it.
+        for_root = self.attention
+        if for_root.backend.startswith("splash"):
+            for_root = dataclasses.replace(for_root, backend="blocks", recompute=True)
+        whole = jnp.ones((1, length), bool)
 
-        def step(layer: DecoderLayer, xs: list[Array]) -> tuple[list[Array], list[tuple[Array, Array]]]:
-            seen: list[Segment] = []
-            outs, shared = [], []
-            for x, stretch, (cos, sin) in zip(xs, stretches, angles, strict=True):
-                q, k, v = layer.qkv(x, cos, sin)
-                outs.append(layer.finish(x, q, [*seen, Segment(k, v, stretch.mask)]))
-                if stretch.seen is not None:
-                    shared.append((stretch.shared(k), stretch.shared(v)))
-                    seen.append(Segment(*shared[-1], stretch.seen))
-            return outs, shared if keep_kv else []
+        def step(layer: DecoderLayer, xs: tuple[Array, Array]) -> tuple[tuple[Array, Array], list[tuple[Array, Array]]]:
+            root, x = xs
+            q, k, v = layer.qkv(root, *root_angles)
+            before = (k[0], v[0])
+            root = layer.finish(root, attend_groups(q, k, v, None, whole, causal(length), layer.scale, for_root))
+            q, k, v = layer.qkv(x, *angles)
+            x = layer.finish(x, attend_groups(q, k, v, before, groups.real, layout, layer.scale, self.attention))
+            kept = [before, (k[:, : layout.prefix], v[:, : layout.prefix])]
+            return (root, x), kept if keep_kv else []
 
-        xs, kept = [stretch.x for stretch in stretches], []
+        xs, kept = (root, groups.x), []
         for index, layer in enumerate(self.deepstack_layers):
-            xs, shared = run_layer(layer, step, xs, self.remat)
-            xs = [x + s.deepstack[index] if s.deepstack else x for x, s in zip(xs, stretches, strict=True)]
+            (root, x), shared = run_layer(layer, step, xs, self.remat)
+            xs = (root, x.at[:, : layout.prefix].add(groups.deepstack[index]))
             kept.append(shared)
         if self.layers is not None:
             xs, stacked = scan_layers(self.layers, step, xs, self.remat)
             kept += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.rest)]
-        return [self.norm(x) for x in xs], _contexts(stretches, kept) if keep_kv else []
+        masks = (whole[0], groups.real[:, : layout.prefix])
+        return self.norm(xs[1]), _contexts(masks, kept) if keep_kv else []
 
     def layer_list(self, dtype: jnp.dtype) -> list[DecoderLayer]:
         """Every layer as a module of its own, its weights cast: for programs that run them many times."""
@@ -167,12 +180,11 @@ class TextModel(nnx.Module):
         return [cast(layer, dtype) for layer in (*self.deepstack_layers, *rest)]
 
 
-def _contexts(stretches: Sequence[Stretch], kept: Sequence[Sequence[tuple[Array, Array]]]) -> list[Context]:
-    """Per layer and stretch (keys, values) → a context per stretch."""
-    shared = [stretch.seen for stretch in stretches if stretch.seen is not None]
+def _contexts(masks: Sequence[Array], kept: Sequence[Sequence[tuple[Array, Array]]]) -> list[Context]:
+    """Per layer and context (keys, values) → contexts."""
     return [
         Context(LayerKV([layer[i][0] for layer in kept], [layer[i][1] for layer in kept]), mask)
-        for i, mask in enumerate(shared)
+        for i, mask in enumerate(masks)
     ]
 
 
@@ -208,7 +220,7 @@ def extend_cache(
         keys.append(_write(cache.keys[index], k, slots))
         values.append(_write(cache.values[index], v, slots))
         seen = [Segment(c.kv.keys[index], c.kv.values[index], c.mask) for c in contexts]
-        x = layer.finish(x, q, [*seen, Segment(keys[-1], values[-1], mask)])
+        x = layer.finish(x, attend(q, [*seen, Segment(keys[-1], values[-1], mask)], layer.scale))
     return x, LayerKV(keys, values)
 
 

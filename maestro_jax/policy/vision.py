@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from maestro_jax.parallel.sharding import keep_over_groups
-from maestro_jax.policy.attention import Segment, attend
+from maestro_jax.policy.attention import AttentionConfig, attend_images
 from maestro_jax.policy.config import VisionConfig
 from maestro_jax.policy.layers import Embedding, LayerNorm, Linear, scan_layers, stack
 from maestro_jax.policy.rope import rotate, vision_rope
@@ -39,9 +39,10 @@ class ImageBatch:
 class VisionBlock(nnx.Module):
     """Pre-norm transformer block; tanh GELU in the MLP."""
 
-    def __init__(self, config: VisionConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, dtype: jnp.dtype, attention: AttentionConfig, rngs: nnx.Rngs):
         width, mlp = config.hidden_size, config.intermediate_size
         self.heads = config.num_heads
+        self.attention = attention
         self.norm1 = LayerNorm(width, dtype)
         self.norm2 = LayerNorm(width, dtype)
         self.qkv = Linear(width, 3 * width, ("vision_embed", "vision_heads"), True, dtype, rngs)
@@ -54,8 +55,7 @@ class VisionBlock(nnx.Module):
         images, patches, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(images, patches, 3, self.heads, width // self.heads)
         q, k = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin)
-        own = Segment(k[:, None], qkv[:, None, :, 2], mask[:, None, None, :])
-        mixed = attend(q[:, None], [own], (width // self.heads) ** -0.5)
+        mixed = attend_images(q, k, qkv[:, :, 2], mask, (width // self.heads) ** -0.5, self.attention)
         x = keep_over_groups(x + self.proj(mixed.reshape(images, patches, width)))
         return keep_over_groups(x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True)))
 
@@ -81,7 +81,15 @@ class PatchMerger(nnx.Module):
 class VisionModel(nnx.Module):
     """Patch embedding, interpolated positions, blocks, merger and DeepStack mergers."""
 
-    def __init__(self, config: VisionConfig, dtype: jnp.dtype, compute_dtype: jnp.dtype, remat: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: VisionConfig,
+        dtype: jnp.dtype,
+        compute_dtype: jnp.dtype,
+        remat: bool,
+        attention: AttentionConfig,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         self.compute_dtype = compute_dtype
         self.remat = remat
@@ -90,7 +98,7 @@ class VisionModel(nnx.Module):
         self.pos_embed = Embedding(
             config.num_position_embeddings, config.hidden_size, (None, "vision_embed"), dtype, rngs
         )
-        self.blocks = stack(lambda r: VisionBlock(config, dtype, r), config.depth, rngs)
+        self.blocks = stack(lambda r: VisionBlock(config, dtype, attention, r), config.depth, rngs)
         self.merger = PatchMerger(config, False, dtype, rngs)
         self.deepstack_mergers = nnx.List(
             [PatchMerger(config, True, dtype, rngs) for _ in config.deepstack_visual_indexes]

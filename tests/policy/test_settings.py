@@ -111,8 +111,8 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 def states(policy: Policy, batch: PrefixBatch) -> jax.Array:
     """Final hidden states of every prefix token `[B, P, D]`."""
-    hidden, _ = policy.language_model(policy.prompt_stretches(batch), keep_kv=False)
-    return hidden[1][:, 0]
+    hidden, _ = policy.language_model(*policy.prompt_rows(batch), keep_kv=False)
+    return hidden
 
 
 # ---- vision ------------------------------------------------------------------------------------------------
