@@ -96,7 +96,8 @@ def gather_over_fsdp(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Arr
     gradient is reduced and scattered at once. Left to itself XLA may gather a stack of all layers, or give every
     device the whole gradient. Outside `jax.set_mesh` nothing is done.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
         return kernel
     spec = ShardingRules().spec(axes)
     return _gather(kernel, spec, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
@@ -105,7 +106,8 @@ def gather_over_fsdp(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Arr
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(kernel: jax.Array, shards: PartitionSpec, whole: PartitionSpec) -> jax.Array:
     del shards
-    return jax.lax.with_sharding_constraint(kernel, whole)
+    # The barrier keeps a cast to the compute dtype before the gather; XLA moves it behind and sends twice the bytes.
+    return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(kernel), whole)
 
 
 def _gather_forward(kernel: jax.Array, shards: PartitionSpec, whole: PartitionSpec) -> tuple[jax.Array, None]:

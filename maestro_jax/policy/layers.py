@@ -102,9 +102,13 @@ def unstack(stacked: M, count: int) -> list[M]:
 
 
 def cast(module: M, dtype: jnp.dtype) -> M:
-    """A module with its parameters in another dtype."""
+    """A module with its parameters in another dtype, gathered over `fsdp`: for programs that use them many times."""
     graph, state = nnx.split(module)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+
+    def whole(param: nnx.Variable) -> nnx.Variable:
+        return param.replace(gather_over_fsdp(param[...].astype(dtype), param.get_metadata("axes")))
+
+    return nnx.merge(graph, jax.tree.map(whole, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def run_layer(layer: M, body: Callable[[M, C], tuple[C, Any]], carry: C, remat: bool) -> tuple[C, Any]:

@@ -7,6 +7,7 @@ the trainer's own parameter buffers; the loop's conditions are replicated device
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,6 +42,26 @@ class Rollout:
     length: np.ndarray  # int32 [B, G]
 
 
+@dataclasses.dataclass(frozen=True)
+class RolloutPrograms:
+    """The compiled functions of `rollout/decode.py`, with parameters in place of the policy; states are donated."""
+
+    prefill: Any
+    decode: Any
+    append: Any
+
+
+def rollout_programs(graph: nnx.GraphDef, config: decode.DecodeConfig) -> RolloutPrograms:
+    def on_policy(function: Callable, **static: object) -> Callable:
+        return lambda params, *args: function(nnx.merge(graph, params), *args, **static)
+
+    return RolloutPrograms(
+        prefill=jax.jit(on_policy(decode.prefill, room=config.room)),
+        decode=jax.jit(on_policy(decode.decode_chunk, config=config), donate_argnums=2),
+        append=jax.jit(on_policy(decode.append_observations), donate_argnums=2),
+    )
+
+
 class Engine:
     """Runs episodes of one policy against one registry on one mesh."""
 
@@ -57,12 +78,7 @@ class Engine:
             decode.StopTables(transitions, reasons, np.int32(tokens.end_of_turn)), replicated(mesh)
         )
 
-        def on_policy(function: Callable, **static: object) -> Callable:
-            return lambda params, *args: function(nnx.merge(graph, params), *args, **static)
-
-        self._prefill = jax.jit(on_policy(decode.prefill, room=config.room))
-        self._decode = jax.jit(on_policy(decode.decode_chunk, config=config), donate_argnums=2)
-        self._append = jax.jit(on_policy(decode.append_observations), donate_argnums=2)
+        self.programs = rollout_programs(graph, config)
         self._exchange = make_exchange_program(exchange, mesh)
 
     def rollout(
@@ -94,15 +110,15 @@ class Engine:
         self, params: nnx.State, prompts: PrefixBatch, keys: Array, alive: Array, slots: Array, noise: np.float32
     ) -> RolloutState:
         with jax.set_mesh(self.mesh):
-            prefilled, state = self._prefill(params, prompts, keys, alive)
+            prefilled, state = self.programs.prefill(params, prompts, keys, alive)
             while True:
-                state = self._decode(params, prefilled, state, self.tables, noise)
+                state = self.programs.decode(params, prefilled, state, self.tables, noise)
                 lane, observations, lengths, counts = self._exchange(state, slots)
                 unfinished, arrived = np.asarray(counts)
                 if not unfinished:
                     return state
                 if arrived:
-                    state = self._append(params, prefilled, state, lane, observations, lengths)
+                    state = self.programs.append(params, prefilled, state, lane, observations, lengths)
                 else:
                     state = dataclasses.replace(state, lane=lane)
 

@@ -1,0 +1,93 @@
+"""Reads a compiled program's text: which collectives it runs, how often, on how many bytes."""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\(")
+_CALLED = re.compile(r"(?:calls|body|to_apply|called_computation|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+_CONDITION = re.compile(r" while\(.* condition=%([\w.\-]+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of a program.
+
+    Attributes:
+      times: how often it runs, loops counted.
+      shapes: of its results, as (dtype, dimensions).
+    """
+
+    kind: str
+    times: int
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of its results, each time."""
+        return sum(_BYTES.get(dtype, 4) * math.prod(dimensions) for dtype, dimensions in self.shapes)
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of an optimised HLO module; loops of unknown length count once."""
+    computations, entry = _computations(text)
+    times = _times(computations, entry)
+    found = []
+    for name, lines in computations.items():
+        for line in lines if times[name] else ():
+            operation = _OPERATION.match(line)
+            kind = operation[2].removesuffix("-start") if operation else ""
+            if operation and kind in KINDS:
+                shapes = [(d, tuple(int(n) for n in s.split(",") if n)) for d, s in _SHAPE.findall(operation[1])]
+                if operation[2].endswith("-start") and kind == "all-gather":
+                    shapes = shapes[len(shapes) // 2 :]  # operands stand before results
+                found.append(Collective(kind, times[name], tuple(shapes)))
+    return found
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    computations: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = computations.setdefault(head[1], [])
+            entry = head[1] if line.startswith("ENTRY") else entry
+        elif line == "}":
+            current = None
+        elif current is not None:
+            current.append(line)
+    return computations, entry
+
+
+def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs."""
+    times: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, count: int) -> None:
+        times[name] += count
+        for line in computations.get(name, ()):
+            called = _CALLED.findall(line)
+            if not called:
+                continue
+            condition = _CONDITION.search(line)
+            inner = count * (_trips(computations.get(condition[1], [])) if condition else 1)
+            for names in called:
+                for each in names.split(", "):
+                    visit(each.removeprefix("%"), inner)
+
+    visit(entry, 1)
+    return times
+
+
+def _trips(condition: list[str]) -> int:
+    """How often a loop runs that counts from 0 to a constant, as `jax.lax.scan` does; else 1."""
+    bounds = [int(n) for line in condition for n in _BOUND.findall(line)]
+    compares = any("direction=LT" in line for line in condition)
+    return bounds[0] if len(bounds) == 1 and compares else 1
