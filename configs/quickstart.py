@@ -128,6 +128,8 @@ def optimizer(learning_rate: float, warmup_steps: int, decay_steps: int = 0) -> 
             "eps": 1e-8,
             "weight_decay": 0.0,
             "clip_norm": 1.0,
+            "moments": "float32",
+            "offload": False,
         }
     )
 

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.advantages import NORMALISERS
 from maestro_jax.grpo.losses import AGGREGATIONS, KL_ESTIMATORS, SURROGATES
-from maestro_jax.grpo.update import FREEZABLE, OptimizerConfig
+from maestro_jax.grpo.optimizer import MOMENTS, OptimizerConfig
+from maestro_jax.grpo.update import FREEZABLE
 from maestro_jax.parallel.mesh import MeshConfig
 from maestro_jax.registry.config import RegistryConfig, parse_registry
 from maestro_jax.rewards.reward import RewardConfig
@@ -114,8 +115,8 @@ class GrpoConfig:
       importance_cap: upper bound of the weights that correct for the sampler (Yao et al. 2025); 0: no weights.
       aggregation: how token losses are averaged, "sequence", "token" or "constant" (by constant_length tokens).
       logprob_chunk: tokens of a member whose logits exist at a time.
-      microbatches: parts of the groups whose gradients are taken one after the other, to save memory; the update is
-        the same.
+      microbatches: most parts of the groups whose gradients are taken one after the other; the update is the same.
+        One microbatch, groups / microbatches, must fit into memory at full length (`grpo/microbatches.py`).
     """
 
     steps: int
@@ -273,9 +274,9 @@ def _check(config: Config) -> None:
     if rollout.turn_budget >= rollout.room:
         raise ConfigError(f"config.rollout.turn_budget={rollout.turn_budget} must be below room={rollout.room}")
     _check_grpo(grpo)
-    _check_schedule("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
     warm_start = config.warm_start
-    _check_schedule("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
+    _check_optimizer("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
+    _check_optimizer("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
     for source, pair in warm_start.claims.items() if warm_start.steps else ():
         found = config.registry.resolve(*pair)
         if isinstance(found, str):
@@ -312,8 +313,10 @@ def _check_grpo(grpo: GrpoConfig) -> None:
         )
 
 
-def _check_schedule(where: str, optimizer: OptimizerConfig, steps_key: str, steps: int) -> None:
+def _check_optimizer(where: str, optimizer: OptimizerConfig, steps_key: str, steps: int) -> None:
     """A rate that has fallen to 0 teaches nothing: the schedule must last as long as the steps."""
+    if optimizer.moments not in MOMENTS:
+        raise ConfigError(f"{where}.moments {optimizer.moments!r} is unknown; use one of {', '.join(MOMENTS)}")
     decay = optimizer.decay_steps
     if decay and decay <= optimizer.warmup_steps:
         raise ConfigError(f"{where}.decay_steps={decay} must exceed warmup_steps={optimizer.warmup_steps}, or be 0")

@@ -31,12 +31,15 @@ from maestro_jax.data.verl import VerlParquetSource
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
-from maestro_jax.grpo.batch import Scored, make_batch, score_rollout
+from maestro_jax.grpo.batch import Scored, make_parts, score_rollout
 from maestro_jax.grpo.losses import LossConfig
+from maestro_jax.grpo.microbatches import Planner
+from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import (
+    GroupBatch,
+    UpdateConfig,
     grpo_loss,
     init_train_state,
-    make_optimizer,
     make_reference,
     make_train_step,
     nll_loss,
@@ -142,23 +145,13 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Resume ----------------------------------------------------------------------------
         optimizer = make_optimizer(config.optimizer)
-        state = init_train_state(params, optimizer, config.policy.freeze, mesh)
-        step_fn = make_train_step(
-            graph,
-            optimizer,
-            grpo_loss,
-            fields(LossConfig, config.grpo),
-            config.rollout.temperature,
-            config.grpo.logprob_chunk,
-            config.policy.freeze,
-            config.grpo.microbatches,
-            mesh,
-            state,
-        )
+        state = init_train_state(params, optimizer, config.policy.freeze, mesh, config.optimizer.offload)
+        update = update_config(config, config.rollout.temperature)
+        step_fn = make_train_step(graph, optimizer, grpo_loss, update, mesh, state)
+        planner = make_planner(config, architecture, len(prompts.root), mesh)
         add_reference = None
         if config.grpo.kl_weight:  # the reference is the policy that reinforcement started from
-            temperature, chunk = config.rollout.temperature, config.grpo.logprob_chunk
-            add_reference = make_reference(graph, params, temperature, chunk, mesh)
+            add_reference = make_reference(graph, params, update.temperature, update.chunk, mesh)
         batches = iter(
             Batches(train_source, config.grpo.groups, seed=config.seed, damage_limit=config.data.damage_limit)
         )
@@ -176,6 +169,9 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Reinforcement ---------------------------------------------------------------------
         last = before
+        # Without contrast, only these terms have a gradient.
+        contrast_only = not (config.grpo.kl_weight or config.grpo.entropy_weight)
+        shapes: set[tuple[int, ...]] = set()  # that the update is compiled for
         progress.phase("train", config.grpo.steps, done=start)
         for step in range(start + 1, config.grpo.steps + 1):
             step_began = time.monotonic()
@@ -185,12 +181,13 @@ def main(argv: Sequence[str]) -> None:
             )
             rolled = time.monotonic()
             scored = score_rollout(rollout, config.reward)
-            batch, batch_metrics = make_batch(
-                rollout, scored, config.grpo.advantage, config.rollout.member_buckets, mesh
+            parts, left_out, batch_metrics = make_parts(
+                rollout, scored, config.grpo.advantage, contrast_only, planner, mesh
             )
+            note_shapes(parts, shapes, progress)
             with jax.set_mesh(mesh):
-                batch = add_reference(batch) if add_reference else batch
-                state, update_metrics = step_fn(state, batch)
+                parts = [add_reference(part) for part in parts] if add_reference else parts
+                state, update_metrics = step_fn(state, parts, left_out)
             row = {"step": step, **episode_metrics(rollout, scored), **batch_metrics}
             row |= {name: float(value) for name, value in update_metrics.items()}
             row |= {"rollout_seconds": rolled - step_began, "seconds": time.monotonic() - step_began}
@@ -319,7 +316,7 @@ def warm_start(
     """Parameters after supervised fine-tuning on demonstrations; trained once per work directory."""
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer)
-    state = init_train_state(params, optimizer, config.policy.freeze, mesh)
+    state = init_train_state(params, optimizer, config.policy.freeze, mesh, settings.optimizer.offload)
     store = CheckpointStore(workdir / "warm_start", keep=1)
     if (latest := store.latest()) is not None:
         state, _ = store.restore(latest, state)
@@ -330,8 +327,9 @@ def warm_start(
     demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress)
     size = settings.group_size
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
-    loss_config, chunk = fields(LossConfig, config.grpo), config.grpo.logprob_chunk
-    step = make_train_step(graph, optimizer, nll_loss, loss_config, 1.0, chunk, config.policy.freeze, 1, mesh, state)
+    update = update_config(config, temperature=1.0)
+    update = dataclasses.replace(update, loss=dataclasses.replace(update.loss, aggregation="token"))
+    step = make_train_step(graph, optimizer, nll_loss, update, mesh, state)
     progress.phase("warm start", settings.steps)
 
     def report(done: int, values: dict[str, float]) -> None:
@@ -345,6 +343,25 @@ def warm_start(
     store.save(settings.steps, state, {"steps": settings.steps})
     store.close()
     return state.params
+
+
+def update_config(config: Config, temperature: float) -> UpdateConfig:
+    return UpdateConfig(fields(LossConfig, config.grpo), temperature, config.grpo.logprob_chunk, config.policy.freeze)
+
+
+def make_planner(config: Config, architecture: PolicyArchitecture, root: int, mesh: Mesh) -> Planner:
+    grpo, shards = config.grpo, batch_shards(mesh)
+    buckets = config.policy.prefix_buckets, config.rollout.member_buckets
+    return Planner(architecture, root, grpo.group_size, grpo.groups, grpo.microbatches, shards, *buckets)
+
+
+def note_shapes(parts: Sequence[GroupBatch], shapes: set[tuple[int, ...]], progress: Progress) -> None:
+    """Says when a shape of the update is new, for then it is compiled."""
+    for part in parts:
+        (groups, members, room), prefix = part.tokens.shape, part.prompts.tokens.shape[1]
+        if (shape := (groups, prefix, members, room)) not in shapes:
+            shapes.add(shape)
+            progress.note(f"new shape of the update: {groups} groups of {prefix} + {members} x {room} tokens")
 
 
 def measure_baselines(

@@ -25,7 +25,8 @@ from maestro_jax.checkpoint.hf_verify import verify_logits
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
 from maestro_jax.errors import EXIT_CONFIG, DataError
-from maestro_jax.grpo.update import init_train_state, make_optimizer
+from maestro_jax.grpo.optimizer import make_optimizer
+from maestro_jax.grpo.update import init_train_state
 from maestro_jax.observe.files import write_json
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params

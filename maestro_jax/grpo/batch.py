@@ -1,16 +1,16 @@
-"""From finished rollouts to the batch of an update: rewards, advantages, masks, static lengths."""
+"""From finished rollouts to the parts of an update's batch: rewards, advantages, masks, static shapes."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from maestro_jax.grpo.advantages import group_advantages
-from maestro_jax.grpo.update import GroupBatch
-from maestro_jax.parallel.sharding import over_groups
-from maestro_jax.policy.preprocess import bucket
+from maestro_jax.grpo.losses import LossCount, count_loss
+from maestro_jax.grpo.microbatches import Part, Planner
+from maestro_jax.grpo.update import GroupBatch, batch_shardings
+from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig, RewardParts, score
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.exchange import Trajectory
@@ -46,27 +46,63 @@ def summary(trajectory: Trajectory) -> EpisodeSummary:
     )
 
 
-def make_batch(
-    rollout: Rollout, scored: Scored, advantage: str, buckets: Sequence[int], mesh: Mesh
-) -> tuple[GroupBatch, dict[str, float]]:
-    """The update's batch on the mesh, and what is worth logging about it."""
+def make_parts(
+    rollout: Rollout, scored: Scored, advantage: str, contrast_only: bool, planner: Planner, mesh: Mesh
+) -> tuple[list[GroupBatch], LossCount, dict[str, float]]:
+    """The parts of the update's batch on the mesh.
+
+    Args:
+      advantage: of `advantages.py: NORMALISERS`.
+      contrast_only: leaves out groups without contrast; right where the loss is nothing but advantages.
+
+    Returns:
+      The parts, the count of the groups that are in none of them but in what the loss is divided by, and what is worth
+      logging.
+    """
     advantages, contrast = group_advantages(scored.rewards, scored.valid, advantage)
-    width = bucket(int(rollout.length.max()), buckets, "a member", "raise config.rollout.member_buckets")
     mask = rollout.authored & scored.valid[..., None]
-    logprobs = rollout.logprobs[..., :width]
-    arrays = (
-        rollout.tokens[..., :width],
-        rollout.length,
-        mask[..., :width],
-        logprobs,
-        np.zeros_like(logprobs),
-        advantages,
-    )
-    batch = GroupBatch(rollout.prompts, *jax.device_put(arrays, over_groups(mesh)))
+    # At least one group stays: without any, moments and rates would still have to move on.
+    kept = np.flatnonzero(contrast if contrast_only else mask.any(axis=(1, 2)))
+    kept = kept if len(kept) else np.array([0])
+    lengths = rollout.prompts.mask.sum(axis=1)[kept].tolist(), rollout.length.max(axis=1)[kept].tolist()
+    plan = planner.plan(*lengths)
+    parts = [take_part(rollout, mask, advantages, kept[list(part.groups)], part) for part in plan]
+    left_out = count_loss(np.delete(mask, kept, axis=0))
     tasks = max(len(rollout.trajectories), 1)
-    return batch, {
+    metrics = {
         "groups_without_contrast": 1.0 - float(contrast[:tasks].mean()),
         "marked_trajectories": float((~scored.valid[:tasks]).mean()),
         "member_tokens": float(rollout.length[:tasks].mean()),
-        "member_bucket": float(width),
+        "parts": float(len(parts)),
+        "padding": planner.padding(plan, *lengths),
     }
+    return [jax.device_put(part, batch_shardings(mesh)) for part in parts], left_out, metrics
+
+
+def take_part(rollout: Rollout, mask: np.ndarray, advantages: np.ndarray, groups: np.ndarray, part: Part) -> GroupBatch:
+    """Groups of a rollout in the static shape of a part, numpy-valued; padding repeats the first, out of the loss."""
+    real = np.arange(part.size) < len(groups)
+    rows = np.append(groups, np.repeat(groups[:1], part.size - len(groups)))
+    logprobs = rollout.logprobs[rows, :, : part.room]
+    return GroupBatch(
+        prompts=take_prompts(rollout.prompts, rows, part.prefix),
+        tokens=rollout.tokens[rows, :, : part.room],
+        length=rollout.length[rows],
+        mask=mask[rows, :, : part.room] & real[:, None, None],
+        old_logprobs=logprobs,
+        reference_logprobs=np.zeros_like(logprobs),
+        advantages=advantages[rows] * real[:, None],
+    )
+
+
+def take_prompts(prompts: PrefixBatch, groups: np.ndarray, width: int) -> PrefixBatch:
+    """The prompts of some groups, numpy-valued, with prefixes of `width` tokens; images stay padded as they are."""
+    count = len(prompts.tokens)
+    cut = {name: getattr(prompts, name)[:, :width] for name in ("tokens", "mask", "positions", "image_index")}
+
+    def rows(leaf: np.ndarray) -> np.ndarray:
+        each = len(leaf) // count  # images have several rows a group
+        return leaf.reshape(count, each, *leaf.shape[1:])[groups].reshape(-1, *leaf.shape[1:])
+
+    taken = jax.tree.map(rows, dataclasses.replace(prompts, root=None, **cut))
+    return dataclasses.replace(taken, root=prompts.root)

@@ -21,6 +21,9 @@ SURROGATES = ("ppo", "gspo", "cispo")
 AGGREGATIONS = ("sequence", "token", "constant")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
+# How these statistics of a batch come from those of its parts; all others are means over the tokens in the loss.
+PEAKS = {"ratio_max": jnp.maximum, "ratio_min": jnp.minimum, "logprob_gap": jnp.maximum}
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -64,20 +67,37 @@ class LossInputs:
     proximal_logprobs: Array | None = None  # float32 [B, G, R]: see `proximal`; None: its default
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossCount:
+    """What losses are divided by; the counts of the parts of a batch add up to its own."""
+
+    tokens: Array | int  # int32 []: in the loss
+    members: Array | int  # int32 []: with a token in the loss
+
+    def __add__(self, other: "LossCount") -> "LossCount":
+        return LossCount(self.tokens + other.tokens, self.members + other.members)
+
+
+def count_loss(mask: Array) -> LossCount:
+    """Counts a mask `[..., G, R]`, on the device or (in numpy) on the host."""
+    return LossCount(mask.sum(), mask.any(axis=-1).sum())
+
+
 def masked_mean(values: Array, mask: Array) -> Array:
     """Mean over True entries, 0 if there are none."""
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
 def policy_loss(
-    inputs: LossInputs, config: LossConfig, denominator: Array | None = None
+    inputs: LossInputs, config: LossConfig, denominator: Array | float | None = None
 ) -> tuple[Array, dict[str, Array]]:
     """The policy-gradient loss (to be minimised) and its statistics.
 
     Args:
       inputs: a batch, or with `denominator` a part of one.
-      denominator: `loss_denominator` of the whole batch; the losses of its parts then sum to the batch's, whatever
-        the parts, and so do their gradients. The statistics are those of the part.
+      denominator: `loss_denominator` of the whole batch, or 1 to divide later; the losses of its parts then sum to the
+        batch's, whatever the parts, and so do their gradients. The statistics are those of the part.
     """
     anchor = proximal(inputs, config)
     log_ratio = jnp.where(inputs.mask, inputs.logprobs - anchor, 0.0)
@@ -122,7 +142,9 @@ def surrogate_loss(log_ratio: Array, inputs: LossInputs, config: LossConfig) -> 
         outside = ratio * advantages > clipped * advantages
     return token_loss, {
         "clip_fraction": masked_mean(outside.astype(jnp.float32), inputs.mask),
-        "ratio_max": jnp.max(jnp.where(inputs.mask, ratio, 1.0)),
+        "ratio_mean": masked_mean(ratio, inputs.mask),
+        "ratio_max": jnp.max(ratio, where=inputs.mask, initial=0.0),
+        "ratio_min": jnp.min(ratio, where=inputs.mask, initial=jnp.inf),
     }
 
 
@@ -161,22 +183,22 @@ def token_kl(log_ratio: Array, estimator: str) -> Array:
     return jnp.exp(-log_ratio) - 1.0 + log_ratio
 
 
-def loss_denominator(mask: Array, config: LossConfig) -> Array:
-    """What the loss of a batch with this mask `[B, G, R]` is divided by: tokens, members or members times length."""
+def loss_denominator(count: LossCount, config: LossConfig) -> Array:
+    """What the loss of a batch is divided by: tokens, members or members times length."""
     if config.aggregation == "token":
-        return jnp.maximum(jnp.sum(mask), 1)
-    members = jnp.maximum(jnp.sum(jnp.any(mask, axis=-1)), 1)
+        return jnp.maximum(count.tokens, 1)
+    members = jnp.maximum(count.members, 1)
     return members * config.constant_length if config.aggregation == "constant" else members
 
 
-def aggregate(token_loss: Array, mask: Array, config: LossConfig, denominator: Array | None = None) -> Array:
+def aggregate(token_loss: Array, mask: Array, config: LossConfig, denominator: Array | float | None = None) -> Array:
     """Reduces token losses `[B, G, R]` to a scalar (see `LossConfig.aggregation`).
 
     A mean over the parts of a batch would weigh a member by the part it fell into; hence for parts the
     `denominator` is the whole batch's (`loss_denominator`), and the parts are summed.
     """
     if denominator is None:
-        denominator = loss_denominator(mask, config)
+        denominator = loss_denominator(count_loss(mask), config)
     kept = jnp.where(mask, token_loss, 0.0)
     if config.aggregation == "sequence":
         kept = jnp.sum(kept, axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)

@@ -1,20 +1,34 @@
-"""The train step: group-shaped batch in, new parameters out, one jitted and donated program.
+"""The train step: group-shaped batches in, new parameters out, in jitted programs with explicit shardings.
 
-The prefix of a group is computed once and its members on top of it, so a group of eight costs
-little more than its own tokens. The same step serves supervised warm start (`nll`) and GRPO.
+The prefix of a group is computed once and its members on top of it, so a group of eight costs little more than its own
+tokens. A batch that comes as one part is one program. In several parts, each of its own static shape, gradients are
+added up in fp32 as the parts arrive, and applied once: the policy is the same for all of them. The same step serves
+supervised warm start (`nll_loss`) and GRPO.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.logprobs import token_logprobs
-from maestro_jax.grpo.losses import LossConfig, LossInputs, aggregate, loss_denominator, masked_mean, policy_loss
+from maestro_jax.grpo.losses import (
+    PEAKS,
+    LossConfig,
+    LossCount,
+    LossInputs,
+    aggregate,
+    count_loss,
+    loss_denominator,
+    masked_mean,
+    policy_loss,
+)
 from maestro_jax.parallel.sharding import over_groups, replicated
 from maestro_jax.policy.model import Policy, PrefixBatch, prompt_shardings
 from maestro_jax.policy.vision import Leaf
@@ -25,26 +39,30 @@ Metrics = dict[str, Array]
 
 # What `config.policy.freeze` may name: where these parameters stand in the policy.
 FREEZABLE = {"vision": ("visual",), "embeddings": ("language_model", "embed_tokens")}
+HOST_MEMORY = "pinned_host"
+NOTHING = LossCount(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with a global-norm clip; the rate warms up linearly and, if `decay_steps` is not 0, falls to 0 by then."""
+class UpdateConfig:
+    """How a batch becomes a gradient.
 
-    learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
+    Attributes:
+      temperature: the sampler's.
+      chunk: member tokens whose logits exist at a time.
+      freeze: keys of `FREEZABLE`.
+    """
+
+    loss: LossConfig
+    temperature: float
+    chunk: int
+    freeze: tuple[str, ...] = ()
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GroupBatch:
-    """What one update learns from."""
+    """What one update learns from, or a part of it."""
 
     prompts: PrefixBatch
     tokens: Leaf  # int32 [B, G, R]
@@ -65,6 +83,87 @@ class TrainState:
     step: Array  # int32 []
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What is known of the loss on some groups, such that it adds up over parts."""
+
+    loss: Array  # float32 []
+    count: LossCount
+    metrics: Metrics  # float32 []: `PEAKS`; of the others the sum over the tokens in the loss
+
+    def __add__(self, other: "Sums") -> "Sums":
+        metrics = {name: PEAKS.get(name, jnp.add)(value, other.metrics[name]) for name, value in self.metrics.items()}
+        return Sums(self.loss + other.loss, self.count + other.count, metrics)
+
+    def finish(self) -> Metrics:
+        """Loss and metrics of the batch, means over tokens."""
+        tokens = jnp.maximum(self.count.tokens, 1)
+        means = {name: value if name in PEAKS else value / tokens for name, value in self.metrics.items()}
+        return means | {"loss": self.loss}
+
+
+Loss = Callable[[Array, Array, GroupBatch, LossConfig, Array | float], tuple[Array, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """Gradients of the parts so far, of the loss before it is divided, with what else adds up."""
+
+    gradients: nnx.State  # float32, in the shards of the parameters
+    sums: Sums | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """The programs of an update; call them under `jax.set_mesh`.
+
+    ```
+    state, metrics = step(state, parts, left_out)      # parts at hand
+    total = step.begin()                               # parts that come one by one
+    for part in arriving:
+        total = step.add(state.params, total, part)
+    state, metrics = step.finish(state, total, left_out)
+    ```
+
+    The update is that of the whole batch, whatever its parts: it is divided once, by the tokens or members of all of
+    them and of the groups that were left out. Of the order of the parts it depends by fp32 rounding only; callers
+    that promise the same bits again feed the same parts in the same order.
+
+    Attributes:
+      whole: `(state, batch, left_out) → (state, metrics)`, one program; the state is donated.
+      zeros: `() → gradients`.
+      accumulate: `(params, gradients, part) → (gradients, sums)`; the gradients are donated.
+      apply: `(state, gradients, sums, left_out) → (state, metrics)`; the state is donated.
+    """
+
+    whole: Any
+    zeros: Any
+    accumulate: Any
+    apply: Any
+
+    def __call__(
+        self, state: TrainState, parts: Sequence[GroupBatch], left_out: LossCount = NOTHING
+    ) -> tuple[TrainState, Metrics]:
+        """One update; `left_out` counts groups that have no gradient and are in no part."""
+        if len(parts) == 1:
+            return self.whole(state, parts[0], left_out)
+        total = self.begin()
+        for part in parts:
+            total = self.add(state.params, total, part)
+        return self.finish(state, total, left_out)
+
+    def begin(self) -> Total:
+        return Total(self.zeros())
+
+    def add(self, params: nnx.State, total: Total, part: GroupBatch) -> Total:
+        gradients, sums = self.accumulate(params, total.gradients, part)
+        return Total(gradients, sums if total.sums is None else total.sums + sums)
+
+    def finish(self, state: TrainState, total: Total, left_out: LossCount) -> tuple[TrainState, Metrics]:
+        return self.apply(state, total.gradients, total.sums, left_out)
+
+
 def split_frozen(params: nnx.State, freeze: Sequence[str]) -> tuple[nnx.State, nnx.State]:
     """The parameters that are trained, and those that `freeze` (keys of `FREEZABLE`) keeps as they are."""
     prefixes = [FREEZABLE[part] for part in freeze]
@@ -76,17 +175,6 @@ def split_frozen(params: nnx.State, freeze: Sequence[str]) -> tuple[nnx.State, n
     return trained, kept
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    rate, warmup = config.learning_rate, max(config.warmup_steps, 1)
-    schedule = optax.linear_schedule(rate / warmup, rate, warmup)
-    if config.decay_steps:
-        schedule = optax.warmup_cosine_decay_schedule(rate / warmup, rate, warmup, config.decay_steps)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),
-    )
-
-
 def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk: int) -> tuple[Array, Array]:
     """Log-probability and entropy `[B, G, R]` of every member token, the prefix computed once per group."""
     last, hidden = policy.encode_groups(batch.prompts, batch.tokens, batch.length)
@@ -96,100 +184,104 @@ def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk
 
 
 def nll_loss(
-    logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig, whole: Array
+    logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig, denominator: Array | float
 ) -> tuple[Array, Metrics]:
-    """Mean negative log-likelihood of the tokens in the loss; `whole` as in `grpo_loss`."""
+    """Negative log-likelihood of the tokens in the loss, aggregated as `config` says."""
     del entropy
-    token_mean = dataclasses.replace(config, aggregation="token")
-    return aggregate(-logprobs, batch.mask, token_mean, loss_denominator(whole, token_mean)), {}
+    return aggregate(-logprobs, batch.mask, config, denominator), {}
 
 
 def grpo_loss(
-    logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig, whole: Array
+    logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig, denominator: Array | float
 ) -> tuple[Array, Metrics]:
-    """The policy loss of `losses.py` on a batch, or on a part of the batch with the mask `whole [B, G, R]`."""
+    """The policy loss of `losses.py`."""
     arrays = (batch.old_logprobs, batch.reference_logprobs, batch.advantages, batch.mask)
-    return policy_loss(LossInputs(logprobs, entropy, *arrays), config, loss_denominator(whole, config))
+    return policy_loss(LossInputs(logprobs, entropy, *arrays), config, denominator)
 
 
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    loss: Callable[[Array, Array, GroupBatch, LossConfig, Array], tuple[Array, Metrics]],
-    config: LossConfig,
-    temperature: float,
-    chunk: int,
-    freeze: Sequence[str],
-    microbatches: int,
+    loss: Loss,
+    config: UpdateConfig,
     mesh: Mesh,
     state: TrainState,
-) -> Callable[[TrainState, GroupBatch], tuple[TrainState, Metrics]]:
-    """Compiles `(state, batch) → (state, metrics)`; the state is donated and stays in the shards of `state`.
+) -> TrainStep:
+    """The programs of an update; the state stays in the shards and the memory of `state`, which may be abstract."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    trained_shardings, _ = split_frozen(shardings.params, config.freeze)
+    trained_shapes = jax.eval_shape(lambda params: split_frozen(params, config.freeze)[0], state.params)
+    gradient = _gradient(graph, loss, config)
+    groups, everywhere = batch_shardings(mesh), replicated(mesh)
 
-    The gradient of `microbatches` parts of the batch is taken one after the other and summed in fp32; it is that of
-    the whole batch, whatever the parts.
-    """
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-
-    def objective(trained: nnx.State, frozen: nnx.State, batch: GroupBatch, whole: Array) -> tuple[Array, Metrics]:
-        policy = nnx.merge(graph, trained, frozen)
-        logprobs, entropy = member_logprobs(policy, batch, temperature, chunk)
-        value, metrics = loss(logprobs, entropy, batch, config, whole)
-        return value, metrics | {"loss": value, "entropy": masked_mean(entropy, batch.mask)}
-
-    def accumulated(trained: nnx.State, frozen: nnx.State, batch: GroupBatch) -> tuple[nnx.State, Metrics]:
-        def add(total: nnx.State, part: GroupBatch) -> tuple[nnx.State, tuple[Metrics, Array]]:
-            part = dataclasses.replace(part, prompts=dataclasses.replace(part.prompts, root=batch.prompts.root))
-            gradients, metrics = jax.grad(objective, has_aux=True)(trained, frozen, part, batch.mask)
-            return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients), (metrics, jnp.sum(part.mask))
-
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
-        total, (metrics, tokens) = jax.lax.scan(add, zeros, split_groups(batch, microbatches))
-        gradients = jax.tree.map(lambda t, leaf: t.astype(leaf.dtype), total, trained)
-        return gradients, {name: _over_parts(name, values, tokens) for name, values in metrics.items()}
-
-    def step(state: TrainState, batch: GroupBatch) -> tuple[TrainState, Metrics]:
-        trained, frozen = split_frozen(state.params, freeze)
-        if microbatches == 1:
-            gradients, metrics = jax.grad(objective, has_aux=True)(trained, frozen, batch, batch.mask)
-        else:
-            gradients, metrics = accumulated(trained, frozen, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    def updated(state: TrainState, gradients: nnx.State) -> tuple[TrainState, Metrics]:
+        trained, frozen = split_frozen(state.params, config.freeze)
+        moments = jax.tree.map(_to_device, state.opt_state, shardings.opt_state)
+        updates, opt_state = optimizer.update(gradients, moments, trained)
         params = nnx.merge_state(optax.apply_updates(trained, updates), frozen)
         norms = {"grad_norm": optax.global_norm(gradients), "update_norm": optax.global_norm(updates)}
-        return TrainState(params, opt_state, state.step + 1), metrics | norms
+        return TrainState(params, opt_state, state.step + 1), norms
 
-    return jax.jit(
-        step,
-        in_shardings=(state_shardings, batch_shardings(mesh)),
-        out_shardings=(state_shardings, replicated(mesh)),
-        donate_argnums=0,
+    def whole(state: TrainState, batch: GroupBatch, left_out: LossCount) -> tuple[TrainState, Metrics]:
+        denominator = loss_denominator(count_loss(batch.mask) + left_out, config.loss)
+        gradients, sums = gradient(state.params, batch, denominator)
+        state, norms = updated(state, gradients)
+        return state, sums.finish() | norms
+
+    def accumulate(params: nnx.State, total: nnx.State, part: GroupBatch) -> tuple[nnx.State, Sums]:
+        gradients, sums = gradient(params, part, 1.0)
+        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients), sums
+
+    def apply(state: TrainState, total: nnx.State, sums: Sums, left_out: LossCount) -> tuple[TrainState, Metrics]:
+        denominator = loss_denominator(sums.count + left_out, config.loss)
+        state, norms = updated(state, jax.tree.map(lambda t: t / denominator, total))
+        return state, dataclasses.replace(sums, loss=sums.loss / denominator).finish() | norms
+
+    def zeros() -> nnx.State:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained_shapes)
+
+    out = (shardings, everywhere)
+    return TrainStep(
+        whole=jax.jit(whole, in_shardings=(shardings, groups, everywhere), out_shardings=out, donate_argnums=0),
+        zeros=jax.jit(zeros, out_shardings=trained_shardings),
+        accumulate=jax.jit(
+            accumulate,
+            in_shardings=(shardings.params, trained_shardings, groups),
+            out_shardings=(trained_shardings, everywhere),
+            donate_argnums=1,
+        ),
+        apply=jax.jit(
+            apply,
+            in_shardings=(shardings, trained_shardings, everywhere, everywhere),
+            out_shardings=out,
+            donate_argnums=0,
+        ),
     )
 
 
-def split_groups(batch: GroupBatch, parts: int) -> GroupBatch:
-    """A batch of B groups as `parts` batches of B / parts, stacked in front; the root, which all share, is left out.
+def _gradient(
+    graph: nnx.GraphDef, loss: Loss, config: UpdateConfig
+) -> Callable[[nnx.State, GroupBatch, Array | float], tuple[nnx.State, Sums]]:
+    """`(params, batch, denominator) →` gradients of the trained parameters, and the sums."""
 
-    Part i takes every `parts`-th group from i on, so that all parts are spread over the devices as the batch is, and
-    no group moves.
-    """
-    groups = batch.tokens.shape[0]
+    def objective(trained: nnx.State, frozen: nnx.State, batch: GroupBatch, denominator: Array | float) -> Any:
+        policy = nnx.merge(graph, trained, frozen)
+        logprobs, entropy = member_logprobs(policy, batch, config.temperature, config.chunk)
+        value, metrics = loss(logprobs, entropy, batch, config.loss, denominator)
+        metrics["entropy"] = masked_mean(entropy, batch.mask)
+        count = count_loss(batch.mask)
+        sums = {name: x if name in PEAKS else x * count.tokens for name, x in metrics.items()}
+        return value, Sums(value, count, sums)
 
-    def split(leaf: Array) -> Array:
-        each = leaf.shape[0] // groups  # images have several rows a group
-        rows = leaf.reshape(groups // parts, parts, each, *leaf.shape[1:])
-        return jnp.moveaxis(rows, 1, 0).reshape(parts, groups // parts * each, *leaf.shape[1:])
+    def gradient(params: nnx.State, batch: GroupBatch, denominator: Array | float) -> tuple[nnx.State, Sums]:
+        return jax.grad(objective, has_aux=True)(*split_frozen(params, config.freeze), batch, denominator)
 
-    return jax.tree.map(split, dataclasses.replace(batch, prompts=dataclasses.replace(batch.prompts, root=None)))
+    return gradient
 
 
-def _over_parts(name: str, values: Array, tokens: Array) -> Array:
-    """A metric of the batch from those of its parts: losses add up, peaks are peaks, means are over tokens."""
-    if name == "loss":
-        return jnp.sum(values)
-    if name in ("ratio_max", "logprob_gap"):
-        return jnp.max(values)
-    return jnp.sum(values * tokens) / jnp.maximum(jnp.sum(tokens), 1)
+def _to_device(leaf: Array, sharding: NamedSharding) -> Array:
+    """A leaf of the optimiser state where it can be computed with."""
+    return jax.device_put(leaf, sharding.with_memory_kind("device")) if sharding.memory_kind == HOST_MEMORY else leaf
 
 
 def batch_shardings(mesh: Mesh) -> GroupBatch:
@@ -212,17 +304,54 @@ def make_reference(
 
 
 def init_train_state(
-    params: nnx.State, optimizer: optax.GradientTransformation, freeze: Sequence[str], mesh: Mesh
+    params: nnx.State,
+    optimizer: optax.GradientTransformation,
+    freeze: Sequence[str],
+    mesh: Mesh,
+    offload: bool = False,
 ) -> TrainState:
-    """A fresh optimiser around parameters; moments are sharded like the parameters they belong to."""
+    """A fresh optimiser around parameters; where it lives, and `offload`: `opt_shardings`.
+
+    Raises:
+      ConfigError: `offload`, where devices cannot address the host's memory.
+    """
+    if offload:
+        check_host_memory(mesh.local_devices)
     trained, _ = split_frozen(params, freeze)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, trained)
-    opt_shardings = optax.tree.map_params(
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings(optimizer, trained, mesh, offload))(trained)
+    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)))
+
+
+def opt_shardings(
+    optimizer: optax.GradientTransformation, trained: nnx.State, mesh: Mesh, offload: bool
+) -> optax.OptState:
+    """Where the optimiser's state lives: moments in the shards of their parameters, the rest on every device.
+
+    Args:
+      trained: parameters, or their shapes and shardings.
+      offload: keeps the moments in the host's memory; every update moves them in and out. (The parameters stay: they
+        are what rollouts decode with.)
+    """
+
+    def place(leaf: Any, parameter: Any) -> NamedSharding:
+        spec = parameter.sharding.spec
+        if leaf.shape != parameter.shape:  # one number for each row (`optimizer.py: Quantised`)
+            spec = PartitionSpec(*spec[: len(leaf.shape) - 1])
+        return NamedSharding(mesh, spec, memory_kind=HOST_MEMORY if offload else None)
+
+    return optax.tree.map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        place,
         jax.eval_shape(optimizer.init, trained),
-        shardings,
+        trained,
         transform_non_params=lambda _: replicated(mesh),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trained)
-    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)))
+
+
+def check_host_memory(devices: Iterable[jax.Device]) -> None:
+    for device in devices:
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if HOST_MEMORY not in kinds:
+            raise ConfigError(
+                f"config.optimizer.offload needs {HOST_MEMORY} memory, {device} has {', '.join(kinds)}; set it to False"
+            )

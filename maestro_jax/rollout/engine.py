@@ -35,7 +35,7 @@ class Rollout:
     """
 
     trajectories: list[list[Trajectory]]  # [tasks][G]
-    prompts: PrefixBatch  # on the device
+    prompts: PrefixBatch  # numpy-valued
     tokens: np.ndarray  # int32 [B, G, R]
     logprobs: np.ndarray  # float32 [B, G, R]
     authored: np.ndarray  # bool [B, G, R]
@@ -92,13 +92,13 @@ class Engine:
           seed, step: with task id and member, the only sources of randomness.
         """
         shown = [*tasks, *[tasks[-1]] * (groups - len(tasks))]
-        prompts = self._to_mesh(self.prompts.batch(shown))
+        prompts = self.prompts.batch(shown)
         keys = np.stack([[lane_key(seed, step, task.id, m) for m in range(members)] for task in shown])
         alive = np.arange(groups) < len(tasks)
         slots = np.arange(groups * members, dtype=np.int32).reshape(groups, members)
         keys, alive, slots = jax.device_put((keys, alive, slots), over_groups(self.mesh))
         self.exchange.begin([*tasks, *[None] * (groups - len(tasks))], members)
-        state = self._run(params, prompts, keys, alive, slots, np.float32(not greedy))
+        state = self._run(params, self._to_mesh(prompts), keys, alive, slots, np.float32(not greedy))
         tokens, logprobs, authored, length = jax.device_get(
             (state.tokens, state.logprobs, state.authored, state.length)
         )

@@ -15,7 +15,7 @@ from maestro_jax.warm_start.demonstrations import Demonstration
 
 
 def finetune(
-    step: Callable[[TrainState, GroupBatch], tuple[TrainState, Metrics]],
+    step: Callable[[TrainState, Sequence[GroupBatch]], tuple[TrainState, Metrics]],
     state: TrainState,
     demonstrations: Sequence[Sequence[Demonstration]],
     groups: int,
@@ -40,7 +40,7 @@ def finetune(
         chosen, order = order[:groups], order[groups:]
         batch = collate([demonstrations[i] for i in chosen], prompts, buckets, mesh)
         with jax.set_mesh(mesh):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, [batch])
         report(done, {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])})
     return state
 

@@ -11,7 +11,8 @@ from flax import nnx
 
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.errors import ConfigError
-from maestro_jax.grpo.update import OptimizerConfig, TrainState, init_train_state, make_optimizer
+from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
+from maestro_jax.grpo.update import TrainState, init_train_state
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, param_shardings
 from maestro_jax.policy.layers import Linear

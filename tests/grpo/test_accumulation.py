@@ -14,6 +14,7 @@ from maestro_jax.grpo.losses import (
     LossConfig,
     LossInputs,
     aggregate,
+    count_loss,
     loss_denominator,
     policy_loss,
 )
@@ -60,7 +61,7 @@ def value_and_grad(inputs: LossInputs, config: LossConfig, denominator: jax.Arra
 def test_parts_sum_to_the_batch(config: LossConfig) -> None:
     with jax.enable_x64(True):
         whole = batch()
-        denominator = loss_denominator(whole.mask, config)
+        denominator = loss_denominator(count_loss(whole.mask), config)
         wanted, wanted_gradient = value_and_grad(whole, config, None)
         for split in SPLITS:
             value, gradient = 0.0, np.zeros((B, G, R))
@@ -83,7 +84,7 @@ def test_a_mean_over_uneven_parts_would_be_another_loss(aggregation: str) -> Non
 def test_denominators(aggregation: str, wanted: int) -> None:
     mask = jnp.arange(4) < jnp.array([[4, 1], [0, 1]])[..., None]
     config = LossConfig(0.2, 0.2, aggregation, 16)
-    assert loss_denominator(mask, config) == wanted
+    assert loss_denominator(count_loss(mask), config) == wanted
     # by hand: tokens of loss 1 give 1 per member, 1 per token, tokens / 16 per member
     assert aggregate(jnp.ones((2, 2, 4)), mask, config) == (6 / 48 if aggregation == "constant" else 1.0)
-    assert loss_denominator(jnp.zeros((2, 2, 4), bool), config) > 0
+    assert loss_denominator(count_loss(jnp.zeros((2, 2, 4), bool)), config) > 0

@@ -57,7 +57,8 @@ def seen(prompts: Prompts, tasks: list[Task], mesh: Mesh, seed: int, steps: int)
     batches: list[list[int]] = []
     reported: list[int] = []
 
-    def step(state: int, batch: GroupBatch) -> tuple[int, dict[str, float]]:
+    def step(state: int, parts: list[GroupBatch]) -> tuple[int, dict[str, float]]:
+        (batch,) = parts
         batches.append(np.asarray(batch.tokens)[:, 0, 0].tolist())
         return state + 1, {"loss": 1.0, "grad_norm": 2.0}
 
