@@ -108,6 +108,7 @@ def policy() -> ConfigDict:
             "compute_dtype": "float32",
             "freeze": (),
             "remat": False,  # activations of this size are small
+            "attention": "auto",
             "prefix_buckets": (48, 64, 96, 128),
             "image_buckets": (80,),
             "images_per_task": 1,

@@ -7,5 +7,6 @@ from configs import qwen3_vl_4b
 
 def get_config() -> ConfigDict:
     config = qwen3_vl_4b.get_config()
+    config.policy.architecture = ConfigDict()
     config.policy.init_from = "checkpoints/Qwen3-VL-2B-Instruct"
     return config

@@ -21,6 +21,38 @@ STEPS = 200
 PIXELS_PER_TOKEN = 32 * 32  # patch 16, merged 2 x 2
 ROOM = 2048
 
+# The config.json of Qwen3-VL-4B-Instruct. A run reads that of its checkpoint; `maestro_jax.plan` needs no checkpoint.
+ARCHITECTURE = {
+    "text_config": {
+        "vocab_size": 151_936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": (24, 20, 20)},
+    },
+    "vision_config": {
+        "depth": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_heads": 16,
+        "in_channels": 3,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 2560,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": (5, 11, 17),
+    },
+    "tie_word_embeddings": True,
+    "image_token_id": 151_655,
+    "vision_start_token_id": 151_652,
+    "vision_end_token_id": 151_653,
+}
+
 
 def get_config() -> ConfigDict:
     config = quickstart.get_config()
@@ -49,12 +81,13 @@ def policy() -> ConfigDict:
     return ConfigDict(
         {
             "init_from": "checkpoints/Qwen3-VL-4B-Instruct",
-            "architecture": {},
+            "architecture": ARCHITECTURE,
             "tokenizer": "",
             "param_dtype": "float32",  # master weights: bf16 would round updates of 1e-6 away
             "compute_dtype": "bfloat16",
             "freeze": (),
             "remat": True,
+            "attention": "auto",
             "prefix_buckets": (512, 1024, 2048, 4096),
             "image_buckets": (1024, 2048, 4096),
             "images_per_task": 1,

@@ -17,6 +17,7 @@ from maestro_jax.grpo.losses import AGGREGATIONS, KL_ESTIMATORS, SURROGATES
 from maestro_jax.grpo.optimizer import MOMENTS, OptimizerConfig
 from maestro_jax.grpo.update import FREEZABLE
 from maestro_jax.parallel.mesh import MeshConfig
+from maestro_jax.policy.attention import BACKENDS
 from maestro_jax.registry.config import RegistryConfig, parse_registry
 from maestro_jax.rewards.reward import RewardConfig
 
@@ -59,6 +60,8 @@ class PolicyConfig:
       freeze: what is not trained and has no optimiser state: "vision" (the tower with its mergers), "embeddings"
         (with tied embeddings, the head is the same parameter), both or nothing.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
+      attention: how attention of whole sequences is computed (`policy/attention.py`): "xla", "blocks", "splash" (TPU),
+        or "auto", which takes what suits the devices.
       prefix_buckets: static lengths of a task's prompt, in tokens.
       image_buckets: static sizes of an image, in patches.
     """
@@ -70,6 +73,7 @@ class PolicyConfig:
     compute_dtype: str
     freeze: tuple[str, ...]
     remat: bool
+    attention: str
     prefix_buckets: tuple[int, ...]
     image_buckets: tuple[int, ...]
     images_per_task: int
@@ -257,6 +261,9 @@ def _check(config: Config) -> None:
     for key in ("param_dtype", "compute_dtype"):
         if (found := getattr(config.policy, key)) not in DTYPES:
             raise ConfigError(f"config.policy.{key} {found!r} is unknown; use one of {', '.join(DTYPES)}")
+    if config.policy.attention not in ("auto", *BACKENDS):
+        known = ", ".join(("auto", *BACKENDS))
+        raise ConfigError(f"config.policy.attention {config.policy.attention!r} is unknown; use one of {known}")
     for part in config.policy.freeze:
         if part not in FREEZABLE:
             raise ConfigError(f"config.policy.freeze has {part!r}; it may name {', '.join(FREEZABLE)}")

@@ -10,10 +10,9 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
@@ -21,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from maestro_jax import command
+from maestro_jax.assemble import check_batches, fields, policy_factory, update_config
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
@@ -32,12 +32,10 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
 from maestro_jax.grpo.batch import Scored, make_parts, score_rollout
-from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import (
     GroupBatch,
-    UpdateConfig,
     grpo_loss,
     init_train_state,
     make_reference,
@@ -53,7 +51,6 @@ from maestro_jax.parallel.mesh import batch_shards, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, open_architecture
 from maestro_jax.policy.huggingface import import_params
-from maestro_jax.policy.model import Policy
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher, Registry
@@ -77,7 +74,6 @@ FREE_KEYS = (
     "checkpoint.every",
     "checkpoint.keep",
 )
-T = TypeVar("T")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -262,28 +258,9 @@ def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSo
     return TfdsSource(suite, "train"), TfdsSource(suite, "test")
 
 
-def check_batches(config: Config, mesh: Mesh) -> None:
-    """Groups are spread over devices, so every batch of them must divide."""
-    shards = batch_shards(mesh)
-    batches = {"grpo.groups": config.grpo.groups, "evaluate.batch": config.evaluate.batch}
-    batches["grpo.groups / microbatches"] = config.grpo.groups // config.grpo.microbatches
-    if config.warm_start.steps:
-        batches["warm_start.groups"] = config.warm_start.groups
-    for key, size in batches.items():
-        if size % shards:
-            raise ConfigError(
-                f"config.{key}={size} does not divide over {shards} devices (mesh axes data x fsdp); "
-                f"set it to a multiple of {shards}"
-            )
-
-
 def open_params(config: Config, architecture: PolicyArchitecture, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
     """Parameters in their shards: those of the checkpoint to start from, or random ones."""
-    param_dtype, compute_dtype = jnp.dtype(config.policy.param_dtype), jnp.dtype(config.policy.compute_dtype)
-
-    def make() -> Policy:
-        return Policy(architecture, nnx.Rngs(config.seed), param_dtype, compute_dtype, config.policy.remat)
-
+    make = policy_factory(config, architecture, mesh.devices.flat[0].platform)
     if not config.policy.init_from:
         return init_params(make, mesh, ShardingRules())
     graph, abstract, shardings = param_layout(make, mesh, ShardingRules())
@@ -343,10 +320,6 @@ def warm_start(
     store.save(settings.steps, state, {"steps": settings.steps})
     store.close()
     return state.params
-
-
-def update_config(config: Config, temperature: float) -> UpdateConfig:
-    return UpdateConfig(fields(LossConfig, config.grpo), temperature, config.grpo.logprob_chunk, config.policy.freeze)
 
 
 def make_planner(config: Config, architecture: PolicyArchitecture, root: int, mesh: Mesh) -> Planner:
@@ -414,11 +387,6 @@ def accuracies(baselines: Baselines, before: Evaluation, trained: Evaluation) ->
 def lines_of(accuracy: Mapping[str, float]) -> dict[str, float]:
     """The reference lines of the curve: everything but the trained policy itself."""
     return {name: value for name, value in accuracy.items() if name != "trained"}
-
-
-def fields(cls: type[T], section: Any) -> T:
-    """The part of a config section that a room's own settings need."""
-    return cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

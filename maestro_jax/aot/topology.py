@@ -41,6 +41,7 @@ class Target:
 
     Attributes:
       name: as the user spelled it, or the devices at hand.
+      devices: none, where there is no compiler for them.
       limit: bytes a program and its data may take on one device; 0 if the backend does not tell.
       rates: None where they are not known.
     """
@@ -50,10 +51,11 @@ class Target:
     kind: str
     limit: int
     rates: Rates | None
+    count: int
 
     @property
     def is_tpu(self) -> bool:
-        return self.devices[0].platform == "tpu"
+        return bool(self.devices) and self.devices[0].platform == "tpu"
 
 
 def tpu_target(name: str) -> Target:
@@ -76,7 +78,7 @@ def tpu_target(name: str) -> Target:
     from jax.experimental import topologies
 
     try:
-        devices = tuple(topologies.get_topology_desc(name, platform="tpu").devices)
+        devices: tuple[jax.Device, ...] = tuple(topologies.get_topology_desc(name, platform="tpu").devices)
     except Exception as error:  # the plugin raises whatever its C++ side does
         if "libtpu" in str(error) or "Unable to find" in str(error) or "not in the list" in str(error):
             raise ConfigError(
@@ -88,7 +90,7 @@ def tpu_target(name: str) -> Target:
             "use one such as v5e:8x8, v5p:2x2x2 or v6e:4x4"
         ) from error
     kind = devices[0].device_kind
-    return Target(name, devices, kind, _compiler_limit(devices[0]), _RATES.get(kind))
+    return Target(name, devices, kind, _compiler_limit(devices[0]), _RATES.get(kind), len(devices))
 
 
 def present_target(devices: Sequence[jax.Device]) -> Target:
@@ -99,7 +101,7 @@ def present_target(devices: Sequence[jax.Device]) -> Target:
     if first.platform == "cpu":  # all of them share the machine's
         limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
     kind = first.device_kind
-    return Target(f"{len(devices)} x {kind}", tuple(devices), kind, limit, _RATES.get(kind))
+    return Target(f"{len(devices)} x {kind}", tuple(devices), kind, limit, _RATES.get(kind), len(devices))
 
 
 def _compiler_limit(device: jax.Device) -> int:

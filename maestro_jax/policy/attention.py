@@ -5,6 +5,7 @@ batch structure. `attend_groups` and `attend_images` serve whole sequences and h
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,14 +119,14 @@ def _in_blocks(
     # Summed over blocks, the gradients of keys and values are summed in fp32.
     root, k, v = jax.tree.map(lambda x: x.astype(jnp.float32), (root, k, v))
 
-    def of_prefix(q: Array, root: Any, k: Array, v: Array, start: int) -> Array:
+    def of_prefix(start: int, q: Array, root: Any, k: Array, v: Array) -> Array:
         stop = start + q.shape[1]
         keys, values = (x[:, :stop].astype(dtype)[:, None] for x in (k, v))
         rows, columns = jnp.arange(start, stop)[:, None], jnp.arange(stop)[None, :]
         mask = (columns <= rows) & real[:, None, :stop] | (columns == rows)
         return attend(q[:, None], [*_shared(root, dtype), Segment(keys, values, mask[:, None])], scale)[:, 0]
 
-    def of_members(q: Array, root: Any, k: Array, v: Array, first: int) -> Array:
+    def of_members(first: int, q: Array, root: Any, k: Array, v: Array) -> Array:
         last = first + q.shape[1] // room
         cut = slice(prefix + first * room, prefix + last * room)
         shape = (q.shape[0], last - first, room)
@@ -141,12 +142,12 @@ def _in_blocks(
     outs = []
     for start in range(0, prefix, block):
         stop = min(start + block, prefix)
-        outs.append(keep(lambda *a, start=start: of_prefix(*a, start=start))(q[:, start:stop], root, k, v))
+        outs.append(keep(functools.partial(of_prefix, start))(q[:, start:stop], root, k, v))
     count = max(block // max(room, 1), 1)
     for first in range(0, layout.members, count):
         last = min(first + count, layout.members)
         rows = q[:, prefix + first * room : prefix + last * room]
-        outs.append(keep(lambda *a, first=first: of_members(*a, first=first))(rows, root, k, v))
+        outs.append(keep(functools.partial(of_members, first))(rows, root, k, v))
     return jnp.concatenate(outs, axis=1)
 
 

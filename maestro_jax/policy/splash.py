@@ -121,18 +121,17 @@ def _local(
     """The kernel over rows `[b, n, T, H]`, `[b, k, S, H]` of one device."""
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([mask] * q.shape[1]),
-        block_sizes=_tiles(*mask.shape, block),
+        block_sizes=_tiles(mask.shape, block),
         interpret=interpret,
     )
     segments = splash_attention_kernel.SegmentIds(ids, ids_of_keys)
     return jax.vmap(kernel)(q, k, v, segments)
 
 
-def _tiles(queries: int, keys: int, block: int) -> splash_attention_kernel.BlockSizes:
-    """The largest tiles that divide both lengths."""
+def _tiles(shape: tuple[int, ...], block: int) -> splash_attention_kernel.BlockSizes:
+    """The largest tiles that divide the numbers of queries and of keys."""
     row, column = (
-        max(size for size in range(_LANES, max(block, _LANES) + 1, _LANES) if length % size == 0)
-        for length in (queries, keys)
+        max(size for size in range(_LANES, max(block, _LANES) + 1, _LANES) if length % size == 0) for length in shape
     )
     return splash_attention_kernel.BlockSizes(
         block_q=row,

@@ -1,0 +1,101 @@
+"""A plan as a table and as JSON."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maestro_jax.aot.programs import Program
+from maestro_jax.aot.topology import GIB, Target
+
+
+def seconds_of(program: Program, target: Target) -> dict[str, float]:
+    """Seconds that a program cannot go below, by what bounds it: the roofline. Empty where rates are not known.
+
+    memory: every argument is read once, every temporary written and read once. links: results of all-reduces travel
+    twice, of other collectives once.
+    """
+    if target.rates is None:
+        return {}
+    rates = target.rates
+    travelled = sum(size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in program.collectives.items())
+    return {
+        "matmuls": program.flops / rates.flops,
+        "memory": (program.arguments + 2 * program.temporaries) / rates.memory,
+        "links": travelled / rates.links,
+    }
+
+
+def table(target: Target, programs: Sequence[Program]) -> str:
+    """GiB, TFLOP and seconds a chip."""
+    lines = [f"\n{target.name}: {target.count} x {target.kind}, {target.limit / GIB:.2f} GiB a chip"]
+    if programs:
+        head = ("program", "arguments", "temporaries", "beside", "total GiB", "TFLOP", "least seconds", "collectives")
+        rows = [head, *[_row(program, target) for program in programs]]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(program: Program, target: Target) -> tuple[str, ...]:
+    bounds = seconds_of(program, target)
+    slowest = max(bounds, key=lambda name: bounds[name]) if bounds else ""
+    calls = ", ".join(f"{n} {kind} {size / GIB:.2f} GiB" for kind, (n, size) in program.collectives.items())
+    return (
+        program.name,
+        f"{program.arguments / GIB:.2f}",
+        f"{program.temporaries / GIB:.2f}",
+        f"{program.beside / GIB:.2f}",
+        f"{program.total / GIB:.2f}" + (" refused" if program.refused else ""),
+        f"{program.flops / 1e12:.2f}",
+        f"{bounds[slowest]:.3g} ({slowest})" if bounds else "unknown",
+        calls or "none",
+    )
+
+
+def as_json(
+    target: Target, programs: Sequence[Program], fits: bool, overrides: Mapping[str, Any], problem: str
+) -> dict[str, Any]:
+    """Bytes, operations and seconds a chip; the top level is that of the program that needs most memory."""
+    worst = max(programs, key=lambda program: program.total, default=None)
+    return {
+        "fits": fits,
+        "topology": target.name,
+        "device": target.kind,
+        "chips": target.count,
+        "estimated": not target.devices,
+        "per_chip": _memory(worst, target),
+        "flops_per_chip": max((program.flops for program in programs), default=0.0),
+        "collectives": _collectives(programs[0]) if programs else {},
+        "programs": {program.name: _program(program, target) for program in programs},
+        "nearest": {key: list(value) if isinstance(value, tuple) else value for key, value in overrides.items()},
+        "problem": problem,
+    }
+
+
+def _memory(program: Program | None, target: Target) -> dict[str, int]:
+    if program is None:
+        return {"arguments": 0, "temporaries": 0, "beside": 0, "total": 0, "limit": target.limit}
+    return {
+        "arguments": program.arguments,
+        "temporaries": program.temporaries,
+        "beside": program.beside,
+        "total": program.total,
+        "limit": target.limit,
+    }
+
+
+def _collectives(program: Program) -> dict[str, dict[str, int]]:
+    return {kind: {"count": count, "bytes": size} for kind, (count, size) in program.collectives.items()}
+
+
+def _program(program: Program, target: Target) -> dict[str, Any]:
+    return {
+        **_memory(program, target),
+        "refused": program.refused,
+        "flops": program.flops,
+        "collectives": _collectives(program),
+        "splash_attention": program.kernels,
+        "least_seconds": seconds_of(program, target),
+        "compile_seconds": round(program.seconds, 1),
+    }

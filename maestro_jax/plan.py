@@ -1,0 +1,186 @@
+"""Says, before there is a machine, whether a run fits it and how long a step would take.
+
+    python -m maestro_jax.plan --config configs/qwen3_vl_4b.py --topology v5e:8x8 [--json plan.json]
+
+Compiles the run's own programs (update, prefill, decode) for the topology with the TPU compiler and reports, a
+chip: memory by kind against the limit, operations, collectives and an estimate of time from the chip's peak rates.
+Where the run does not fit, the nearest setting that does. Without --topology it plans for the devices at hand.
+GPU topologies (h100:8) are estimated by arithmetic, not compiled.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from maestro_jax import command
+from maestro_jax.aot.estimate import estimate_update, gpu_target
+from maestro_jax.aot.programs import QUICK, Program, Programs, Sizes
+from maestro_jax.aot.report import as_json, table
+from maestro_jax.aot.topology import Target, present_target, tpu_target
+from maestro_jax.assemble import check_batches
+from maestro_jax.config import Config, parse_config
+from maestro_jax.errors import ConfigError
+from maestro_jax.observe.files import write_json
+from maestro_jax.observe.progress import Progress
+from maestro_jax.parallel.mesh import make_mesh
+from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
+from maestro_jax.policy.tokens import load_tokens
+from maestro_jax.registry.prompt import render_system_prompt
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:8x8, v5p:2x2x2, v6e:4x4, ..., or h100:8; empty: devices at hand.")
+JSON = flags.DEFINE_string("json", "", "File to write the plan to, besides the table.")
+ROOT = flags.DEFINE_integer("root_tokens", 0, "Tokens of the registry's prompt; 0: counted, or estimated.")
+OPTIMISED = flags.DEFINE_bool("optimised", False, "Compile as a run would, which takes six times as long.")
+PROGRAMS = flags.DEFINE_enum("programs", "all", ["all", "update"], "Which programs to compile.")
+
+CHARACTERS_A_TOKEN = 4  # of English text in Qwen's vocabulary, roughly
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    raw = command.load_config(CONFIG)
+    config = parse_config(raw)
+
+    with Progress() as progress:
+        # ---- What for --------------------------------------------------------------------------
+        target = open_target(TOPOLOGY.value)
+        architecture = known_architecture(config)
+        root, counted = root_tokens(config)
+        progress.note(f"registry prompt: {root} tokens" + ("" if counted else ", estimated: no tokenizer at hand"))
+
+        # ---- As it is configured ---------------------------------------------------------------
+        def attempt(config: Config, everything: bool) -> list[Program] | str:
+            return compile_programs(config, architecture, root, target, everything, progress)
+
+        found = attempt(config, PROGRAMS.value == "all")
+        fits = not isinstance(found, str) and all(program.fits(target.limit) for program in found)
+
+        # ---- The nearest setting that fits -----------------------------------------------------
+        overrides = {} if fits else nearest(raw, target, lambda changed: attempt(changed, False), progress)
+
+    programs = [] if isinstance(found, str) else found
+    plan = as_json(target, programs, fits, overrides, "" if programs else str(found))
+    print(table(target, programs))
+    if isinstance(found, str):
+        print(f"cannot run as configured: {found}")
+    print(verdict(fits, target, programs, overrides))
+    if JSON.value:
+        write_json(Path(JSON.value), plan)
+
+
+def open_target(name: str) -> Target:
+    if not name:
+        return present_target(jax.devices())
+    if (gpu := gpu_target(name)) is not None:
+        return gpu
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, so no device is needed, or waited for
+    return tpu_target(name)
+
+
+def known_architecture(config: Config) -> PolicyArchitecture:
+    """Of the checkpoint to start from; where that is not at hand, of the config."""
+    policy = config.policy
+    if policy.architecture and not Path(policy.init_from).is_dir():
+        return architecture_from_hf(policy.architecture, "config.policy.architecture")
+    return open_architecture(policy.architecture, policy.init_from)
+
+
+def root_tokens(config: Config) -> tuple[int, bool]:
+    """Tokens of the registry's prompt, and whether they were counted or given rather than estimated."""
+    if ROOT.value:
+        return ROOT.value, True
+    text = render_system_prompt(config.registry, config.rollout.max_calls)
+    source = config.policy.tokenizer or config.policy.init_from
+    if source and Path(source).is_dir():
+        return len(load_tokens(source).encode(text)), True
+    return len(text) // CHARACTERS_A_TOKEN, False
+
+
+def compile_programs(
+    config: Config, architecture: PolicyArchitecture, root: int, target: Target, everything: bool, progress: Progress
+) -> list[Program] | str:
+    """The programs, or why there are none."""
+    sizes = Sizes.of(config, root)
+    try:
+        if not target.devices:
+            return [estimate_update(config, architecture, sizes, target)]
+        mesh = make_mesh(config.mesh, list(target.devices))
+        check_batches(config, mesh)
+        programs = Programs(config, architecture, sizes, mesh, QUICK if target.is_tpu and not OPTIMISED.value else {})
+    except ConfigError as error:
+        return str(error)
+    jobs = [programs.update, programs.rollout] if everything else [programs.update]
+    progress.phase(f"compiling for {target.name}", len(jobs))
+    found = []
+    for done, job in enumerate(jobs, start=1):
+        found += job()
+        progress.tick(done)
+    return found
+
+
+def nearest(
+    raw: ConfigDict, target: Target, attempt: Callable[[Config], list[Program] | str], progress: Progress
+) -> dict[str, Any]:
+    """The fewest changes, of those that cost least, with which the update fits; empty if none was found."""
+    for overrides in changes(raw, max(len(target.devices), target.count)):
+        spelled = " ".join(f"{key}={value}" for key, value in overrides.items())
+        progress.note(f"trying {spelled}")
+        changed = copy.deepcopy(raw)
+        changed.update_from_flattened_dict(overrides)
+        found = attempt(parse_config(changed))
+        if not isinstance(found, str) and all(program.fits(target.limit) for program in found):
+            return overrides
+    return {}
+
+
+def changes(raw: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
+    """Settings to try, the least loss first; each is added to those before."""
+    overrides: dict[str, Any] = {}
+
+    def add(**more: Any) -> dict[str, Any]:
+        overrides.update({key.replace("__", "."): value for key, value in more.items()})
+        return dict(overrides)
+
+    shards = devices // raw.mesh.tensor
+    whole = -(-raw.grpo.groups // shards) * shards
+    if whole != raw.grpo.groups or raw.grpo.groups // raw.grpo.microbatches % shards:
+        batch = -(-raw.evaluate.batch // shards) * shards
+        yield add(grpo__groups=whole, grpo__microbatches=whole // shards, evaluate__batch=batch)
+    elif raw.grpo.groups // raw.grpo.microbatches > shards:  # a group a device at a time: the same update, slower
+        yield add(grpo__microbatches=raw.grpo.groups // shards)
+    if not raw.policy.remat:
+        yield add(policy__remat=True)
+    if raw.optimizer.moments == "float32":
+        yield add(optimizer__moments="bfloat16")
+    if raw.optimizer.moments != "int8":
+        yield add(optimizer__moments="int8")
+    buckets = tuple(sorted(raw.rollout.member_buckets))
+    for last in range(len(buckets) - 1, 0, -1):
+        if buckets[last - 1] > raw.rollout.turn_budget:
+            yield add(rollout__member_buckets=buckets[:last], rollout__room=buckets[last - 1])
+    prefixes = tuple(sorted(raw.policy.prefix_buckets))
+    for last in range(len(prefixes) - 1, 0, -1):
+        yield add(policy__prefix_buckets=prefixes[:last])
+
+
+def verdict(fits: bool, target: Target, programs: Sequence[Program], overrides: dict[str, Any]) -> str:
+    if fits and target.limit:
+        worst = max(programs, key=lambda program: program.total)
+        spare = 1 - worst.total / target.limit
+        return f"fits: {spare:.0%} of the memory of a chip stay free at the tightest program ({worst.name})"
+    if fits:
+        return f"compiles; the backend of {target.name} does not tell its memory"
+    if overrides:
+        spelled = " ".join(f'--config.{key}="{value}"' for key, value in overrides.items())
+        return f"does not fit; the nearest setting found whose update does: {spelled}"
+    return "does not fit, nor did any setting that was tried; use a larger slice or a smaller policy"
+
+
+if __name__ == "__main__":
+    command.run(main, required=("config",))
