@@ -39,13 +39,13 @@ from benchmarks.peers.worker import Worker
 from maestro_jax import command
 from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.grpo.losses import LossConfig
+from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from maestro_jax.grpo.update import (
     GroupBatch,
-    OptimizerConfig,
+    UpdateConfig,
     batch_shardings,
     grpo_loss,
     init_train_state,
-    make_optimizer,
     make_reference,
     make_train_step,
 )
@@ -155,7 +155,8 @@ class Group:
         g, r = self.members.shape
         b = 1 if shared else g
         rows = [self.prompt[1:]] * b
-        prompts = collate_prompts(self.prompt[:1], rows, [()] * b, architecture, len(rows[0]), per_group=1, patches=1)
+        width = len(self.prompt)  # a bucket, as in a run: the root's token leaves one of padding
+        prompts = collate_prompts(self.prompt[:1], rows, [()] * b, architecture, width, per_group=1, patches=1)
         per_token = (a.reshape(b, g // b, r) for a in (self.members, self.mask, self.old_logprobs))
         tokens, mask, old = per_token
         length = np.full((b, g // b), r, np.int32)
@@ -243,17 +244,14 @@ class OurUpdate:
             self._batch = jax.device_put(batch, batch_shardings(policy.mesh))
         self.restart()
         tokens = batch.tokens.shape[-1]
+        loss = LossConfig(clip_low=CLIP, clip_high=CLIP, aggregation="sequence", constant_length=tokens)
         self._step = make_train_step(
             policy.graph,
             make_optimizer(OPTIMIZER),
             grpo_loss,
-            LossConfig(clip_low=CLIP, clip_high=CLIP, aggregation="sequence", constant_length=tokens),
-            TEMPERATURE,
-            chunk=tokens,
-            freeze=FREEZE,
-            microbatches=1,
-            mesh=policy.mesh,
-            state=self._state,
+            UpdateConfig(loss, TEMPERATURE, chunk=tokens, freeze=FREEZE),
+            policy.mesh,
+            self._state,
         )
 
     def restart(self) -> None:
@@ -264,7 +262,7 @@ class OurUpdate:
     def __call__(self) -> Step:
         with jax.set_mesh(self.policy.mesh):
             seconds, (self._state, metrics) = pairs.timed(
-                lambda: jax.block_until_ready(self._step(self._state, self._batch))
+                lambda: jax.block_until_ready(self._step(self._state, [self._batch]))
             )
         return Step(seconds, float(metrics["loss"]), float(metrics["grad_norm"]))
 

@@ -37,7 +37,8 @@ def policy_factory(config: Config, architecture: PolicyArchitecture, platform: s
         backend = "splash" if platform == "tpu" else "blocks"
     if backend == "splash" and platform != "tpu":
         raise ConfigError(f'config.policy.attention="splash" needs a TPU, found {platform}; use "auto"')
-    attention = AttentionConfig(backend, recompute=policy.remat)
+    # On a CPU the scores of a block should stay in its cache.
+    attention = AttentionConfig(backend, block=128 if platform == "cpu" else 512)
     dtypes = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
     return lambda: Policy(architecture, nnx.Rngs(config.seed), *dtypes, policy.remat, attention)
 

@@ -5,15 +5,14 @@ batch structure. `attend_groups` and `attend_images` serve whole sequences and h
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.policy.groups import GroupLayout
+from maestro_jax.policy.blocks import Plan, attend_in_blocks
+from maestro_jax.policy.groups import GroupLayout, causal
 from maestro_jax.policy.splash import GroupMask, WholeMask, splash
 
 Array = jax.Array
@@ -30,15 +29,13 @@ class AttentionConfig:
     """How attention of whole sequences is computed; all backends give the same numbers up to rounding.
 
     Attributes:
-      backend: "xla", all scores of a layer at once, the plain reference. "blocks": the same in blocks of queries,
-        which skips keys that no query of a block sees. "splash": JAX's block-sparse flash attention for TPU, which
-        never stores scores; "splash_interpret" runs that kernel's steps anywhere, slowly, for tests.
-      recompute: whether "blocks" recomputes scores in the backward pass instead of keeping them.
-      block: queries at a time in "blocks"; upper bound of a tile's sides in "splash".
+      backend: "xla", all scores of a layer at once, differentiated by JAX: the plain reference. "blocks"
+        (`policy/blocks.py`) keeps no scores, and skips keys that no query of a block sees. "splash": JAX's block-sparse
+        flash attention for TPU; "splash_interpret" runs that kernel's steps anywhere, slowly, for tests.
+      block: tokens at a time in "blocks"; upper bound of a tile's sides in "splash".
     """
 
     backend: str = "xla"
-    recompute: bool = False
     block: int = 512
 
     def __post_init__(self) -> None:
@@ -82,27 +79,29 @@ def attend_groups(
     Returns:
       `[B, T, N, H]` in the dtype of the queries; rows of padding hold something finite.
     """
-    if config.backend.startswith("splash"):
-        before = 0 if root is None else root[0].shape[0]
-        if root is not None:
-            k, v = (jnp.concatenate([_for_every_row(x, k), y], axis=1) for x, y in zip(root, (k, v), strict=True))
-        interpret = config.backend == "splash_interpret"
-        return splash(q, k, v, real, GroupMask(layout, before), scale, config.block, interpret)
-    return _in_blocks(q, k, v, root, real, layout, scale, config)
+    if config.backend == "xla":
+        return _plain(q, k, v, root, real, layout, scale)
+    before = 0 if root is None else root[0].shape[0]
+    if root is not None:
+        k, v = (jnp.concatenate([_for_every_row(x, k), y], axis=1) for x, y in zip(root, (k, v), strict=True))
+    if config.backend == "blocks":
+        plan = Plan(layout, before, False, q.shape[2] // k.shape[2], config.block)
+        return attend_in_blocks(q, k, v, real, scale, plan)
+    return splash(q, k, v, real, GroupMask(layout, before), scale, config.block, config.backend == "splash_interpret")
 
 
 def attend_images(q: Array, k: Array, v: Array, real: Array, scale: float, config: AttentionConfig) -> Array:
     """Every patch over all real patches of its image: `q, k, v [I, T, N, H]`, `real [I, T]` → `[I, T, N, H]`."""
-    if config.backend.startswith("splash"):
-        mask = WholeMask(q.shape[1])
-        return splash(q, k, v, real, mask, scale, config.block, config.backend == "splash_interpret")
-    own = Segment(k[:, None], v[:, None], real[:, None, None, :])
-    block = config.block if config.backend == "blocks" else q.shape[1]
-    rows = _keeper(config)(lambda q, own: attend(q[:, None], [own], scale)[:, 0])
-    return jnp.concatenate([rows(q[:, i : i + block], own) for i in range(0, q.shape[1], block)], axis=1)
+    patches = q.shape[1]
+    if config.backend == "xla":
+        return attend(q[:, None], [Segment(k[:, None], v[:, None], real[:, None, None, :])], scale)[:, 0]
+    if config.backend == "blocks":
+        plan = Plan(causal(patches), 0, True, 1, config.block)
+        return attend_in_blocks(q, k, v, real, scale, plan)
+    return splash(q, k, v, real, WholeMask(patches), scale, config.block, config.backend == "splash_interpret")
 
 
-def _in_blocks(
+def _plain(
     q: Array,
     k: Array,
     v: Array,
@@ -110,57 +109,23 @@ def _in_blocks(
     real: Array,
     layout: GroupLayout,
     scale: float,
-    config: AttentionConfig,
 ) -> Array:
-    """`attend_groups` by `attend`, a block of prefix tokens or some whole members at a time."""
-    prefix, room = layout.prefix, layout.room
-    block = config.block if config.backend == "blocks" else layout.length
-    dtype = k.dtype
-    # Summed over blocks, the gradients of keys and values are summed in fp32.
-    root, k, v = jax.tree.map(lambda x: x.astype(jnp.float32), (root, k, v))
-
-    def of_prefix(start: int, q: Array, root: Any, k: Array, v: Array) -> Array:
-        stop = start + q.shape[1]
-        keys, values = (x[:, :stop].astype(dtype)[:, None] for x in (k, v))
-        rows, columns = jnp.arange(start, stop)[:, None], jnp.arange(stop)[None, :]
-        mask = (columns <= rows) & real[:, None, :stop] | (columns == rows)
-        return attend(q[:, None], [*_shared(root, dtype), Segment(keys, values, mask[:, None])], scale)[:, 0]
-
-    def of_members(first: int, q: Array, root: Any, k: Array, v: Array) -> Array:
-        last = first + q.shape[1] // room
-        cut = slice(prefix + first * room, prefix + last * room)
-        shape = (q.shape[0], last - first, room)
-        own, values = (x[:, cut].astype(dtype).reshape(*shape, *x.shape[2:]) for x in (k, v))
-        steps = jnp.arange(room)
-        seen = (steps[None, :] <= steps[:, None]) & real[:, cut].reshape(*shape)[:, :, None, :]
-        mask = seen | jnp.eye(room, dtype=bool)
-        shared = Segment(k[:, :prefix].astype(dtype), v[:, :prefix].astype(dtype), real[:, :prefix])
-        queries = q.reshape(*shape, *q.shape[2:])
-        return attend(queries, [*_shared(root, dtype), shared, Segment(own, values, mask)], scale).reshape(q.shape)
-
-    keep = _keeper(config)
-    outs = []
-    for start in range(0, prefix, block):
-        stop = min(start + block, prefix)
-        outs.append(keep(functools.partial(of_prefix, start))(q[:, start:stop], root, k, v))
-    count = max(block // max(room, 1), 1)
-    for first in range(0, layout.members, count):
-        last = min(first + count, layout.members)
-        rows = q[:, prefix + first * room : prefix + last * room]
-        outs.append(keep(functools.partial(of_members, first))(rows, root, k, v))
-    return jnp.concatenate(outs, axis=1)
+    """`attend_groups` by `attend`."""
+    prefix = layout.prefix
+    everybody = [] if root is None else [Segment(*root, jnp.ones(root[0].shape[0], bool))]
+    mask = (_causal(prefix) & real[:, None, :prefix] | jnp.eye(prefix, dtype=bool))[:, None]
+    own = Segment(k[:, None, :prefix], v[:, None, :prefix], mask)
+    out = attend(q[:, None, :prefix], [*everybody, own], scale)[:, 0]
+    if not layout.members:
+        return out
+    shared = Segment(k[:, :prefix], v[:, :prefix], real[:, :prefix])
+    mask = _causal(layout.room) & layout.of_members(real)[:, :, None, :] | jnp.eye(layout.room, dtype=bool)
+    own = Segment(layout.of_members(k), layout.of_members(v), mask)
+    return layout.join(out, attend(layout.of_members(q), [*everybody, shared, own], scale))
 
 
-def _keeper(config: AttentionConfig) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
-    """What a block does about its scores: recompute them in the backward pass, or keep them."""
-    return jax.checkpoint if config.backend == "blocks" and config.recompute else lambda block: block
-
-
-def _shared(root: tuple[Array, Array] | None, dtype: jnp.dtype) -> list[Segment]:
-    if root is None:
-        return []
-    keys, values = (x.astype(dtype) for x in root)
-    return [Segment(keys, values, jnp.ones(keys.shape[0], bool))]
+def _causal(length: int) -> Array:
+    return jnp.tril(jnp.ones((length, length), bool))
 
 
 def _for_every_row(root: Array, rows: Array) -> Array:

@@ -32,6 +32,29 @@ def _widened(param: nnx.Param, dtype: jnp.dtype) -> Array:
     return param[...].astype(dtype).astype(jnp.float32)
 
 
+@jax.custom_vjp
+def _matmul(x: Array, kernel: Array) -> Array:
+    """`x [..., d_in] @ kernel [d_in, d_out]`; its backward pass turns round the narrower of input and gradient.
+
+    JAX always turns the gradient, and XLA on CPUs computes what led to it in that order, element by element.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    rows, over = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    of_kernel = rows.T @ over if rows.shape[1] <= over.shape[1] else (over.T @ rows).T
+    return gradient @ kernel.T, of_kernel
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Linear(nnx.Module):
     """y = x @ kernel (+ bias); kernel `[d_in, d_out]`, the transpose of Hugging Face's weight."""
 
@@ -42,7 +65,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=(axes[1],)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = x @ gather_over_fsdp(self.kernel[...].astype(x.dtype), self.kernel.get_metadata("axes"))
+        y = _matmul(x, gather_over_fsdp(self.kernel[...].astype(x.dtype), self.kernel.get_metadata("axes")))
         if self.bias is None:
             return y
         return (y.astype(jnp.float32) + _widened(self.bias, x.dtype)).astype(x.dtype)

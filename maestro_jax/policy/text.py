@@ -150,7 +150,7 @@ class TextModel(nnx.Module):
         # The root has any length, and it is short: no kernel for it.
         for_root = self.attention
         if for_root.backend.startswith("splash"):
-            for_root = dataclasses.replace(for_root, backend="blocks", recompute=True)
+            for_root = dataclasses.replace(for_root, backend="blocks")
         whole = jnp.ones((1, length), bool)
 
         def step(layer: DecoderLayer, xs: tuple[Array, Array]) -> tuple[tuple[Array, Array], list[tuple[Array, Array]]]:
