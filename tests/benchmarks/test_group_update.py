@@ -29,7 +29,13 @@ PAIRS = 2
 def flags_and_threads(tmp_path: Path) -> Iterator[None]:
     """The flags of a command line, and torch's threads as they were before."""
     threads = torch.get_num_threads()
-    with flagsaver.as_parsed(smoke="true", pairs=str(PAIRS), json=str(tmp_path / "found.json")):
+    given = {
+        "smoke": "true",
+        "pairs": str(PAIRS),
+        "json": str(tmp_path / "found.json"),
+        "peers": str(environment.CACHE),
+    }
+    with flagsaver.as_parsed(**given):
         yield
     torch.set_num_threads(threads)
 
