@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maestro_jax.grpo.advantages import group_advantages
+from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.update import GroupBatch
 from maestro_jax.parallel.sharding import over_groups
 from maestro_jax.policy.preprocess import bucket
@@ -52,15 +53,16 @@ def make_batch(
     """The update's batch on the mesh, and what is worth logging about it."""
     advantages, contrast = group_advantages(scored.rewards, scored.valid, advantage)
     width = bucket(int(rollout.length.max()), buckets, "a member", "raise config.rollout.member_buckets")
-    mask = rollout.authored & scored.valid[..., None]
+    mask = (rollout.authored & scored.valid[..., None])[..., :width]
     logprobs = rollout.logprobs[..., :width]
     arrays = (
         rollout.tokens[..., :width],
         rollout.length,
-        mask[..., :width],
+        mask,
         logprobs,
         np.zeros_like(logprobs),
         advantages,
+        loss_rows(mask),
     )
     batch = GroupBatch(rollout.prompts, *jax.device_put(arrays, over_groups(mesh)))
     tasks = max(len(rollout.trajectories), 1)

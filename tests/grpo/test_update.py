@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from maestro_jax.checkpoint.store import named_leaves
+from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.update import (
     GroupBatch,
@@ -62,7 +63,8 @@ def host_batch() -> GroupBatch:
     mask[3, 1] = False
     old = rng.uniform(-7, -5, (B, G, R)).astype(np.float32)
     advantages = rng.standard_normal((B, G)).astype(np.float32)
-    return GroupBatch(prompts, reference.members(B, G, R), length, mask, old, np.zeros_like(old), advantages)
+    members, rows = reference.members(B, G, R), loss_rows(mask)
+    return GroupBatch(prompts, members, length, mask, old, np.zeros_like(old), advantages, rows)
 
 
 @dataclasses.dataclass(frozen=True)
