@@ -38,6 +38,7 @@ from benchmarks.peers import environment
 from benchmarks.peers.worker import Worker
 from maestro_jax import command
 from maestro_jax.checkpoint.store import named_leaves
+from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from maestro_jax.grpo.update import (
@@ -68,6 +69,7 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=1e-6, warmup_steps=0, decay_steps=0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0
 )
 TEMPERATURE = 1.0
+CHUNK = 2048  # entries of the vocabulary
 # Text only: the smallest tower, frozen, sees one empty patch a group. The root is one token, because every policy
 # has one; the groups of U2 share that token.
 FREEZE = ("vision",)
@@ -160,7 +162,8 @@ class Group:
         per_token = (a.reshape(b, g // b, r) for a in (self.members, self.mask, self.old_logprobs))
         tokens, mask, old = per_token
         length = np.full((b, g // b), r, np.int32)
-        return GroupBatch(prompts, tokens, length, mask, old, np.zeros_like(old), self.advantages.reshape(b, g // b))
+        advantages = self.advantages.reshape(b, g // b)
+        return GroupBatch(prompts, tokens, length, mask, old, np.zeros_like(old), advantages, loss_rows(mask))
 
     def save(self, directory: Path) -> str:
         """Writes what peers read; the file's name."""
@@ -192,7 +195,7 @@ def member_logprobs(policy: OurPolicy, group: Group) -> np.ndarray:
     """Log-probabilities `[G, R]` of the members' tokens under the policy."""
     batch = group.batch(policy.architecture, shared=True)
     with jax.set_mesh(policy.mesh):
-        reference = make_reference(policy.graph, policy.params, TEMPERATURE, group.members.shape[1], policy.mesh)
+        reference = make_reference(policy.graph, policy.params, TEMPERATURE, CHUNK, policy.mesh)
         return np.asarray(reference(batch).reference_logprobs[0])
 
 
@@ -243,13 +246,12 @@ class OurUpdate:
         with jax.set_mesh(policy.mesh):
             self._batch = jax.device_put(batch, batch_shardings(policy.mesh))
         self.restart()
-        tokens = batch.tokens.shape[-1]
-        loss = LossConfig(clip_low=CLIP, clip_high=CLIP, aggregation="sequence", constant_length=tokens)
+        loss = LossConfig(clip_low=CLIP, clip_high=CLIP, aggregation="sequence", constant_length=1)
         self._step = make_train_step(
             policy.graph,
             make_optimizer(OPTIMIZER),
             grpo_loss,
-            UpdateConfig(loss, TEMPERATURE, chunk=tokens, freeze=FREEZE),
+            UpdateConfig(loss, TEMPERATURE, chunk=CHUNK, freeze=FREEZE),
             policy.mesh,
             self._state,
         )

@@ -26,6 +26,7 @@ from maestro_jax.observe.progress import Progress
 
 JSON = flags.DEFINE_string("json", "", "File to write the results to, besides the table.")
 PAIRS = flags.DEFINE_integer("pairs", 7, "How often each side is timed.", lower_bound=1)
+SMOKE = flags.DEFINE_bool("smoke", False, "A toy shape: shows that the program runs; its times mean nothing.")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers")
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 
 from benchmarks import models, pairs
 from benchmarks.models import Generated, OurForward, OurGeneration, OurPolicy, TheirForward, TheirGeneration
@@ -20,8 +19,6 @@ from benchmarks.pairs import MismatchError, Result
 from maestro_jax import command
 from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
-
-SMOKE = flags.DEFINE_bool("smoke", False, "A toy shape: shows that the program runs; its times mean nothing.")
 
 SEED = 0
 TOLERANCE = 2e-5  # of logits and log-probabilities: fp32, sums are taken in another order
@@ -82,7 +79,7 @@ TOY = Shape(
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    shape = TOY if SMOKE.value else FULL
+    shape = TOY if pairs.SMOKE.value else FULL
     pairs.use_all_cores()
 
     with Progress(sys.stderr) as progress:

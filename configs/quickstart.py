@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
                 "entropy_weight": 0.0,
                 "kl_weight": 0.1,
                 "kl_estimator": "k3",
-                "logprob_chunk": 16,
+                "logprob_chunk": 256,  # of the 768 entries of the vocabulary
                 "microbatches": 1,
             },
             # A tiny policy needs large steps; the 4B run uses 1e-6.

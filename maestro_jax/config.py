@@ -118,7 +118,7 @@ class GrpoConfig:
       clip_low, clip_high: the ratio's range is 1 - clip_low to 1 + clip_high.
       importance_cap: upper bound of the weights that correct for the sampler (Yao et al. 2025); 0: no weights.
       aggregation: how token losses are averaged, "sequence", "token" or "constant" (by constant_length tokens).
-      logprob_chunk: tokens of a member whose logits exist at a time.
+      logprob_chunk: entries of the vocabulary whose logits exist at a time, for all tokens in the loss.
       microbatches: most parts of the groups whose gradients are taken one after the other; the update is the same.
         One microbatch, groups / microbatches, must fit into memory at full length (`grpo/microbatches.py`).
     """
@@ -275,9 +275,6 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"config.rollout.member_buckets {rollout.member_buckets} must end with config.rollout.room={rollout.room}"
         )
-    for size in rollout.member_buckets:
-        if size % grpo.logprob_chunk:
-            raise ConfigError(f"config.grpo.logprob_chunk={grpo.logprob_chunk} must divide the member bucket {size}")
     if rollout.turn_budget >= rollout.room:
         raise ConfigError(f"config.rollout.turn_budget={rollout.turn_budget} must be below room={rollout.room}")
     _check_grpo(grpo)
@@ -293,6 +290,9 @@ def _check(config: Config) -> None:
 def _check_grpo(grpo: GrpoConfig) -> None:
     if grpo.microbatches < 1 or grpo.groups % grpo.microbatches:
         raise ConfigError(f"config.grpo.microbatches={grpo.microbatches} must divide config.grpo.groups={grpo.groups}")
+    if grpo.logprob_chunk < 1:
+        cure = "use 1 or more entries of the vocabulary (2048 is usual)"
+        raise ConfigError(f"config.grpo.logprob_chunk={grpo.logprob_chunk} leaves no logits to compute; {cure}")
     if grpo.group_size < 2:
         raise ConfigError(f"config.grpo.group_size={grpo.group_size} gives no contrast; use at least 2")
     names = {

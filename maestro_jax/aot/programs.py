@@ -156,6 +156,7 @@ class Programs:
             array(tokens, jnp.float32),
             array(tokens, jnp.float32),
             array(members, jnp.float32),
+            array((groups, s.members * s.room), jnp.int32),
         )
 
     # ---- The programs ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maestro_jax.grpo.advantages import group_advantages
+from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.losses import LossCount, count_loss
 from maestro_jax.grpo.microbatches import Part, Planner
 from maestro_jax.grpo.update import GroupBatch, batch_shardings
@@ -84,14 +85,16 @@ def take_part(rollout: Rollout, mask: np.ndarray, advantages: np.ndarray, groups
     real = np.arange(part.size) < len(groups)
     rows = np.append(groups, np.repeat(groups[:1], part.size - len(groups)))
     logprobs = rollout.logprobs[rows, :, : part.room]
+    mask = mask[rows, :, : part.room] & real[:, None, None]
     return GroupBatch(
         prompts=take_prompts(rollout.prompts, rows, part.prefix),
         tokens=rollout.tokens[rows, :, : part.room],
         length=rollout.length[rows],
-        mask=mask[rows, :, : part.room] & real[:, None, None],
+        mask=mask,
         old_logprobs=logprobs,
         reference_logprobs=np.zeros_like(logprobs),
         advantages=advantages[rows] * real[:, None],
+        loss_rows=loss_rows(mask),
     )
 
 

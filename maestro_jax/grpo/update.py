@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.grpo.logprobs import token_logprobs
+from maestro_jax.grpo.logprobs import put_rows, states_before, take_rows, token_logprobs
 from maestro_jax.grpo.losses import (
     PEAKS,
     LossConfig,
@@ -71,6 +71,7 @@ class GroupBatch:
     old_logprobs: Leaf  # float32 [B, G, R]
     reference_logprobs: Leaf  # float32 [B, G, R]
     advantages: Leaf  # float32 [B, G]
+    loss_rows: Leaf  # int32 [B, M]: where `mask` is True, as `logprobs.loss_rows` finds it
 
 
 @jax.tree_util.register_dataclass
@@ -176,11 +177,15 @@ def split_frozen(params: nnx.State, freeze: Sequence[str]) -> tuple[nnx.State, n
 
 
 def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk: int) -> tuple[Array, Array]:
-    """Log-probability and entropy `[B, G, R]` of every member token, the prefix computed once per group."""
+    """Log-probability and entropy `[B, G, R]` of the member tokens in the loss, 0 of all others.
+
+    The prefix is computed once per group, logits for the rows in the loss only.
+    """
     last, hidden = policy.encode_groups(batch.prompts, batch.tokens, batch.length)
-    first = jnp.broadcast_to(last[:, None, None], (*hidden.shape[:2], 1, hidden.shape[-1]))
-    before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
-    return token_logprobs(policy.logits, before, batch.tokens, temperature, chunk)
+    states, targets = states_before(last, hidden, batch.loss_rows), take_rows(batch.tokens, batch.loss_rows)
+    found = token_logprobs(states, policy.head(), targets, temperature, chunk)
+    logprobs, entropy = (put_rows(values, batch.loss_rows, *batch.tokens.shape[1:]) for values in found)
+    return logprobs, entropy
 
 
 def nll_loss(
@@ -287,7 +292,7 @@ def _to_device(leaf: Array, sharding: NamedSharding) -> Array:
 def batch_shardings(mesh: Mesh) -> GroupBatch:
     """Shardings of a `GroupBatch`, as a prefix tree: everything over groups, the root everywhere."""
     groups = over_groups(mesh)
-    return GroupBatch(prompt_shardings(mesh), *[groups] * 6)
+    return GroupBatch(prompt_shardings(mesh), *[groups] * 7)
 
 
 def make_reference(

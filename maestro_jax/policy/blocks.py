@@ -134,9 +134,9 @@ def _backward(plan: Plan, residuals: tuple[Array, ...], gradient: Array) -> tupl
         dkt, dvt = dkt.at[..., shared].add(dk), dvt.at[..., shared].add(dv)
         if block.members:
             own = slice(plan.before + block.start, plan.before + block.stop)
-            rows = tuple(_own(x, block) for x in rows)
-            keys = (_own_keys(kt, plan, block), _own_keys(vt, plan, block), _own(k[:, :, own], block))
-            more, dk, dv = _part_backward(*rows, *keys, _own_mask(seen, plan, block))
+            own_rows = [_own(x, block) for x in rows]
+            own_keys = (_own_keys(kt, plan, block), _own_keys(vt, plan, block), _own(k[:, :, own], block))
+            more, dk, dv = _part_backward(*own_rows, *own_keys, _own_mask(seen, plan, block))
             dq = dq + more.reshape(dq.shape)
             dkt, dvt = (x.at[..., own].add(_from_own(y, block)) for x, y in ((dkt, dk), (dvt, dv)))
         dqs.append(dq.astype(q.dtype))

@@ -109,13 +109,14 @@ class Policy(nnx.Module):
     def for_decoding(self) -> "DecodingPolicy":
         """The policy with weights cut per layer and cast; make it outside the loop that decodes."""
         dtype, text = self.compute_dtype, self.language_model
-        return DecodingPolicy(self._table(text.embed_tokens), text.layer_list(dtype), text.norm, self._head())
+        return DecodingPolicy(self._table(text.embed_tokens), text.layer_list(dtype), text.norm, self.head())
 
     def logits(self, hidden: Array) -> Array:
         """fp32 logits `[..., V]` of final hidden states `[..., D]`."""
-        return _logits(hidden, self._head())
+        return _logits(hidden, self.head())
 
-    def _head(self) -> Array:
+    def head(self) -> Array:
+        """The table `[V, D]` that gives logits, in the compute dtype."""
         return self._table(self.language_model.embed_tokens if self.lm_head is None else self.lm_head)
 
     def _embed(self, tokens: Array) -> Array:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.update import GroupBatch, Metrics, TrainState
 from maestro_jax.parallel.sharding import over_groups
 from maestro_jax.policy.model import prompt_shardings
@@ -59,5 +60,5 @@ def collate(
             tokens[g, m, :n], mask[g, m, :n], length[g, m] = member.ids, member.authored, n
     zeros = np.zeros(shape, np.float32)
     prefixes = jax.device_put(prompts.batch([group[0].task for group in groups]), prompt_shardings(mesh))
-    arrays = jax.device_put((tokens, length, mask, zeros, zeros, zeros[..., 0]), over_groups(mesh))
+    arrays = jax.device_put((tokens, length, mask, zeros, zeros, zeros[..., 0], loss_rows(mask)), over_groups(mesh))
     return GroupBatch(prefixes, *arrays)

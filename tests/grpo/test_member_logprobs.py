@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from maestro_jax.checkpoint.store import named_leaves
+from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.update import GroupBatch, member_logprobs
 from tests.policy import reference
 from tests.policy.reference import ROOT, assert_near
@@ -19,12 +20,16 @@ LENGTH = np.array([[6, 4, 1], [2, 6, 5], [6, 1, 3]], np.int32)
 TOLERANCE = 1e-5  # fp32; copying the prefix G times or once changes the order of sums, nothing else
 
 
-def weights() -> np.ndarray:
-    """Of the log-probabilities and of the entropies, `[2, B, G, R]`; one member is out, some tokens are masked."""
-    rng = np.random.default_rng(4)
-    mask = (np.arange(R) < LENGTH[..., None]) & (rng.random((3, G, R)) < 0.8)
+def in_loss() -> np.ndarray:
+    """bool `[B, G, R]`: one member is out, some tokens are masked."""
+    mask = (np.arange(R) < LENGTH[..., None]) & (np.random.default_rng(4).random((3, G, R)) < 0.8)
     mask[1, 2] = False
-    return (rng.standard_normal((2, 3, G, R)) * mask).astype(np.float32)
+    return mask
+
+
+def weights() -> np.ndarray:
+    """Of the log-probabilities and of the entropies, `[2, B, G, R]`."""
+    return (np.random.default_rng(5).standard_normal((2, 3, G, R)) * in_loss()).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +41,11 @@ def group_form() -> tuple[np.ndarray, dict[str, np.ndarray], Any]:
     prompts = reference.collate(ROOT, reference.three_rows(), width=24, per_group=2, patches=24, filler=3)
     tokens = np.where(np.arange(R) < LENGTH[..., None], reference.members(3, G, R), 7)
     zeros = np.zeros((3, G, R), np.float32)
-    batch = GroupBatch(prompts, *map(jnp.asarray, (tokens, LENGTH, zeros > 0, zeros, zeros, zeros[..., 0])))
+    arrays = (tokens, LENGTH, in_loss(), zeros, zeros, zeros[..., 0], loss_rows(in_loss()))
+    batch = GroupBatch(prompts, *map(jnp.asarray, arrays))
 
     def objective(state: nnx.State) -> tuple[jax.Array, jax.Array]:
-        logprobs, entropy = member_logprobs(nnx.merge(graph, state), batch, TEMPERATURE, chunk=3)
+        logprobs, entropy = member_logprobs(nnx.merge(graph, state), batch, TEMPERATURE, chunk=100)
         return jnp.sum(weights()[0] * logprobs) + jnp.sum(weights()[1] * entropy), logprobs
 
     gradients, logprobs = jax.jit(jax.grad(objective, has_aux=True))(state)
@@ -71,8 +77,7 @@ def plain_rows(model: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 def test_values_and_gradients_equal_those_of_separate_rows(group_form: tuple[Any, ...]) -> None:
     logprobs, gradients, model = group_form
     wanted_logprobs, wanted = plain_rows(model)
-    real = np.arange(R) < LENGTH[..., None]
-    assert_near(logprobs[real], wanted_logprobs[real], TOLERANCE, "logprobs")
+    assert_near(logprobs, np.where(in_loss(), wanted_logprobs, 0), TOLERANCE, "logprobs")
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         assert np.abs(wanted[name]).max() > 1e-3, f"{name} takes no part; the comparison would be empty"

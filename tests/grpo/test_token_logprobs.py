@@ -1,52 +1,225 @@
-"""Chunked log-probabilities against one log-softmax over everything, forward and backward."""
+"""The head in pieces of the vocabulary against one log-softmax over everything, forward and backward."""
+
+import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays as np_arrays
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maestro_jax.grpo.logprobs import token_logprobs
+from maestro_jax.grpo.logprobs import ROW_BUCKETS, loss_rows, put_rows, states_before, take_rows, token_logprobs
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.parallel.sharding import gather_rows, over_groups
+from tests.policy.reference import assert_near
 
-B, G, R, D, V = 2, 2, 6, 8, 50
+B, M, D, V = 4, 6, 8, 50
 TEMPERATURE = 0.7
+Pair = tuple[jax.Array, jax.Array]
+Head = Callable[[jax.Array, jax.Array, jax.Array], Pair]
+ENTROPY_SLOPES = {"entropy differentiated": 1.0, "entropy reported": 0.0}
 
 
 @pytest.fixture(scope="module")
-def arrays() -> tuple[jax.Array, ...]:
+def inputs() -> tuple[jax.Array, ...]:
+    """Hidden states, table, targets; of the slopes `[2, B, M]` some rows have none, as rows that only pad."""
     rng = np.random.default_rng(0)
-    hidden, table = rng.standard_normal((B, G, R, D)), 2 * rng.standard_normal((V, D))
-    weights = rng.standard_normal((2, B, G, R))
-    targets = rng.integers(0, V, (B, G, R))
-    return tuple(jnp.asarray(x, jnp.float32) for x in (hidden, table, weights)) + (jnp.asarray(targets),)
+    hidden, table = rng.standard_normal((B, M, D)), rng.standard_normal((V, D))
+    slopes = rng.standard_normal((2, B, M)) * (rng.random((B, M)) < 0.7)
+    return (*(jnp.asarray(x, jnp.float32) for x in (hidden, table)), jnp.asarray(rng.integers(0, V, (B, M))), slopes)
 
 
-def at_once(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logprobs = jax.nn.log_softmax(hidden @ table.T / TEMPERATURE, axis=-1)
+def at_once(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> Pair:
+    logprobs = jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", hidden, table) / TEMPERATURE, axis=-1)
     chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
     return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
-def in_chunks(hidden: jax.Array, table: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    return token_logprobs(lambda h: h @ table.T, hidden, targets, TEMPERATURE, chunk)
+def in_pieces(chunk: int) -> Head:
+    return lambda hidden, table, targets: token_logprobs(hidden, table, targets, TEMPERATURE, chunk)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 6])
-def test_log_softmax_and_entropy_with_their_gradients(arrays: tuple[jax.Array, ...], chunk: int) -> None:
-    hidden, table, weights, targets = arrays
+def gradients(head: Head, inputs: tuple[jax.Array, ...], entropy_slope: float) -> Pair:
+    hidden, table, targets, slopes = inputs
 
-    def total(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return jnp.sum(weights[0] * pair[0]) + jnp.sum(weights[1] * pair[1])
+    def total(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        logprobs, entropy = head(hidden, table, targets)
+        bonus = jnp.sum(slopes[1] * entropy) if entropy_slope else 0.0
+        return jnp.sum(slopes[0] * logprobs) + entropy_slope * bonus
 
-    # fp32 sums over 50 logits: 1e-6; the size of the values is about 10.
-    near = {"rtol": 1e-5, "atol": 1e-5}
-    found, wanted = in_chunks(hidden, table, targets, chunk), at_once(hidden, table, targets)
-    np.testing.assert_allclose(found, wanted, **near)
-    slope = jax.grad(lambda h, t: total(in_chunks(h, t, targets, chunk)), argnums=(0, 1))(hidden, table)
-    right = jax.grad(lambda h, t: total(at_once(h, t, targets)), argnums=(0, 1))(hidden, table)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **near), slope, right)
+    return jax.grad(total, argnums=(0, 1))(hidden, table)
 
 
-def test_a_chunk_must_divide_the_tokens(arrays: tuple[jax.Array, ...]) -> None:
-    hidden, table, _, targets = arrays
-    with pytest.raises(ValueError, match="chunk 4 must divide the 6 member tokens"):
-        in_chunks(hidden, table, targets, 4)
+# 1 entry at a time, pieces that leave a rest, that divide V, all at once, more than there are.
+@pytest.mark.parametrize("chunk", [1, 7, 25, 50, 64])
+@pytest.mark.parametrize("entropy_slope", ENTROPY_SLOPES.values(), ids=ENTROPY_SLOPES)
+def test_log_softmax_and_entropy_with_their_gradients(
+    chunk: int, entropy_slope: float, inputs: tuple[jax.Array, ...]
+) -> None:
+    found, wanted = in_pieces(chunk)(*inputs[:3]), at_once(*inputs[:3])
+    for name, ours, theirs in zip(("log-probabilities", "entropies"), found, wanted, strict=True):
+        assert_near(ours, theirs, 1e-6, name)  # fp32, sums over 50 logits
+    slopes = gradients(in_pieces(chunk), inputs, entropy_slope), gradients(at_once, inputs, entropy_slope)
+    for name, ours, theirs in zip(("hidden", "table"), *slopes, strict=True):
+        assert_near(ours, theirs, 1e-5, name)
+
+
+def test_logits_far_apart_neither_overflow_nor_vanish(inputs: tuple[jax.Array, ...]) -> None:
+    """Differences of logits up to some hundreds, in either order of the pieces, where exp alone gives inf or 0."""
+    hidden, table, targets, slopes = inputs
+    for order in (slice(None), slice(None, None, -1)):
+        steep = (20 * hidden, table[order] * jnp.linspace(1, 10, V)[:, None], targets, slopes)
+        assert jnp.ptp(jnp.einsum("bmd,vd->bmv", *steep[:2])) > 1000
+        (logprobs, entropy), wanted = in_pieces(7)(*steep[:3]), at_once(*steep[:3])
+        assert_near(logprobs, wanted[0], 1e-6)
+        np.testing.assert_allclose(entropy, wanted[1], atol=1e-3)  # near 0, of logits that are known to 1e-4
+        for ours, theirs in zip(gradients(in_pieces(7), steep, 1.0), gradients(at_once, steep, 1.0), strict=True):
+            assert_near(ours, theirs, 3e-4)  # so are, as a fraction, probabilities
+
+
+def test_bfloat16_gradients_have_the_rounding_of_their_terms_and_of_their_sum() -> None:
+    """Against the same rounded numbers in fp32: bf16 rounds each logit's slope and each sum by 2^-8 at most."""
+    rng = np.random.default_rng(1)
+    hidden = jnp.asarray(rng.standard_normal((4, 64, 96)), jnp.bfloat16)
+    table = jnp.asarray(rng.standard_normal((70, 96)) * 96**-0.5, jnp.bfloat16)
+    targets, slopes = jnp.asarray(rng.integers(0, 70, (4, 64))), rng.standard_normal((2, 4, 64)).astype(np.float32)
+    h, w = hidden.astype(jnp.float32), table.astype(jnp.float32)
+    for ours, theirs in zip(in_pieces(24)(hidden, table, targets), at_once(h, w, targets), strict=True):
+        assert ours.dtype == jnp.float32
+        assert_near(ours, theirs, 1e-6)
+    found = gradients(in_pieces(24), (hidden, table, targets, slopes), 1.0)
+    wanted = gradients(at_once, (h, w, targets, slopes), 1.0)
+
+    identity = jnp.eye(70)  # as a table, it gives the slopes of the logits
+    of_logits = gradients(at_once, (jnp.einsum("bmd,vd->bmv", h, w), identity, targets, slopes), 1.0)[0]
+    terms = (
+        jnp.einsum("bmv,vd->bmd", jnp.abs(of_logits), jnp.abs(w)),
+        jnp.einsum("bmv,bmd->vd", jnp.abs(of_logits), jnp.abs(h)),
+    )
+    for ours, theirs, size in zip(found, wanted, terms, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        excess = jnp.abs(ours.astype(jnp.float32) - theirs) - 2**-8 * (size + jnp.abs(theirs))
+        assert excess.max() <= 1e-4 * jnp.abs(theirs).max()  # both roundings on top of each other, and fp32's
+
+
+def test_bfloat16_is_never_summed() -> None:
+    """A sum kept in bf16 over pieces or rows loses what is below one part in 2^9 of it."""
+    hidden, table = jnp.ones((2, 4, 16), jnp.bfloat16), jnp.ones((90, 16), jnp.bfloat16)
+
+    def total(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        return sum(map(jnp.sum, in_pieces(20)(hidden, table, jnp.zeros((2, 4), int))))  # type: ignore[arg-type]
+
+    text = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, table))
+    assert "dot_general" in text
+    assert re.findall(r"bf16\[[\d,]*\] = (?:dot_general|add\w*|reduce_sum|cumsum)\b", text) == []
+
+
+# ---- what is held in memory --------------------------------------------------------------------------------
+
+
+def test_no_array_is_larger_than_the_logits_of_a_piece() -> None:
+    """Every array of the program, in either pass, by its last two axes; V alone is as wide as the table."""
+    hidden, table = jax.ShapeDtypeStruct((2, 32, 16), jnp.float32), jax.ShapeDtypeStruct((4096, 16), jnp.float32)
+    targets = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+
+    def total(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
+        return sum(jnp.sum(x) for x in token_logprobs(hidden, table, targets, 1.0, 100))  # type: ignore[return-value]
+
+    text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(hidden, table, targets).compile().as_text()
+    sizes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+    largest = max(np.prod([d for d in dims if d != 1]) for dims in sizes if not {4096, 16} <= {*dims})
+    assert largest == 2 * 32 * 100
+
+
+def test_a_frozen_table_costs_neither_product_nor_array() -> None:
+    hidden, table = jnp.ones((2, 4, 16)), jnp.ones((96, 16))
+
+    def total(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        return jnp.sum(token_logprobs(hidden, table, jnp.zeros((2, 4), jnp.int32), 1.0, 32)[0])
+
+    def products(argnums: Any) -> int:
+        return jax.jit(jax.grad(total, argnums)).lower(hidden, table).compile().as_text().count(" dot(")
+
+    assert products(0) == products((0, 1)) - 1
+
+
+# ---- on a mesh ---------------------------------------------------------------------------------------------
+
+
+MESHES = {"data 2, fsdp 2, tensor 2": (2, 2, 2), "fsdp 8": (1, 8, 1), "fsdp 2, tensor 4": (1, 2, 4)}
+ON_MESH = (8, 12, 16, 176)  # B, M, D, V
+
+
+def on_mesh(mesh: Mesh) -> tuple[Any, tuple[jax.Array, ...]]:
+    """A program that gives gradients and values, everything sharded as in the train step, and its arguments."""
+    rng, (b, m, d, v) = np.random.default_rng(2), ON_MESH
+    groups, shards = over_groups(mesh), NamedSharding(mesh, PartitionSpec("tensor", "fsdp"))
+    hidden = jax.device_put(rng.standard_normal((b, m, d)).astype(np.float32), groups)
+    table = jax.device_put(rng.standard_normal((v, d)).astype(np.float32), shards)
+    targets, slopes = jax.device_put((rng.integers(0, v, (b, m)), rng.standard_normal((b, m))), groups)
+
+    def total(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, Pair]:
+        logprobs, entropy = token_logprobs(hidden, gather_rows(table), targets, TEMPERATURE, 20)
+        return jnp.sum(slopes * (logprobs + 0.3 * entropy)), (logprobs, entropy)
+
+    program = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), out_shardings=((groups, shards), (groups, groups)))
+    with jax.set_mesh(mesh):
+        return program.lower(hidden, table).compile(), (hidden, table)
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_a_mesh_computes_what_one_device_does(axes: tuple[int, int, int]) -> None:
+    alone, arguments = on_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]))
+    wanted = jax.tree.leaves(alone(*arguments))
+    spread, arguments = on_mesh(make_mesh(MeshConfig(*axes)))
+    for ours, theirs in zip(jax.tree.leaves(spread(*arguments)), wanted, strict=True):
+        assert_near(ours, theirs, 1e-5)  # sums are split over devices; a missing collective is off by parts of one
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+def test_only_the_table_is_gathered(axes: tuple[int, int, int]) -> None:
+    """Neither logits nor states cross the batch axes, and logits no axis at all."""
+    b, m, d, v = ON_MESH
+    text = on_mesh(make_mesh(MeshConfig(*axes)))[0].as_text()
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text)
+    assert {*gathered} == {f"{v // axes[2]},{d}"}
+    reduced = re.findall(r"= (\S.*?) all-reduce\(", text)
+    shapes = {shape for result in reduced for shape in re.findall(r"\w+\[([\d,]*)\]", result)}
+    rows = b // (axes[0] * axes[1]) * m  # a device's own
+    sizes = {np.prod([int(n) for n in shape.split(",") if n]) for shape in shapes}
+    assert sizes <= {rows, rows * d, 20 * d, v // axes[2] % 20 * d}
+
+
+# ---- rows in the loss --------------------------------------------------------------------------------------
+
+
+def test_rows_are_compacted_and_filled_up_to_the_bucket() -> None:
+    mask = np.zeros((2, 2, 8), bool)
+    mask[0, 0, 3], mask[0, 1, :2], mask[1, 1, 7] = True, True, True
+    assert loss_rows(mask).tolist() == [[3, 8, 9, 16], [15, 16, 16, 16]]  # buckets of 16 / 8 = 2 rows
+
+
+@given(
+    st.tuples(*[st.integers(1, 4)] * 2, st.integers(1, 20)).flatmap(lambda shape: np_arrays(bool, shape)),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_mask_is_taken_apart_and_put_together_again(mask: np.ndarray) -> None:
+    b, g, r = mask.shape
+    rows = loss_rows(mask)
+    width, part = rows.shape[1], -(-g * r // ROW_BUCKETS)
+    most = mask.reshape(b, -1).sum(axis=1).max()
+    assert most <= width < max(most, 1) + part and (width % part == 0 or width == g * r)
+    values = np.arange(1.0, mask.size + 1, dtype=np.float32).reshape(mask.shape)
+    np.testing.assert_array_equal(put_rows(take_rows(values, rows), rows, g, r), np.where(mask, values, 0))
+    # The state before a token is its member's last one, or the prefix's.
+    hidden, last = np.stack([values, -values], axis=-1), np.arange(2.0 * b, dtype=np.float32).reshape(b, 2) - 999
+    before = np.concatenate([np.broadcast_to(last[:, None, None], (b, g, 1, 2)), hidden[:, :, :-1]], axis=2)
+    states = np.asarray(states_before(jnp.asarray(last), jnp.asarray(hidden), rows))
+    for group in range(b):
+        np.testing.assert_array_equal(states[group, : mask[group].sum()], before[group][mask[group]])
+    assert np.isfinite(states).all()

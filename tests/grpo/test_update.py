@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.batch import take_prompts
+from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.losses import LossConfig, LossCount, count_loss, loss_denominator
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from maestro_jax.grpo.update import (
@@ -69,7 +70,8 @@ def host_batch() -> GroupBatch:
     mask[3, 1] = False
     old = rng.uniform(-7, -5, (B, G, R)).astype(np.float32)
     advantages = rng.standard_normal((B, G)).astype(np.float32)
-    return GroupBatch(prompts, reference.members(B, G, R), length, mask, old, np.zeros_like(old), advantages)
+    members, rows = reference.members(B, G, R), loss_rows(mask)
+    return GroupBatch(prompts, members, length, mask, old, np.zeros_like(old), advantages, rows)
 
 
 # Groups of each part, and how many of its prefix and member tokens it keeps.

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.update import GroupBatch, member_logprobs
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import over_groups
@@ -270,9 +271,10 @@ def test_the_arrangement_in_groups_changes_nothing(
 def test_logprobs_are_those_of_the_training_forward(sampled: RolloutState) -> None:
     zeros = np.zeros(sampled.logprobs.shape, np.float32)
     arrays = (sampled.tokens, sampled.length, sampled.authored, zeros, zeros, zeros[..., 0])
+    arrays += (loss_rows(sampled.authored),)
     batch = GroupBatch(toy.prompts(), *map(jnp.asarray, arrays))
     logprobs, _ = jax.jit(
-        lambda params: member_logprobs(nnx.merge(GRAPH, params), batch, CONFIG.temperature, chunk=ROOM // 3)
+        lambda params: member_logprobs(nnx.merge(GRAPH, params), batch, CONFIG.temperature, chunk=toy.VOCABULARY // 3)
     )(PARAMS)
     difference = np.abs(np.asarray(logprobs) - sampled.logprobs)[sampled.authored]
     assert difference.max() <= TOLERANCE
