@@ -58,7 +58,6 @@ from maestro_jax.policy.prompts import collate_prompts
 PEER_CACHE = flags.DEFINE_string(
     "peers", str(environment.CACHE), "Directory of the peers' virtual environments, 1.6 GB each."
 )
-SMOKE = flags.DEFINE_bool("smoke", False, "A toy shape: shows that the program runs; its times mean nothing.")
 
 SEED = 0
 LOSS_TOLERANCE = 1e-5  # relative; fp32, sums are taken in another order
@@ -114,7 +113,7 @@ TOY = Shape(TextConfig(64, 32, 96, 2, 4, 2, 16, 1e-6, 1e6, (4, 2, 2)), 24, 8, 4,
 def main(argv: Sequence[str]) -> None:
     del argv
     jax.config.update("jax_platforms", "cpu")  # that is where the peers run
-    shape = TOY if SMOKE.value else FULL
+    shape = TOY if pairs.SMOKE.value else FULL
     pairs.use_all_cores()
 
     with Progress(sys.stderr) as progress, tempfile.TemporaryDirectory() as directory:

@@ -127,16 +127,16 @@ def _backward(plan: Plan, residuals: tuple[Array, ...], gradient: Array) -> tupl
     dqs = []
     for block in plan.blocks:
         cut = slice(block.start * plan.heads, block.stop * plan.heads)
-        rows = (q[:, :, cut], gradient[:, :, cut], lse[:, :, cut], delta[:, :, cut])
+        rows: tuple[Array, ...] = (q[:, :, cut], gradient[:, :, cut], lse[:, :, cut], delta[:, :, cut])
         shared = slice(0, block.shared)
-        keys = (kt[..., shared], vt[..., shared], k[:, :, shared])
-        dq, dk, dv = _part_backward(*rows, *keys, _shared_mask(seen, plan, block))
+        keys: tuple[Array, ...] = (kt[..., shared], vt[..., shared], k[:, :, shared])
+        dq, dk, dv = _part_backward(rows, keys, _shared_mask(seen, plan, block))
         dkt, dvt = dkt.at[..., shared].add(dk), dvt.at[..., shared].add(dv)
         if block.members:
             own = slice(plan.before + block.start, plan.before + block.stop)
-            own_rows = [_own(x, block) for x in rows]
-            own_keys = (_own_keys(kt, plan, block), _own_keys(vt, plan, block), _own(k[:, :, own], block))
-            more, dk, dv = _part_backward(*own_rows, *own_keys, _own_mask(seen, plan, block))
+            rows = tuple(_own(x, block) for x in rows)
+            keys = (_own_keys(kt, plan, block), _own_keys(vt, plan, block), _own(k[:, :, own], block))
+            more, dk, dv = _part_backward(rows, keys, _own_mask(seen, plan, block))
             dq = dq + more.reshape(dq.shape)
             dkt, dvt = (x.at[..., own].add(_from_own(y, block)) for x, y in ((dkt, dk), (dvt, dv)))
         dqs.append(dq.astype(q.dtype))
@@ -147,10 +147,15 @@ def _backward(plan: Plan, residuals: tuple[Array, ...], gradient: Array) -> tupl
 _attend.defvjp(_forward, _backward)
 
 
-def _part_backward(
-    q: Array, gradient: Array, lse: Array, delta: Array, kt: Array, vt: Array, k: Array, mask: Array
-) -> tuple[Array, Array, Array]:
-    """Gradients, in fp32, of rows `[..., rows, H]` and of keys and values turned `[..., H, keys]`, from one part."""
+def _part_backward(rows: tuple[Array, ...], keys: tuple[Array, ...], mask: Array) -> tuple[Array, Array, Array]:
+    """Gradients from one part of the softmax: of rows `[..., rows, H]`, of keys and values `[..., H, keys]`; in fp32.
+
+    Args:
+      rows: queries, gradients of outputs, log-sum-exps and deltas.
+      keys: keys turned, values turned, keys.
+    """
+    q, gradient, lse, delta = rows
+    kt, vt, k = keys
     weights = jnp.exp(_masked(_product(q, kt), mask) - lse[..., None])
     ds = (weights * (_product(gradient, vt) - delta[..., None])).astype(q.dtype)
     dk = _product(q.swapaxes(-1, -2), ds)
