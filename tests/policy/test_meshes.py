@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from maestro_jax.aot.hlo import collectives
 from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import ShardingRules, init_params, over_groups
+from maestro_jax.parallel.sharding import ShardingRules, gather_over_fsdp, init_params, over_groups
+from maestro_jax.policy.attention import AttentionConfig
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import Policy, prompt_shardings
 from tests.policy import reference
@@ -19,6 +22,7 @@ from tests.policy.reference import ROOT, assert_near
 
 MESHES = {"fsdp 8": (1, 8, 1), "fsdp 4, tensor 2": (1, 4, 2), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 B, G, P, R = 8, 2, 24, 4
+BLOCKS, PLAIN = AttentionConfig("blocks"), AttentionConfig("xla")
 TOLERANCE = 1e-5  # fp32: sums are split over devices; a missing collective is off by parts of one
 
 
@@ -28,10 +32,10 @@ def architecture() -> PolicyArchitecture:
     return dataclasses.replace(toy, text=dataclasses.replace(toy.text, intermediate_size=112))
 
 
-def lowered(axes: tuple[int, int, int]) -> tuple[Any, nnx.State]:
+def lowered(axes: tuple[int, int, int], attention: AttentionConfig = BLOCKS) -> tuple[Any, nnx.State]:
     """A program that gives gradients of the members' mean log-likelihood and logits `[B, G, R, V]`; its parameters."""
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
-    make = lambda: Policy(architecture(), nnx.Rngs(0), remat=True)  # noqa: E731
+    make = lambda: Policy(architecture(), nnx.Rngs(0), remat=True, attention=attention)  # noqa: E731
     graph, params = init_params(make, mesh, ShardingRules())
     rows = (reference.three_rows() * 3)[:B]
     prompts = jax.device_put(reference.collate(ROOT, rows, P, per_group=2, patches=24), prompt_shardings(mesh))
@@ -48,16 +52,16 @@ def lowered(axes: tuple[int, int, int]) -> tuple[Any, nnx.State]:
         return jax.jit(jax.grad(mean, has_aux=True)).lower(params), params
 
 
-def run(axes: tuple[int, int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def run(axes: tuple[int, int, int], attention: AttentionConfig = BLOCKS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits `[B, G, R, V]`, and gradients by name."""
-    program, params = lowered(axes)
+    program, params = lowered(axes, attention)
     gradients, logits = program.compile()(params)
     return np.asarray(logits), {name: np.asarray(leaf) for name, leaf in named_leaves(gradients).items()}
 
 
 @pytest.fixture(scope="module")
 def alone() -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    return run((1, 1, 1))
+    return run((1, 1, 1), PLAIN)
 
 
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
@@ -80,3 +84,23 @@ def test_every_device_computes_its_own_groups_only(axes: tuple[int, int, int]) -
     spelled = {groups: (f"f32[{groups},{tokens},{width}]", f"f32[{groups * tokens},{width}]") for groups in (own, B)}
     assert any(shape in text for shape in spelled[own])  # inside the MLP
     assert not any(shape in text for shape in spelled[B])
+
+
+def test_weights_are_gathered_a_layer_at_a_time() -> None:
+    """Never a whole stack. (Whether in bfloat16 only a TPU program can tell: XLA computes it in fp32 on CPUs.)"""
+    mesh = make_mesh(MeshConfig(1, 8, 1), jax.devices()[:8])
+    kernel = jax.ShapeDtypeStruct((3, 64, 112), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    x = jax.ShapeDtypeStruct((8, 16, 64), jnp.bfloat16, sharding=over_groups(mesh))
+
+    def value(kernel: jax.Array, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, None]:
+            whole = gather_over_fsdp(kernel.astype(x.dtype), ("embed", "mlp"))
+            return jnp.sin(x @ whole) @ whole.T, None
+
+        return jnp.sum(jax.lax.scan(layer, x, kernel)[0].astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(value), out_shardings=kernel.sharding).lower(kernel, x).compile().as_text()
+    gathered = [c for c in collectives(text) if c.kind == "all-gather"]
+    assert gathered and all(c.times % 3 == 0 for c in gathered)  # inside the loop
+    assert {shape for c in gathered for shape in c.shapes} <= {("bf16", (64, 112)), ("f32", (64, 112))}
