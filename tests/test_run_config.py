@@ -198,6 +198,8 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
         ("grpo.steps", 10_000, "set config.optimizer.decay_steps=10000"),
         ("warm_start.steps", 10_000, "set config.warm_start.optimizer.decay_steps=10000"),
         ("optimizer.decay_steps", 2, "must exceed warmup_steps="),
+        ("optimizer.moments", "fp8", "use one of float32, bfloat16, int8"),
+        ("warm_start.optimizer.moments", "int4", "config.warm_start.optimizer.moments 'int4' is unknown"),
     ],
 )
 def test_a_contradiction_names_the_cure(key: str, value: Any, says: str) -> None:

@@ -7,7 +7,7 @@ bfloat16 that is 0.2 to 0.4 %, and a second moment that should fall by the facto
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,10 +47,10 @@ class OptimizerConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """One moment of all parameters in bytes: the level of each element, and what a row's highest level stands for."""
+    """A moment of one parameter in bytes: the level of each element, and what a row's highest level stands for."""
 
-    levels: Any  # a tree like the parameters; int8 (first moment) or uint8 (second) of the parameter's shape
-    scales: Any  # a tree like the parameters; float32 [..., 1]
+    levels: Any  # int8 (first moment) or uint8 (second), in the parameter's shape; or its sharding, as of
+    scales: Any  # float32 [..., 1]
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -69,50 +69,44 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def scale_by_adam(b1: float, b2: float, eps: float, moments: str) -> optax.GradientTransformation:
     """optax's Adam in fp32, its moments kept as `moments` (of `MOMENTS`) says, whatever the dtype of the parameters."""
     adam = optax.scale_by_adam(b1, b2, eps)
+    first, second = ("int8", "uint8") if moments == "int8" else (moments, moments)
 
-    def init(params: Any) -> optax.ScaleByAdamState:
-        return _keep(adam.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)), moments)
+    def keep(state: Any) -> Any:
+        # The rounding depends on step, parameter and element, on no mesh.
+        seed = 2 * state.count.astype(jnp.uint32)
+        return state._replace(mu=_narrow(state.mu, first, seed), nu=_narrow(state.nu, second, seed + 1))
+
+    def init(params: Any) -> Any:
+        return keep(adam.init(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)))
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-        updates, state = adam.update(gradients, state._replace(mu=_take(state.mu), nu=_take(state.nu)), params)
-        return updates, _keep(state, moments)
+        gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
+        updates, state = adam.update(gradients, state._replace(mu=_widen(state.mu), nu=_widen(state.nu)), params)
+        return updates, keep(state)
 
     return optax.GradientTransformation(init, update)
 
 
-def _keep(state: Any, moments: str) -> Any:
-    """An Adam state with fp32 moments as it is kept; the chance in its rounding depends on its step, on no mesh."""
-    if moments == "float32":
-        return state
-    mu_seed, nu_seed = 2 * state.count, 2 * state.count + 1
-    if moments == "bfloat16":
-        mu, nu = (
-            _map_by_chance(round_to_bfloat16, mu_seed, state.mu),
-            _map_by_chance(round_to_bfloat16, nu_seed, state.nu),
-        )
-    else:
-        mu, nu = _quantised(state.mu, jnp.int8, mu_seed), _quantised(state.nu, jnp.uint8, nu_seed)
-    return state._replace(mu=mu, nu=nu)
+def _widen(moments: Any) -> Any:
+    """Moments as they are kept → in fp32."""
+
+    def one(leaf: Array | Quantised) -> Array:
+        return dequantise(leaf) if isinstance(leaf, Quantised) else leaf.astype(jnp.float32)
+
+    return jax.tree.map(one, moments, is_leaf=lambda x: isinstance(x, Quantised))
 
 
-def _take(moment: Any) -> Any:
-    """A moment as it is kept → in fp32."""
-    if isinstance(moment, Quantised):
-        return jax.tree.map(dequantise, moment.levels, moment.scales)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), moment)
+def _narrow(moments: Any, dtype: str, seed: Array) -> Any:
+    """Moments in fp32 → as they are kept."""
 
+    def one(number: int, leaf: Array) -> Array | Quantised:
+        if dtype == "float32":
+            return leaf
+        chance = hashed(_mix(seed) + jnp.uint32(number), leaf.shape) >> 16
+        return round_to_bfloat16(leaf, chance) if dtype == "bfloat16" else quantise(leaf, dtype, chance)
 
-def _quantised(moment: Any, dtype: Any, seed: Array) -> Quantised:
-    scales = jax.tree.map(lambda leaf: jnp.max(jnp.abs(leaf), axis=-1, keepdims=True), moment)
-    return Quantised(_map_by_chance(lambda *leaves: quantise(*leaves, dtype), seed, moment, scales), scales)
-
-
-def _map_by_chance(function: Callable[..., Array], seed: Array, tree: Any, *more: Any) -> Any:
-    """`function(chance, leaf, ...)` of every leaf; `chance` is uint32 of the leaf's shape, below 2 ** 16."""
-    leaves, structure = jax.tree.flatten(tree)
-    chances = [hashed(_mix(seed.astype(jnp.uint32)) + i, leaf.shape) >> 16 for i, leaf in enumerate(leaves)]
-    return jax.tree.map(function, jax.tree.unflatten(structure, chances), tree, *more)
+    leaves, structure = jax.tree.flatten(moments)
+    return jax.tree.unflatten(structure, [one(number, leaf) for number, leaf in enumerate(leaves)])
 
 
 def hashed(seed: Array, shape: Sequence[int]) -> Array:
@@ -134,38 +128,39 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def round_to_bfloat16(chance: Array, x: Array) -> Array:
+def round_to_bfloat16(x: Array, chance: Array) -> Array:
     """fp32 `x` as bfloat16, rounded stochastically: the 16 bits that are cut off carry into the others by `chance`."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + chance
     return jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
-def quantise(chance: Array, x: Array, scale: Array, dtype: Any) -> Array:
-    """Levels of fp32 `x` as bytes, rounded stochastically between neighbouring levels.
+def quantise(x: Array, dtype: str, chance: Array) -> Quantised:
+    """fp32 `x` in bytes, rounded stochastically between neighbouring levels.
 
-    Level 0 is 0, the highest is `scale`, each of the others 9 % above the one before. Block-wise 8-bit Adam (Dettmers
-    et al. 2022, arXiv 2110.02861) needs small blocks since its levels are finest near the largest element; these are
-    equally fine everywhere, so that a row as a whole, which may be split over devices, is block enough.
+    Level 0 is 0, the highest is the row's largest element, each of the others 9 % above the one before. Block-wise
+    8-bit Adam (Dettmers et al. 2022, arXiv 2110.02861) needs small blocks since its levels are finest near a block's
+    largest element; these are equally fine everywhere, so that a whole row, which may be split over devices, will do.
 
     Args:
+      dtype: "int8", or "uint8" for second moments: none is below 0, and none above 0 becomes 0, for updates are divided
+        by their roots.
       chance: uint32 below 2 ** 16, in the shape of `x`.
-      x: at most `scale [..., 1]` in size; none is below 0 if `dtype` is unsigned.
-      dtype: int8, or uint8 for second moments: there nothing above 0 becomes 0, by whose root it would be divided.
     """
     highest = jnp.iinfo(dtype).max
-    size = jnp.abs(x) / jnp.where(scale > 0, scale, 1.0)
+    scales = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    size = jnp.abs(x) / jnp.where(scales > 0, scales, 1.0)
     low = jnp.clip(jnp.floor(highest + _LEVELS_PER_OCTAVE * jnp.log2(size)), 0, highest - 1)
     below, above = _value(low, highest), _value(low + 1, highest)
     up = chance < (size - below) / (above - below) * 2.0**16
-    if dtype == jnp.uint8:
+    if dtype == "uint8":
         up |= (low == 0) & (size > 0)
-    return (jnp.sign(x) * (low + up)).astype(dtype)
+    return Quantised((jnp.sign(x) * (low + up)).astype(dtype), scales)
 
 
-def dequantise(levels: Array, scale: Array) -> Array:
-    """fp32 values of what `quantise` made."""
-    size = _value(jnp.abs(levels.astype(jnp.float32)), jnp.iinfo(levels.dtype).max)
-    return jnp.sign(levels).astype(jnp.float32) * size * scale
+def dequantise(x: Quantised) -> Array:
+    """The fp32 values of what `quantise` made."""
+    size = _value(jnp.abs(x.levels.astype(jnp.float32)), jnp.iinfo(x.levels.dtype).max)
+    return jnp.sign(x.levels).astype(jnp.float32) * size * x.scales
 
 
 def _value(level: Array, highest: int) -> Array:

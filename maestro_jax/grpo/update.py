@@ -29,6 +29,7 @@ from maestro_jax.grpo.losses import (
     masked_mean,
     policy_loss,
 )
+from maestro_jax.grpo.optimizer import Quantised
 from maestro_jax.parallel.sharding import over_groups, replicated
 from maestro_jax.policy.model import Policy, PrefixBatch, prompt_shardings
 from maestro_jax.policy.vision import Leaf
@@ -136,18 +137,20 @@ class TrainStep:
       zeros: `() → gradients`.
       accumulate: `(params, gradients, part) → (gradients, sums)`; the gradients are donated.
       apply: `(state, gradients, sums, left_out) → (state, metrics)`; the state is donated.
+      home: shardings of the optimiser's state between updates, in the host's memory or on the devices.
     """
 
     whole: Any
     zeros: Any
     accumulate: Any
     apply: Any
+    home: Any
 
     def __call__(
         self, state: TrainState, parts: Sequence[GroupBatch], left_out: LossCount = NOTHING
     ) -> tuple[TrainState, Metrics]:
         """One update; `left_out` counts groups that have no gradient and are in no part."""
-        if len(parts) == 1:
+        if len(parts) == 1 and not self.offloads:
             return self.whole(state, parts[0], left_out)
         total = self.begin()
         for part in parts:
@@ -162,7 +165,21 @@ class TrainStep:
         return Total(gradients, sums if total.sums is None else total.sums + sums)
 
     def finish(self, state: TrainState, total: Total, left_out: LossCount) -> tuple[TrainState, Metrics]:
-        return self.apply(state, total.gradients, total.sums, left_out)
+        if not self.offloads:
+            return self.apply(state, total.gradients, total.sums, left_out)
+        # Not within the program: XLA (for a TPU, libtpu 0.0.42) would fetch all moments before it computes anything and
+        # hold old and new ones, a higher peak than with moments on the devices; and it fails to move bytes.
+        on_device = jax.device_put(state.opt_state, jax.tree.map(_on_device, self.home))
+        for leaf in jax.tree.leaves(state.opt_state):
+            if leaf.sharding.memory_kind == HOST_MEMORY:
+                leaf.delete()
+        state = dataclasses.replace(state, opt_state=on_device)
+        state, metrics = self.apply(state, total.gradients, total.sums, left_out)
+        return dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, self.home)), metrics
+
+    @property
+    def offloads(self) -> bool:
+        return any(sharding.memory_kind == HOST_MEMORY for sharding in jax.tree.leaves(self.home))
 
 
 def split_frozen(params: nnx.State, freeze: Sequence[str]) -> tuple[nnx.State, nnx.State]:
@@ -213,7 +230,8 @@ def make_train_step(
     state: TrainState,
 ) -> TrainStep:
     """The programs of an update; the state stays in the shards and the memory of `state`, which may be abstract."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    home = jax.tree.map(lambda leaf: leaf.sharding, state.opt_state)
+    shardings = jax.tree.map(lambda leaf: _on_device(leaf.sharding), state)
     trained_shardings, _ = split_frozen(shardings.params, config.freeze)
     trained_shapes = jax.eval_shape(lambda params: split_frozen(params, config.freeze)[0], state.params)
     gradient = _gradient(graph, loss, config)
@@ -221,8 +239,7 @@ def make_train_step(
 
     def updated(state: TrainState, gradients: nnx.State) -> tuple[TrainState, Metrics]:
         trained, frozen = split_frozen(state.params, config.freeze)
-        moments = jax.tree.map(_to_device, state.opt_state, shardings.opt_state)
-        updates, opt_state = optimizer.update(gradients, moments, trained)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = nnx.merge_state(optax.apply_updates(trained, updates), frozen)
         norms = {"grad_norm": optax.global_norm(gradients), "update_norm": optax.global_norm(updates)}
         return TrainState(params, opt_state, state.step + 1), norms
@@ -261,6 +278,7 @@ def make_train_step(
             out_shardings=out,
             donate_argnums=0,
         ),
+        home=home,
     )
 
 
@@ -284,9 +302,8 @@ def _gradient(
     return gradient
 
 
-def _to_device(leaf: Array, sharding: NamedSharding) -> Array:
-    """A leaf of the optimiser state where it can be computed with."""
-    return jax.device_put(leaf, sharding.with_memory_kind("device")) if sharding.memory_kind == HOST_MEMORY else leaf
+def _on_device(sharding: NamedSharding) -> NamedSharding:
+    return sharding.with_memory_kind("device") if sharding.memory_kind == HOST_MEMORY else sharding
 
 
 def batch_shardings(mesh: Mesh) -> GroupBatch:
@@ -323,7 +340,9 @@ def init_train_state(
     if offload:
         check_host_memory(mesh.local_devices)
     trained, _ = split_frozen(params, freeze)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings(optimizer, trained, mesh, offload))(trained)
+    home = opt_shardings(optimizer, trained, mesh, offload)
+    opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(_on_device, home))(trained)
+    opt_state = jax.device_put(opt_state, home) if offload else opt_state
     return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)))
 
 
@@ -334,15 +353,19 @@ def opt_shardings(
 
     Args:
       trained: parameters, or their shapes and shardings.
-      offload: keeps the moments in the host's memory; every update moves them in and out. (The parameters stay: they
-        are what rollouts decode with.)
+      offload: keeps the moments in the host's memory but while an update is applied: rollouts, and the gradients'
+        activations, have their room on the devices. (Parameters stay: rollouts decode with them.)
     """
 
-    def place(leaf: Any, parameter: Any) -> NamedSharding:
+    kind = HOST_MEMORY if offload else None
+
+    def place(moment: Any, parameter: Any) -> Any:
         spec = parameter.sharding.spec
-        if leaf.shape != parameter.shape:  # one number for each row (`optimizer.py: Quantised`)
-            spec = PartitionSpec(*spec[: len(leaf.shape) - 1])
-        return NamedSharding(mesh, spec, memory_kind=HOST_MEMORY if offload else None)
+        own = NamedSharding(mesh, spec, memory_kind=kind)
+        if not isinstance(moment, Quantised):
+            return own
+        rows = PartitionSpec(*spec[: len(parameter.shape) - 1])
+        return Quantised(own, NamedSharding(mesh, rows, memory_kind=kind))
 
     return optax.tree.map_params(
         optimizer,
@@ -350,6 +373,7 @@ def opt_shardings(
         jax.eval_shape(optimizer.init, trained),
         trained,
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=lambda x: isinstance(x, Quantised),
     )
 
 

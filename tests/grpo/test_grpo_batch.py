@@ -1,11 +1,15 @@
-"""From finished rollouts to the update's batch: who is in the loss, and what is counted."""
+"""From finished rollouts to the parts of an update's batch: who is in the loss, and what is counted."""
+
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
 from maestro_jax.errors import DataError
-from maestro_jax.grpo.batch import Scored, make_batch, score_rollout, summary
+from maestro_jax.grpo.batch import Scored, make_parts, score_rollout, summary, take_part, take_prompts
+from maestro_jax.grpo.losses import LossCount
+from maestro_jax.grpo.microbatches import Part, Planner
 from maestro_jax.grpo.update import GroupBatch
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.model import PrefixBatch
@@ -40,12 +44,24 @@ def rollout() -> Rollout:
     tokens = reference.members(3, G, R)
     logprobs = rng.uniform(-2, 0, (3, G, R)).astype(np.float32)
     prompts: PrefixBatch = reference.collate([1, 2], [reference.row(5)] * 3, width=4, per_group=1, patches=4)
-    return Rollout(groups, prompts, tokens, logprobs, authored, length)
+    return Rollout(groups, jax.tree.map(np.asarray, prompts), tokens, logprobs, authored, length)
+
+
+Parts = tuple[list[GroupBatch], LossCount, dict[str, float]]
+
+
+def parts_of(
+    rollout: Rollout, buckets: tuple[int, ...] = (12, 16), microbatches: int = 1, contrast_only: bool = False
+) -> Parts:
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    planner = Planner(reference.architecture(), 2, G, 3, microbatches, 1, (2, 4), buckets)
+    return make_parts(rollout, score_rollout(rollout, RewardConfig()), "std", contrast_only, planner, mesh)
 
 
 def batch_of(rollout: Rollout, buckets: tuple[int, ...] = (12, 16)) -> tuple[GroupBatch, dict[str, float]]:
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    return make_batch(rollout, score_rollout(rollout, RewardConfig()), "std", buckets, mesh)
+    """The one part, in which the group that padded the rollout is replaced by other padding."""
+    (part,), _, metrics = parts_of(rollout, buckets)
+    return part, metrics
 
 
 def test_rewards_and_who_counts(rollout: Rollout) -> None:
@@ -69,12 +85,48 @@ def test_advantages_leave_the_marked_member_out(rollout: Rollout) -> None:
     assert not advantages[1:].any()
 
 
-def test_arrays_are_cut_to_the_bucket_and_otherwise_as_sampled(rollout: Rollout) -> None:
-    batch, metrics = batch_of(rollout)
-    np.testing.assert_array_equal(batch.tokens, rollout.tokens[..., :12])
-    np.testing.assert_array_equal(batch.old_logprobs, rollout.logprobs[..., :12])
-    np.testing.assert_array_equal(batch.length, rollout.length)
-    assert metrics["member_bucket"] == 12.0 and batch_of(rollout, (16,))[1]["member_bucket"] == 16.0
+def test_arrays_are_cut_to_the_buckets_and_otherwise_as_sampled(rollout: Rollout) -> None:
+    batch, _ = batch_of(rollout)
+    np.testing.assert_array_equal(batch.tokens[:2], rollout.tokens[:2, :, :12])
+    np.testing.assert_array_equal(batch.old_logprobs[:2], rollout.logprobs[:2, :, :12])
+    np.testing.assert_array_equal(batch.length[:2], rollout.length[:2])
+    np.testing.assert_array_equal(batch.prompts.tokens[:2], rollout.prompts.tokens[:2, :2])
+    assert batch_of(rollout, (16,))[0].tokens.shape == (3, G, 16)
+
+
+def test_groups_without_contrast_are_left_out_and_counted(rollout: Rollout) -> None:
+    (part,), left_out, metrics = parts_of(rollout, (8, 16), 3, contrast_only=True)
+    np.testing.assert_array_equal(part.tokens, rollout.tokens[:1])
+    assert left_out == LossCount(rollout.authored[1].sum(), G)
+    assert metrics["parts"] == 1.0 and metrics["groups_without_contrast"] == 0.5
+    parts, left_out, metrics = parts_of(rollout, (8, 16), 3)
+    assert [part.tokens.shape for part in parts] == [(1, G, 16), (1, G, 8)] and left_out == LossCount(0, 0)
+    assert metrics["parts"] == 2.0
+
+
+def test_without_any_contrast_a_group_stays(rollout: Rollout) -> None:
+    """Moments and rate move on at every step, and what is left out needs a part to be counted with."""
+    same = dataclasses.replace(rollout, trajectories=[rollout.trajectories[1]] * 2)
+    (part,), left_out, _ = parts_of(same, microbatches=3, contrast_only=True)
+    assert part.tokens.shape[0] == 1 and not np.asarray(part.advantages).any()
+    assert left_out == LossCount(rollout.authored[1].sum(), G)
+
+
+def test_padding_of_a_part_is_out_of_the_loss(rollout: Rollout) -> None:
+    mask, advantages = rollout.authored, np.ones((3, G), np.float32)
+    part = take_part(rollout, mask, advantages, np.array([1]), Part((1,), 2, 2, 8))
+    np.testing.assert_array_equal(part.tokens, rollout.tokens[[1, 1], :, :8])
+    np.testing.assert_array_equal(part.mask[0], mask[1, :, :8])
+    assert not part.mask[1].any() and not part.advantages[1].any() and part.advantages[0].all()
+
+
+def test_prompts_are_taken_with_all_their_images() -> None:
+    rows = reference.three_rows()
+    prompts = jax.tree.map(np.asarray, reference.collate([1, 2], rows, width=24, per_group=2, patches=24))
+    taken = take_prompts(prompts, np.array([2, 0]), 20)
+    assert len(rows[2].ids) <= 20
+    wanted = reference.collate([1, 2], [rows[2], rows[0]], width=20, per_group=2, patches=24)
+    jax.tree.map(np.testing.assert_array_equal, taken, wanted)
 
 
 def test_statistics_leave_padding_groups_out(rollout: Rollout) -> None:

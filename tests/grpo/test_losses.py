@@ -183,7 +183,8 @@ def test_for_tokens_of_the_policy_itself_weights_change_nothing(inputs: LossInpu
 def test_statistics(inputs: LossInputs) -> None:
     metrics = policy_loss(inputs, GRPO)[1]
     gap = np.asarray(inputs.logprobs - inputs.old_logprobs)[np.asarray(inputs.mask)]
-    np.testing.assert_allclose(metrics["ratio_max"], np.exp(gap).max(), rtol=1e-6)
+    for name, of in (("ratio_mean", np.mean), ("ratio_max", np.max), ("ratio_min", np.min)):
+        np.testing.assert_allclose(metrics[name], of(np.exp(gap)), rtol=1e-6)
     np.testing.assert_allclose(metrics["logprob_gap"], np.abs(gap).max(), rtol=1e-6)
 
 

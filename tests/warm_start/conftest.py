@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from maestro_jax.config import WarmStartConfig
-from maestro_jax.grpo.update import OptimizerConfig
+from maestro_jax.grpo.optimizer import OptimizerConfig
 from maestro_jax.policy.tokens import Tokens, train_tokens
 from maestro_jax.registry.config import ExpertConfig, RegistryConfig, SkillConfig
 from maestro_jax.rollout.exchange import observation_frames
