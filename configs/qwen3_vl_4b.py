@@ -8,8 +8,8 @@
 Architecture, weights and tokenizer come from the checkpoint directory. Without `data.*` it trains on the
 embedded suite. Registry: the suite's in-process experts until yours are listed in `configs/registry/`.
 
-Written for 8 devices of 80 GB, one group on each at a time. Not yet run at this size: attention scores are kept in
-fp32 for all members of a group at once (by arithmetic some 15 GB a layer and group at full lengths).
+Written for 64 chips, one group on each: `python -m maestro_jax.plan` says what it needs of which devices. On 8 set
+`--config.grpo.microbatches=8`. Compiled for TPUs ahead of time, not yet run at this size.
 """
 
 from ml_collections import ConfigDict
@@ -62,8 +62,8 @@ def get_config() -> ConfigDict:
     config.grpo.update(
         {
             "steps": STEPS,
-            "groups": 32,
-            "microbatches": 4,  # 8 groups at a time, as many as devices
+            "groups": 64,
+            "microbatches": 1,  # a group a chip on 64; on 8 devices it takes 8
             "group_size": 8,
             "constant_length": ROOM,
             "kl_weight": 0.0,  # a pretrained policy needs no tie to its start

@@ -77,9 +77,9 @@ def estimate_update(config: Config, architecture: PolicyArchitecture, sizes: Siz
         refused=False,
         flops=flops * (4 if policy.remat else 3) / tensor,
         collectives={},
+        largest_gather=0,
         kernels=False,
         seconds=0.0,
-        text="",
     )
 
 

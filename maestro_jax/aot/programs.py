@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maestro_jax.aot.hlo import KINDS, collectives
+from maestro_jax.aot.hlo import KINDS, Collective, collectives
 from maestro_jax.aot.topology import refusal
 from maestro_jax.assemble import fields, policy_factory, update_config
 from maestro_jax.config import Config
@@ -73,6 +73,7 @@ class Program:
       refused: whether the compiler found that it does not fit; then `temporaries` is all it says it needs.
       flops: operations of matrix products by arithmetic (`policy/flops.py`); 0 where they do not count.
       collectives: kind → (runs, bytes of results), loops counted.
+      largest_gather: bytes of the largest result of an all-gather; a stack of all layers would show.
       kernels: whether splash attention is in the program.
       seconds: it took to compile.
     """
@@ -84,9 +85,9 @@ class Program:
     refused: bool
     flops: float
     collectives: dict[str, tuple[int, int]]
+    largest_gather: int
     kernels: bool
     seconds: float
-    text: str = dataclasses.field(repr=False)
 
     @property
     def total(self) -> int:
@@ -243,8 +244,9 @@ class Programs:
                 if not needed:
                     raise
                 left = max(needed - given, 0)
-                return Program(name, given, left, beside, True, flops, {}, False, time.monotonic() - began, "")
+                return Program(name, given, left, beside, True, flops, {}, 0, False, time.monotonic() - began)
         memory, text = compiled.memory_analysis(), compiled.as_text()
+        found = collectives(text)
         own_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return Program(
             name,
@@ -253,15 +255,14 @@ class Programs:
             beside,
             False,
             flops,
-            _by_kind(text),
+            _by_kind(found),
+            max((c.bytes for c in found if c.kind == "all-gather"), default=0),
             "splash_mha" in text,
             time.monotonic() - began,
-            text,
         )
 
 
-def _by_kind(text: str) -> dict[str, tuple[int, int]]:
-    found = collectives(text)
+def _by_kind(found: list[Collective]) -> dict[str, tuple[int, int]]:
     of = {kind: [c for c in found if c.kind == kind] for kind in KINDS}
     return {kind: (sum(c.times for c in cs), sum(c.times * c.bytes for c in cs)) for kind, cs in of.items() if cs}
 

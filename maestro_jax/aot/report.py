@@ -95,6 +95,7 @@ def _program(program: Program, target: Target) -> dict[str, Any]:
         "refused": program.refused,
         "flops": program.flops,
         "collectives": _collectives(program),
+        "largest_all_gather": program.largest_gather,
         "splash_attention": program.kernels,
         "least_seconds": seconds_of(program, target),
         "compile_seconds": round(program.seconds, 1),

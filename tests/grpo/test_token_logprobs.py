@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maestro_jax.grpo.logprobs import ROW_BUCKETS, loss_rows, put_rows, states_before, take_rows, token_logprobs
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import gather_rows, over_groups
+from maestro_jax.parallel.sharding import gather_over_fsdp, over_groups
 from tests.policy.reference import assert_near
 
 B, M, D, V = 4, 6, 8, 50
@@ -164,7 +164,9 @@ def on_mesh(mesh: Mesh) -> tuple[Any, tuple[jax.Array, ...]]:
     targets, slopes = jax.device_put((rng.integers(0, v, (b, m)), rng.standard_normal((b, m))), groups)
 
     def total(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, Pair]:
-        logprobs, entropy = token_logprobs(hidden, gather_rows(table), targets, TEMPERATURE, 20)
+        logprobs, entropy = token_logprobs(
+            hidden, gather_over_fsdp(table, ("vocab", "embed")), targets, TEMPERATURE, 20
+        )
         return jnp.sum(slopes * (logprobs + 0.3 * entropy)), (logprobs, entropy)
 
     program = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), out_shardings=((groups, shards), (groups, groups)))
