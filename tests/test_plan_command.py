@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from configs import quickstart, qwen3_vl_4b
@@ -48,7 +49,7 @@ def test_a_small_run_for_four_chips(tmp_path: Path) -> None:
 
 
 def test_one_that_is_refused_is_told_what_fits(tmp_path: Path) -> None:
-    much = ["--config.grpo.groups=64", "--config.grpo.group_size=128", "--config.rollout.member_buckets=(128,1024)"]
+    much = ["--config.grpo.groups=64", "--config.grpo.group_size=32", "--config.rollout.member_buckets=(128,1024)"]
     arguments = ["--config=configs/quickstart.py", "--topology=v5e:2x2", "--programs=update", *LENGTHS, *much]
     found, printed = run(tmp_path / "plan.json", *arguments, "--config.rollout.room=1024")
     assert not found["fits"] and found["programs"]["update"]["refused"]
@@ -59,7 +60,7 @@ def test_one_that_is_refused_is_told_what_fits(tmp_path: Path) -> None:
 
 def test_without_a_topology_it_plans_for_the_devices_at_hand(tmp_path: Path) -> None:
     found, printed = run(tmp_path / "plan.json", "--config=configs/quickstart.py", "--programs=update")
-    assert found["fits"] and found["device"] == "cpu" and found["chips"] == 1
+    assert found["fits"] and found["device"] == "cpu" and found["chips"] == jax.device_count()
     assert found["per_chip"]["total"] > 0 and "cpu" in printed
 
 

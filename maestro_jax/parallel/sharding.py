@@ -117,8 +117,10 @@ def _gather_forward(kernel: jax.Array, shards: PartitionSpec, whole: PartitionSp
 def _gather_backward(
     shards: PartitionSpec, whole: PartitionSpec, residual: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
-    del whole, residual
-    return (jax.lax.with_sharding_constraint(gradient, shards),)
+    del residual
+    # Summed first, then cut: told of the shards alone, XLA may split what makes the gradient as they are split, and
+    # gather the activations of all groups for it.
+    return (jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(gradient, whole), shards),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

@@ -93,12 +93,13 @@ class Engine:
         """
         shown = [*tasks, *[tasks[-1]] * (groups - len(tasks))]
         prompts = self.prompts.batch(shown)
+        on_mesh = self._to_mesh(prompts)
         keys = np.stack([[lane_key(seed, step, task.id, m) for m in range(members)] for task in shown])
         alive = np.arange(groups) < len(tasks)
         slots = np.arange(groups * members, dtype=np.int32).reshape(groups, members)
         keys, alive, slots = jax.device_put((keys, alive, slots), over_groups(self.mesh))
         self.exchange.begin([*tasks, *[None] * (groups - len(tasks))], members)
-        state = self._run(params, self._to_mesh(prompts), keys, alive, slots, np.float32(not greedy))
+        state = self._run(params, on_mesh, keys, alive, slots, np.float32(not greedy))
         tokens, logprobs, authored, length = jax.device_get(
             (state.tokens, state.logprobs, state.authored, state.length)
         )

@@ -90,7 +90,7 @@ def take(batch: GroupBatch, cut: Cut) -> GroupBatch:
         return leaf[groups][..., :room] if leaf.ndim == 3 else leaf[groups]
 
     taken = jax.tree.map(rows, dataclasses.replace(batch, prompts=None))
-    return dataclasses.replace(taken, prompts=prompts)
+    return dataclasses.replace(taken, prompts=prompts, loss_rows=loss_rows(taken.mask))
 
 
 @dataclasses.dataclass(frozen=True)
