@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from PIL import Image
 from maestro_jax.checkpoint.store import ParamReader
 from maestro_jax.errors import EXIT_CONFIG
 from maestro_jax.observe.metrics import read_metrics
+from maestro_jax.observe.progress import Progress
+from maestro_jax.train import note_shapes
 from tests.data import verl_rows
 
 ROOT = Path(__file__).parents[1]
@@ -242,6 +245,18 @@ def test_a_killed_run_equals_a_straight_one(interrupted: Interrupted, job: Job, 
     assert sum(row.get("grad_norm", 0) > 0 for row in straight) > STEPS / 2
 
 
+def test_a_shape_of_the_update_is_noted_when_it_is_new() -> None:
+    stream, shapes = io.StringIO(), set()
+    parts = [
+        types.SimpleNamespace(tokens=np.zeros((2, 8, room)), prompts=types.SimpleNamespace(tokens=np.zeros((2, 64))))
+        for room in (32, 16, 32)
+    ]
+    for _ in range(2):
+        note_shapes(parts, shapes, Progress(stream))
+    lines = stream.getvalue().splitlines()
+    assert lines == [f"new shape of the update: 2 groups of 64 + 8 x {room} tokens" for room in (32, 16)]
+
+
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
@@ -370,7 +385,6 @@ def test_a_broken_image_is_refused(job: Job, tmp_path: Path) -> None:
 def test_the_published_rows_become_tasks() -> None:
     from configs import quickstart
     from maestro_jax.config import parse_config
-    from maestro_jax.observe.progress import Progress
     from maestro_jax.train import open_data
 
     assert EXAMPLES is not None

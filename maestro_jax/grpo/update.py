@@ -129,8 +129,8 @@ class TrainStep:
     ```
 
     The update is that of the whole batch, whatever its parts: it is divided once, by the tokens or members of all of
-    them and of the groups that were left out. Of the order of the parts it depends by fp32 rounding only; callers
-    that promise the same bits again feed the same parts in the same order.
+    them and of the groups that were left out. There must be at least one part. On the order of the parts it depends by
+    fp32 rounding only; callers that promise the same bits again feed the same parts in the same order.
 
     Attributes:
       whole: `(state, batch, left_out) → (state, metrics)`, one program; the state is donated.
@@ -167,8 +167,8 @@ class TrainStep:
     def finish(self, state: TrainState, total: Total, left_out: LossCount) -> tuple[TrainState, Metrics]:
         if not self.offloads:
             return self.apply(state, total.gradients, total.sums, left_out)
-        # Not within the program: XLA (for a TPU, libtpu 0.0.42) would fetch all moments before it computes anything and
-        # hold old and new ones, a higher peak than with moments on the devices; and it fails to move bytes.
+        # Not within the program: XLA would fetch all moments before it computes anything, so that the peak is higher
+        # than with moments on the devices, and it fails to move bytes (docs/architecture.md).
         on_device = jax.device_put(state.opt_state, jax.tree.map(_on_device, self.home))
         for leaf in jax.tree.leaves(state.opt_state):
             if leaf.sharding.memory_kind == HOST_MEMORY:
