@@ -8,6 +8,7 @@
 | U1_compact | the same, its head computed for completion tokens only (on CUDA its default) |
 | U2 | our own update of the same members as G groups of one, so that nothing is shared |
 | U3 | google-tunix's actor step with its GRPO loss on its Qwen3 |
+| H1 | one log-softmax over the whole vocabulary, against our head alone (`head.py`) |
 
 All hold the same fp32 weights and read the same ids, masks, advantages and old log-probabilities, on the CPU. Loss and
 gradient norm of the first update are compared; where they differ nothing is timed. A peer runs in an environment and a
@@ -31,7 +32,7 @@ import numpy as np
 from absl import flags
 from safetensors.numpy import save_file
 
-from benchmarks import pairs
+from benchmarks import head, pairs
 from benchmarks.models import OurPolicy
 from benchmarks.pairs import MismatchError, Result
 from benchmarks.peers import environment
@@ -135,6 +136,9 @@ def main(argv: Sequence[str]) -> None:
         for name, peer in PEERS.items():
             with peer.start({**arguments, "optimizer": dataclasses.asdict(OPTIMIZER), "clip": CLIP}, progress) as their:
                 results[name] = compare(name, shared, their, progress, peer.what, {})
+
+        # ---- The head alone ----------------------------------------------------------------------
+        results["H1"] = head.measure(head.TOY if pairs.SMOKE.value else head.FULL, progress)
     pairs.report(dict(sorted(results.items())))
 
 
