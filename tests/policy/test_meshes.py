@@ -22,7 +22,7 @@ from tests.policy.reference import ROOT, assert_near
 
 MESHES = {"fsdp 8": (1, 8, 1), "fsdp 4, tensor 2": (1, 4, 2), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 B, G, P, R = 8, 2, 24, 4
-BLOCKS, PLAIN = AttentionConfig("blocks"), AttentionConfig("xla")
+BLOCKS, PLAIN, SPLASH = AttentionConfig("blocks"), AttentionConfig("xla"), AttentionConfig("splash_interpret")
 TOLERANCE = 1e-5  # fp32: sums are split over devices; a missing collective is off by parts of one
 
 
@@ -38,7 +38,9 @@ def lowered(axes: tuple[int, int, int], attention: AttentionConfig = BLOCKS) -> 
     make = lambda: Policy(architecture(), nnx.Rngs(0), remat=True, attention=attention)  # noqa: E731
     graph, params = init_params(make, mesh, ShardingRules())
     rows = (reference.three_rows() * 3)[:B]
-    prompts = jax.device_put(reference.collate(ROOT, rows, P, per_group=2, patches=24), prompt_shardings(mesh))
+    # Splash attention takes rows of 128 tokens and patches; what is added is padding.
+    width, patches = (128 - G * R, 128) if attention == SPLASH else (P, 24)
+    prompts = jax.device_put(reference.collate(ROOT, rows, width, per_group=2, patches=patches), prompt_shardings(mesh))
     members = jax.device_put(reference.members(B, G, R), over_groups(mesh))
 
     def mean(params: nnx.State) -> tuple[jax.Array, jax.Array]:
@@ -49,28 +51,33 @@ def lowered(axes: tuple[int, int, int], attention: AttentionConfig = BLOCKS) -> 
         return jnp.take_along_axis(jax.nn.log_softmax(logits), members[..., None], axis=-1).mean(), logits
 
     with jax.set_mesh(mesh):
-        return jax.jit(jax.grad(mean, has_aux=True)).lower(params), params
+        return jax.jit(jax.value_and_grad(mean, has_aux=True)).lower(params), params
 
 
-def run(axes: tuple[int, int, int], attention: AttentionConfig = BLOCKS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits `[B, G, R, V]`, and gradients by name."""
+Run = tuple[float, np.ndarray, dict[str, np.ndarray]]
+
+
+def run(axes: tuple[int, int, int], attention: AttentionConfig = BLOCKS) -> Run:
+    """The mean, logits `[B, G, R, V]`, and gradients by name."""
     program, params = lowered(axes, attention)
-    gradients, logits = program.compile()(params)
-    return np.asarray(logits), {name: np.asarray(leaf) for name, leaf in named_leaves(gradients).items()}
+    (value, logits), gradients = program.compile()(params)
+    return float(value), np.asarray(logits), {n: np.asarray(leaf) for n, leaf in named_leaves(gradients).items()}
 
 
 @pytest.fixture(scope="module")
-def alone() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def alone() -> Run:
     return run((1, 1, 1), PLAIN)
 
 
+@pytest.mark.parametrize("attention", [BLOCKS, SPLASH], ids=["blocks", "splash, interpreted"])
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
 def test_a_mesh_computes_what_one_device_does(
-    axes: tuple[int, int, int], alone: tuple[np.ndarray, dict[str, np.ndarray]]
+    axes: tuple[int, int, int], attention: AttentionConfig, alone: Run
 ) -> None:
-    logits, gradients = run(axes)
-    assert_near(logits, alone[0], TOLERANCE, "logits")
-    for name, wanted in alone[1].items():
+    value, logits, gradients = run(axes, attention)
+    assert abs(value - alone[0]) <= 1e-6 * abs(alone[0])
+    assert_near(logits, alone[1], TOLERANCE, "logits")
+    for name, wanted in alone[2].items():
         assert np.abs(wanted).max() > 1e-6, f"{name} takes no part; the comparison would be empty"
         assert_near(gradients[name], wanted, TOLERANCE, name)
 
