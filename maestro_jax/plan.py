@@ -9,7 +9,7 @@ GPU topologies (h100:8) are estimated by arithmetic, not compiled.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from ml_collections import ConfigDict, config_flags
 
 from maestro_jax import command
 from maestro_jax.aot.estimate import estimate_update, gpu_target
+from maestro_jax.aot.nearest import changes
 from maestro_jax.aot.programs import QUICK, Program, Programs, Sizes
-from maestro_jax.aot.report import as_json, table
+from maestro_jax.aot.report import as_json, table, verdict
 from maestro_jax.aot.topology import Target, present_target, tpu_target
 from maestro_jax.assemble import check_batches
 from maestro_jax.config import Config, parse_config
@@ -137,49 +138,6 @@ def nearest(
         if not isinstance(found, str) and all(program.fits(target.limit) for program in found):
             return overrides
     return {}
-
-
-def changes(raw: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
-    """Settings to try, the least loss first; each is added to those before."""
-    overrides: dict[str, Any] = {}
-
-    def add(**more: Any) -> dict[str, Any]:
-        overrides.update({key.replace("__", "."): value for key, value in more.items()})
-        return dict(overrides)
-
-    shards = devices // raw.mesh.tensor
-    whole = -(-raw.grpo.groups // shards) * shards
-    if whole != raw.grpo.groups or raw.grpo.groups // raw.grpo.microbatches % shards:
-        batch = -(-raw.evaluate.batch // shards) * shards
-        yield add(grpo__groups=whole, grpo__microbatches=whole // shards, evaluate__batch=batch)
-    elif raw.grpo.groups // raw.grpo.microbatches > shards:  # a group a device at a time: the same update, slower
-        yield add(grpo__microbatches=raw.grpo.groups // shards)
-    if not raw.policy.remat:
-        yield add(policy__remat=True)
-    if raw.optimizer.moments == "float32":
-        yield add(optimizer__moments="bfloat16")
-    if raw.optimizer.moments != "int8":
-        yield add(optimizer__moments="int8")
-    buckets = tuple(sorted(raw.rollout.member_buckets))
-    for last in range(len(buckets) - 1, 0, -1):
-        if buckets[last - 1] > raw.rollout.turn_budget:
-            yield add(rollout__member_buckets=buckets[:last], rollout__room=buckets[last - 1])
-    prefixes = tuple(sorted(raw.policy.prefix_buckets))
-    for last in range(len(prefixes) - 1, 0, -1):
-        yield add(policy__prefix_buckets=prefixes[:last])
-
-
-def verdict(fits: bool, target: Target, programs: Sequence[Program], overrides: dict[str, Any]) -> str:
-    if fits and target.limit:
-        worst = max(programs, key=lambda program: program.total)
-        spare = 1 - worst.total / target.limit
-        return f"fits: {spare:.0%} of the memory of a chip stay free at the tightest program ({worst.name})"
-    if fits:
-        return f"compiles; the backend of {target.name} does not tell its memory"
-    if overrides:
-        spelled = " ".join(f'--config.{key}="{value}"' for key, value in overrides.items())
-        return f"does not fit; the nearest setting found whose update does: {spelled}"
-    return "does not fit, nor did any setting that was tried; use a larger slice or a smaller policy"
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import jax
 import pytest
 
 from configs import quickstart, qwen3_vl_4b
-from maestro_jax import plan
+from maestro_jax.aot.nearest import changes
 from maestro_jax.aot.programs import Program
+from maestro_jax.aot.report import verdict
 from maestro_jax.aot.topology import GIB, Target
 
 # The quickstart with lengths that splash attention takes.
@@ -86,7 +87,7 @@ def test_unknown_topologies_are_refused(topology: str, words: str) -> None:
 def test_changes_begin_with_what_costs_least() -> None:
     raw = quickstart.get_config()
     raw.grpo.groups, raw.rollout.member_buckets, raw.rollout.room = 64, (40, 80), 80
-    tried = list(plan.changes(raw, devices=4))
+    tried = list(changes(raw, devices=4))
     assert tried[0] == {"grpo.microbatches": 16}
     assert tried[1] == {"grpo.microbatches": 16, "policy.remat": True}
     assert tried[-1]["rollout.room"] == 40 and tried[-1]["policy.prefix_buckets"] == (48,)
@@ -95,14 +96,14 @@ def test_changes_begin_with_what_costs_least() -> None:
 def test_groups_that_do_not_divide_over_the_devices_come_first() -> None:
     raw = qwen3_vl_4b.get_config()
     raw.grpo.groups, raw.grpo.microbatches = 24, 1
-    first = next(plan.changes(raw, devices=16))
+    first = next(changes(raw, devices=16))
     assert first == {"grpo.groups": 32, "grpo.microbatches": 2, "evaluate.batch": 64}
 
 
 def test_the_verdict_names_the_tightest_program() -> None:
     target = Target("four", (), "chip", 100, None, 4)
     programs = [Program(name, size, 0, 10, False, 0.0, {}, 0, False, 0.0) for name, size in (("a", 30), ("b", 65))]
-    assert plan.verdict(True, target, programs, {}) == (
+    assert verdict(True, target, programs, {}) == (
         "fits: 25% of the memory of a chip stay free at the tightest program (b)"
     )
 

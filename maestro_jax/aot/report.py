@@ -100,3 +100,16 @@ def _program(program: Program, target: Target) -> dict[str, Any]:
         "least_seconds": seconds_of(program, target),
         "compile_seconds": round(program.seconds, 1),
     }
+
+
+def verdict(fits: bool, target: Target, programs: Sequence[Program], overrides: dict[str, Any]) -> str:
+    if fits and target.limit:
+        worst = max(programs, key=lambda program: program.total)
+        spare = 1 - worst.total / target.limit
+        return f"fits: {spare:.0%} of the memory of a chip stay free at the tightest program ({worst.name})"
+    if fits:
+        return f"compiles; the backend of {target.name} does not tell its memory"
+    if overrides:
+        spelled = " ".join(f'--config.{key}="{value}"' for key, value in overrides.items())
+        return f"does not fit; the nearest setting found whose update does: {spelled}"
+    return "does not fit, nor did any setting that was tried; use a larger slice or a smaller policy"
