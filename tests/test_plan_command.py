@@ -50,13 +50,13 @@ def test_a_small_run_for_four_chips(tmp_path: Path) -> None:
 
 
 def test_one_that_is_refused_is_told_what_fits(tmp_path: Path) -> None:
-    much = ["--config.grpo.groups=64", "--config.grpo.group_size=32", "--config.rollout.member_buckets=(128,1024)"]
+    much = ["--config.grpo.groups=512", "--config.grpo.group_size=32", "--config.rollout.member_buckets=(128,1024)"]
     arguments = ["--config=configs/quickstart.py", "--topology=v5e:2x2", "--programs=update", *LENGTHS, *much]
     found, printed = run(tmp_path / "plan.json", *arguments, "--config.rollout.room=1024")
     assert not found["fits"] and found["programs"]["update"]["refused"]
     assert found["per_chip"]["total"] > found["per_chip"]["limit"]
-    assert found["nearest"] == {"grpo.microbatches": 16}
-    assert '--config.grpo.microbatches="16"' in printed
+    assert found["nearest"] == {"grpo.microbatches": 128}
+    assert '--config.grpo.microbatches="128"' in printed
 
 
 def test_without_a_topology_it_plans_for_the_devices_at_hand(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_sharing_is_timed_against_no_sharing(
     monkeypatch.setattr(group_update, "PEERS", {})
     group_update.main([])
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found.keys() == {"U2"}
+    assert found.keys() == {"U2", "H1"}
     assert {"ratio", "ours", "theirs", "device", "command", "flops_ratio", "warm_up_seconds"} <= found["U2"].keys()
     assert len(found["U2"]["pairs"]) == PAIRS
 
@@ -69,7 +69,7 @@ def test_sharing_is_timed_against_no_sharing(
 def test_every_peer_computes_the_same(flags_and_threads: None, tmp_path: Path) -> None:
     group_update.main([])
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found.keys() == {"U1", "U1_compact", "U2", "U3"}
+    assert found.keys() == {"U1", "U1_compact", "U2", "U3", "H1"}
     # The patch takes effect: compact scoring leaves the prompt out.
     scored = [found[name]["peer"]["scored_tokens"] for name in ("U1", "U1_compact")]
     assert scored == [TOY.members * (TOY.prefix + TOY.member - 1), TOY.members * TOY.member]
@@ -97,7 +97,8 @@ def test_without_sharing_every_member_has_the_prompt(policy: OurPolicy, group: G
     g, r = TOY.members, TOY.member
     assert one.tokens.shape == (1, g, r) and apart.tokens.shape == (g, 1, r)
     for b in range(g):
-        np.testing.assert_array_equal(apart.prompts.tokens[b], group.prompt[1:])
+        real = apart.prompts.tokens[b][apart.prompts.mask[b]]
+        np.testing.assert_array_equal(real, group.prompt[1:])
         np.testing.assert_array_equal(apart.tokens[b, 0], group.members[b])
         np.testing.assert_array_equal(apart.mask[b, 0], group.mask[b])
     assert (~group.mask).sum(axis=1).tolist() == [TOY.observed] * g
@@ -113,7 +114,8 @@ def test_the_peers_checkpoint_is_the_policy(policy: OurPolicy, group: Group, tmp
         logits = model(torch.tensor(np.concatenate([prompt, group.members], axis=1)).long()).logits
     at = torch.log_softmax(logits[:, TOY.prefix - 1 : -1], dim=-1)
     theirs = torch.gather(at, -1, torch.tensor(group.members).long()[..., None])[..., 0].numpy()
-    np.testing.assert_allclose(group_update.member_logprobs(policy, group), theirs, atol=2e-5)
+    ours = group_update.member_logprobs(policy, group)
+    np.testing.assert_allclose(ours, np.where(group.mask, theirs, 0), atol=2e-5)
 
 
 def test_some_ratios_are_clipped_and_most_are_not(policy: OurPolicy, group: Group) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from maestro_jax.policy.attention import AttentionConfig
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
 from maestro_jax.policy.flops import group_flops, root_flops
 from maestro_jax.policy.model import Policy
@@ -57,7 +58,7 @@ def test_xla_counts_the_same_decoder_and_head() -> None:
 
 def test_xla_counts_the_same_tower() -> None:
     vision = VisionConfig(1, 512, 1024, 8, 3, 16, 2, 2, 256, 64, (0,))
-    made = nnx.eval_shape(lambda: VisionModel(vision, jnp.float32, jnp.float32, False, nnx.Rngs(0)))
+    made = nnx.eval_shape(lambda: VisionModel(vision, jnp.float32, jnp.float32, False, AttentionConfig(), nnx.Rngs(0)))
     graph, params = nnx.split(made, nnx.Param)
     float32, int32 = (lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((2, 64, *shape), dtype) for dtype in "fi")
     images = ImageBatch(float32(1536), int32(4), float32(4), int32(2), jax.ShapeDtypeStruct((2, 64), bool))
