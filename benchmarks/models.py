@@ -24,6 +24,7 @@ from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params
 from maestro_jax.policy import preprocess
+from maestro_jax.policy.attention import suited_to
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy, PrefixBatch
@@ -78,7 +79,7 @@ class OurPolicy:
     def __init__(self, architecture: PolicyArchitecture, seed: int):
         self.architecture = architecture
         self.mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-        make = lambda: Policy(architecture, nnx.Rngs(seed))  # noqa: E731
+        make = lambda: Policy(architecture, nnx.Rngs(seed), attention=suited_to("cpu"))  # noqa: E731
         # Waited for: initialising takes three times the weights' memory, a second model is to come after it.
         self.graph, self.params = jax.block_until_ready(init_params(make, self.mesh, ShardingRules()))
 

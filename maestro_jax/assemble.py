@@ -13,7 +13,7 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.update import UpdateConfig
 from maestro_jax.parallel.mesh import batch_shards
-from maestro_jax.policy.attention import AttentionConfig
+from maestro_jax.policy.attention import suited_to
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import Policy
 
@@ -32,13 +32,11 @@ def update_config(config: Config, temperature: float) -> UpdateConfig:
 def policy_factory(config: Config, architecture: PolicyArchitecture, platform: str) -> Callable[[], Policy]:
     """What makes the policy, for devices of a platform ("cpu", "gpu", "tpu")."""
     policy = config.policy
-    backend = policy.attention
-    if backend == "auto":
-        backend = "splash" if platform == "tpu" else "blocks"
-    if backend == "splash" and platform != "tpu":
+    attention = suited_to(platform)
+    if policy.attention != "auto":
+        attention = dataclasses.replace(attention, backend=policy.attention)
+    if attention.backend == "splash" and platform != "tpu":
         raise ConfigError(f'config.policy.attention="splash" needs a TPU, found {platform}; use "auto"')
-    # On a CPU the scores of a block should stay in its cache.
-    attention = AttentionConfig(backend, block=128 if platform == "cpu" else 512)
     dtypes = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
     return lambda: Policy(architecture, nnx.Rngs(config.seed), *dtypes, policy.remat, attention)
 

@@ -43,6 +43,13 @@ class AttentionConfig:
             raise ConfigError(f"attention {self.backend!r} is unknown; use one of {', '.join(BACKENDS)}")
 
 
+def suited_to(platform: str) -> AttentionConfig:
+    """What suits devices of a platform ("cpu", "gpu", "tpu"); on a CPU a block's scores should stay in its cache."""
+    if platform == "tpu":
+        return AttentionConfig("splash")
+    return AttentionConfig("blocks", block=128 if platform == "cpu" else 512)
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """Keys and values of one layer that queries may attend to.
