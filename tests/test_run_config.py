@@ -181,6 +181,7 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
         ("data.kind", "verl", "needs config.data.train_files and config.data.test_files"),
         ("rollout.member_buckets", (64, 96), "must end with config.rollout.room="),
         ("grpo.logprob_chunk", 0, "use 1 or more entries of the vocabulary"),
+        ("policy.attention", "flash", "use one of auto, xla, blocks, splash"),
         ("rollout.turn_budget", 10_000, "must be below room="),
         ("grpo.group_size", 1, "use at least 2"),
         ("grpo.microbatches", 3, "must divide config.grpo.groups=16"),
