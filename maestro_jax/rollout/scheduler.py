@@ -187,6 +187,8 @@ class Scheduler:
 
     def _admit(self, orders: Orders, version: int) -> None:
         self.admitted = []
+        if len(self.fresh) >= self.capacity.lanes:
+            return  # the later a group is prefilled, the newer is the policy that does it
         for slot, taken in enumerate(self.slots):
             if taken is not None or not self.queue or len(self.admitted) == self.capacity.prefill_groups:
                 continue
