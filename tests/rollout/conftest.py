@@ -13,4 +13,6 @@ def toy_tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
 
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> episodes.Talker:
-    return episodes.make_talker(tmp_path_factory.mktemp("talker"))
+    directory = tmp_path_factory.mktemp("talker")
+    episodes.write_talker(directory)
+    return episodes.read_talker(directory)

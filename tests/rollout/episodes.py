@@ -87,19 +87,26 @@ def torch_model(tokens: Tokens) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Talker:
-    """A policy that speaks, its twin in transformers, and what both write in."""
+    """A policy that speaks, and what it writes in; made from files, so that other processes can have the same."""
 
+    directory: Path
     tokens: Tokens
-    model: Any  # Qwen3VLForConditionalGeneration
     policy: Policy
 
 
-def make_talker(directory: Path) -> Talker:
-    """Args: directory: receives the tokenizer."""
-    tokens = make_tokens(directory)
-    model = torch_model(tokens)
-    params = reference.as_params(reference.weights_of(model), model_config())
-    return Talker(tokens, model, reference.load(params, model_config()))
+def write_talker(directory: Path) -> None:
+    """Writes the tokenizer and the parameters of `torch_model`."""
+    model = torch_model(make_tokens(directory))
+    np.savez(directory / _PARAMS, **reference.as_params(reference.weights_of(model), model_config()))
+
+
+def read_talker(directory: Path) -> Talker:
+    with np.load(directory / _PARAMS) as params:
+        policy = reference.load(dict(params), model_config())
+    return Talker(directory, load_tokens(directory), policy)
+
+
+_PARAMS = "params.npz"
 
 
 # ---- tasks and experts -------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ Plain = dict[At, tuple[Episode, list[StopReason]]]
 def plain(talker: episodes.Talker) -> Plain:
     config = episodes.decode_config()
     exchange = Exchange(talker.tokens, toy.Names(), toy.Desk(), EPISODE)  # type: ignore[arg-type]
-    loop = Loop(talker.model, talker.tokens, episodes.make_prompts(talker), exchange, config.temperature)
+    model = episodes.torch_model(talker.tokens)
+    loop = Loop(model, talker.tokens, episodes.make_prompts(talker), exchange, config.temperature)
     numbers = {(g, m): g * MEMBERS + m for g in range(GROUPS) for m in range(MEMBERS)}
     return {at: loop.episode(TASKS[at[0]], number) for at, number in numbers.items()}
 
