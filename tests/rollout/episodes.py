@@ -29,10 +29,9 @@ from maestro_jax.policy.model import Policy
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import END_OF_TURN, SPECIAL_TOKENS, Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher
-from maestro_jax.rollout.decode import DecodeConfig
-from maestro_jax.rollout.engine import Engine, Rollout
+from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
-from maestro_jax.types import Call, Observation, Status, Task
+from maestro_jax.types import Call, Observation, Status, Task, Usage
 from tests.policy import reference
 from tests.rollout import toy
 
@@ -172,7 +171,7 @@ class Experts:
     async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation:
         await asyncio.sleep(self.latency.uniform(0, self.longest))
         self.answered.append(question)
-        return Observation(reply(question, call.query), Status.OK)
+        return Observation(reply(question, call.query), Status.OK, usage=Usage(price=0.25))
 
     async def close(self) -> None:
         pass
@@ -185,10 +184,17 @@ EPISODE = EpisodeConfig(
 )
 
 
-def decode_config(**changes: Any) -> DecodeConfig:
-    known = {field.name for field in dataclasses.fields(DecodeConfig)}
-    base = dict(decode_chunk=8, turn_budget=EPISODE.turn_budget, room=EPISODE.room, temperature=0.7)
-    return DecodeConfig(**{k: v for k, v in (base | changes).items() if k in known})
+ENGINE = EngineConfig(
+    lanes=0,
+    decode_chunk=8,
+    turn_budget=EPISODE.turn_budget,
+    room=EPISODE.room,
+    append_rows=4,
+    prefill_groups=0,
+    parked_tokens=0,
+    parked_on_host=0,
+    temperature=0.7,
+)
 
 
 def one_device() -> Mesh:
@@ -199,14 +205,15 @@ def one_device() -> Mesh:
 def engine(
     talker: Talker,
     dispatcher: Dispatcher,
-    config: DecodeConfig,
+    config: EngineConfig,
     mesh: Mesh | None = None,
     episode: EpisodeConfig = EPISODE,
 ) -> Iterator[Callable[..., Rollout]]:
     """An engine's `rollout` with the policy's parameters on its mesh; closes the dispatcher at the end."""
     mesh = mesh or one_device()
     graph, params = nnx.split(talker.policy, nnx.Param)
-    params = jax.device_put(params, param_shardings(params, mesh, ShardingRules()))
+    shardings = param_shardings(params, mesh, ShardingRules())
+    params = jax.device_put(jax.tree.map(np.asarray, params), shardings)  # from the host: a mesh may span processes
     with contextlib.closing(dispatcher):
         exchange = Exchange(talker.tokens, toy.Names(), dispatcher, episode)
         made = Engine(graph, mesh, make_prompts(talker), exchange, config)
@@ -222,21 +229,18 @@ class Episode:
     authored: list[bool]
 
 
-def episodes(rollout: Rollout) -> dict[tuple[int, int], Episode]:
-    found = {}
-    for g, group in enumerate(rollout.trajectories):
-        for m in range(len(group)):
-            n = rollout.length[g, m]
-            arrays = (rollout.tokens, rollout.logprobs, rollout.authored)
-            found[g, m] = Episode(*(array[g, m, :n].tolist() for array in arrays))
-    return found
+At = tuple[int, int]  # group and member
 
 
-def assert_same(found: Rollout, wanted: Rollout, tolerance: float) -> None:
+def episodes(rollout: Rollout) -> dict[At, Episode]:
+    members = {(g, m): t for g, group in enumerate(rollout.trajectories) for m, t in enumerate(group)}
+    return {at: Episode(t.tokens, t.logprobs, t.authored) for at, t in members.items()}
+
+
+def assert_same(found: dict[At, Episode], wanted: dict[At, Episode], tolerance: float) -> None:
     """The same tokens of the same authors, and log-probabilities that differ by rounding only."""
-    ours, theirs = episodes(found), episodes(wanted)
-    assert ours.keys() == theirs.keys()
-    for at, episode in theirs.items():
-        assert ours[at].tokens == episode.tokens, at
-        assert ours[at].authored == episode.authored, at
-        np.testing.assert_allclose(ours[at].logprobs, episode.logprobs, atol=tolerance, rtol=0, err_msg=str(at))
+    assert found.keys() == wanted.keys()
+    for at, episode in wanted.items():
+        assert found[at].tokens == episode.tokens, at
+        assert found[at].authored == episode.authored, at
+        np.testing.assert_allclose(found[at].logprobs, episode.logprobs, atol=tolerance, rtol=0, err_msg=str(at))

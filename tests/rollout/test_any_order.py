@@ -1,5 +1,6 @@
 """Sampled episodes with real calls: neither the order in which experts answer nor the number of lanes shows in them."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 
@@ -41,7 +42,7 @@ class Shuffled:
 @pytest.fixture(scope="module")
 def shuffled(talker: episodes.Talker) -> Iterator[Shuffled]:
     experts = episodes.Experts(0.0)
-    config = episodes.decode_config(lanes=GROUPS * MEMBERS // 2, **PARKED)
+    config = dataclasses.replace(episodes.ENGINE, lanes=GROUPS * MEMBERS // 2, **PARKED)
     with episodes.engine(talker, Dispatcher(experts), config) as run:
         yield Shuffled(run, experts)
 
@@ -80,6 +81,7 @@ def test_replies_within_two_seconds_change_no_bit(
 def test_the_number_of_lanes_changes_no_token(
     lanes: int, talker: episodes.Talker, at_once: tuple[Rollout, list[str]]
 ) -> None:
-    config = episodes.decode_config(lanes=lanes, **PARKED)
+    config = dataclasses.replace(episodes.ENGINE, lanes=lanes, **PARKED)
     with episodes.engine(talker, Dispatcher(episodes.Experts(0.05)), config) as run:
-        episodes.assert_same(run(TASKS, groups=GROUPS, members=MEMBERS, greedy=False), at_once[0], TOLERANCE)
+        found = episodes.episodes(run(TASKS, groups=GROUPS, members=MEMBERS, greedy=False))
+    episodes.assert_same(found, episodes.episodes(at_once[0]), TOLERANCE)

@@ -145,17 +145,16 @@ Plain = dict[At, tuple[Episode, list[StopReason]]]
 
 @pytest.fixture(scope="module")
 def plain(talker: episodes.Talker) -> Plain:
-    config = episodes.decode_config()
     exchange = Exchange(talker.tokens, toy.Names(), toy.Desk(), EPISODE)  # type: ignore[arg-type]
     model = episodes.torch_model(talker.tokens)
-    loop = Loop(model, talker.tokens, episodes.make_prompts(talker), exchange, config.temperature)
+    loop = Loop(model, talker.tokens, episodes.make_prompts(talker), exchange, episodes.ENGINE.temperature)
     numbers = {(g, m): g * MEMBERS + m for g in range(GROUPS) for m in range(MEMBERS)}
     return {at: loop.episode(TASKS[at[0]], number) for at, number in numbers.items()}
 
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
 def rollouts(request: pytest.FixtureRequest, talker: episodes.Talker) -> dict[str, Rollout]:
-    config = episodes.decode_config(**request.param)
+    config = dataclasses.replace(episodes.ENGINE, **request.param)
     with episodes.engine(talker, episodes.NumberedDispatcher(episodes.Experts(LATE)), config) as rollout:
         how = {"greedy": True, "sampled": False}
         return {name: rollout(TASKS, groups=GROUPS, members=MEMBERS, greedy=greedy) for name, greedy in how.items()}
@@ -165,12 +164,9 @@ def rollouts(request: pytest.FixtureRequest, talker: episodes.Talker) -> dict[st
 
 
 def test_greedy_episodes_are_those_of_a_plain_loop(rollouts: dict[str, Rollout], plain: Plain) -> None:
-    found = episodes.episodes(rollouts["greedy"])
-    assert found.keys() == plain.keys()
-    for at, (wanted, _) in plain.items():
-        assert found[at].tokens == wanted.tokens, at
-        assert found[at].authored == wanted.authored, at
-        np.testing.assert_allclose(found[at].logprobs, wanted.logprobs, atol=TOLERANCE, rtol=0, err_msg=str(at))
+    episodes.assert_same(
+        episodes.episodes(rollouts["greedy"]), {at: episode for at, (episode, _) in plain.items()}, TOLERANCE
+    )
 
 
 def test_the_comparison_covers_turns_members_and_every_way_to_stop(plain: Plain) -> None:
@@ -201,7 +197,7 @@ def trained_logprobs(policy: Policy, rollout: Rollout) -> np.ndarray:
 
 @functools.cache
 def forward(graph: nnx.GraphDef) -> Callable[[nnx.State, GroupBatch], jax.Array]:
-    temperature = episodes.decode_config().temperature
+    temperature = episodes.ENGINE.temperature
 
     def logprobs(params: nnx.State, batch: GroupBatch) -> jax.Array:
         return member_logprobs(nnx.merge(graph, params), batch, temperature, chunk=episodes.VOCABULARY // 3)[0]
