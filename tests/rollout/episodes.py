@@ -8,11 +8,10 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import io
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import END_OF_TURN, SPECIAL_TOKENS, Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
-from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
+from maestro_jax.rollout.exchange import Counts, EpisodeConfig, Exchange, observation_frames
+from maestro_jax.rollout.session import Session
 from maestro_jax.types import Call, Observation, Status, Task, Usage
 from tests.policy import reference
 from tests.rollout import toy
@@ -180,7 +180,7 @@ class Experts:
 # ---- engine ------------------------------------------------------------------------------------------------
 
 EPISODE = EpisodeConfig(
-    max_calls=3, observation_tokens=12, observation_multiple=4, deadline=30.0, turn_budget=14, room=128
+    max_calls=3, observation_tokens=12, observation_multiple=4, deadline=30.0, turn_budget=14, room=112
 )
 
 
@@ -201,6 +201,39 @@ def one_device() -> Mesh:
     return make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
+class CountingEngine(Engine):
+    """Remembers what its last session did, round by round."""
+
+    rounds: list[Counts]
+
+    def session(self, *args: Any) -> Session:
+        made = super().session(*args)
+        self.rounds, run = [], made.run
+
+        def counted(*args: Any, **options: Any) -> Iterator[Counts]:
+            for counts in run(*args, **options):
+                self.rounds.append(counts)
+                yield counts
+
+        made.run = counted  # type: ignore[method-assign]
+        return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """An engine with the parameters that it decodes with."""
+
+    engine: CountingEngine
+    params: nnx.State
+
+    def __call__(self, tasks: Sequence[Task], members: int, greedy: bool = False, step: int = 1) -> Rollout:
+        return self.engine.rollout(self.params, tasks, len(tasks), members, seed=0, step=step, greedy=greedy)
+
+    def total(self, name: str) -> int:
+        """A field of `Counts`, summed over the rounds of the last rollout."""
+        return sum(getattr(counts, name) for counts in self.engine.rounds)
+
+
 @contextlib.contextmanager
 def engine(
     talker: Talker,
@@ -208,16 +241,15 @@ def engine(
     config: EngineConfig,
     mesh: Mesh | None = None,
     episode: EpisodeConfig = EPISODE,
-) -> Iterator[Callable[..., Rollout]]:
-    """An engine's `rollout` with the policy's parameters on its mesh; closes the dispatcher at the end."""
+) -> Iterator[Runner]:
+    """An engine with the policy's parameters on its mesh; closes the dispatcher at the end."""
     mesh = mesh or one_device()
     graph, params = nnx.split(talker.policy, nnx.Param)
     shardings = param_shardings(params, mesh, ShardingRules())
     params = jax.device_put(jax.tree.map(np.asarray, params), shardings)  # from the host: a mesh may span processes
     with contextlib.closing(dispatcher):
         exchange = Exchange(talker.tokens, toy.Names(), dispatcher, episode)
-        made = Engine(graph, mesh, make_prompts(talker), exchange, config)
-        yield functools.partial(made.rollout, params, seed=0, step=1)
+        yield Runner(CountingEngine(graph, mesh, make_prompts(talker), exchange, config), params)
 
 
 @dataclasses.dataclass(frozen=True)

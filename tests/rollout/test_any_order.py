@@ -14,7 +14,7 @@ from tests.rollout import episodes
 
 GROUPS, MEMBERS = 4, 4
 TASKS = [episodes.task(number) for number in range(GROUPS)]
-PARKED = dict(parked_tokens=GROUPS * MEMBERS * episodes.EPISODE.room // 2, parked_on_host=2**30)
+PARKED = dict(parked_tokens=2 * episodes.EPISODE.room, parked_on_host=2**30)
 TOLERANCE = 1e-5  # fp32; other lanes share a matmul
 
 
@@ -30,13 +30,13 @@ def fingerprint(rollout: Rollout) -> str:
 class Shuffled:
     """One engine and its rollouts, each with another order of replies."""
 
-    def __init__(self, run: object, experts: episodes.Experts):
+    def __init__(self, run: episodes.Runner, experts: episodes.Experts):
         self.run, self.experts = run, experts
 
     def __call__(self, seed: int, longest: float) -> tuple[Rollout, list[str]]:
         self.experts.answered, self.experts.longest = [], longest
         self.experts.latency.seed(seed)
-        return self.run(TASKS, groups=GROUPS, members=MEMBERS, greedy=False), self.experts.answered
+        return self.run(TASKS, MEMBERS), self.experts.answered
 
 
 @pytest.fixture(scope="module")
@@ -83,5 +83,5 @@ def test_the_number_of_lanes_changes_no_token(
 ) -> None:
     config = dataclasses.replace(episodes.ENGINE, lanes=lanes, **PARKED)
     with episodes.engine(talker, Dispatcher(episodes.Experts(0.05)), config) as run:
-        found = episodes.episodes(run(TASKS, groups=GROUPS, members=MEMBERS, greedy=False))
+        found = episodes.episodes(run(TASKS, MEMBERS))
     episodes.assert_same(found, episodes.episodes(at_once[0]), TOLERANCE)

@@ -36,12 +36,22 @@ LATE = 0.03  # seconds; a chunk of tokens takes less
 TOLERANCE = 2e-5  # fp32; a cache and another order of sums, nothing else
 
 LANES = GROUPS * MEMBERS
-VARIANTS = {
-    "a lane for each": dict(lanes=LANES),
-    "parked on the device": dict(lanes=LANES // 3, parked_tokens=LANES * EPISODE.room),
-    "parked on the host": dict(lanes=LANES // 3, parked_tokens=0, parked_on_host=2**30),
-    "chunks of 3": dict(lanes=LANES, decode_chunk=3),
-    "parked, chunks of 3": dict(lanes=LANES // 2, parked_tokens=LANES * EPISODE.room, decode_chunk=3),
+ROOM = EPISODE.room
+MOVES = ("parked", "loaded", "unloaded", "brought_back")  # what becomes of lanes whose trajectory has to wait
+# Settings, and which of these happen under them.
+VARIANTS: dict[str, tuple[dict[str, int], set[str]]] = {
+    "a lane for each": (dict(lanes=LANES), set()),
+    "chunks of 3": (dict(lanes=LANES, decode_chunk=3), set()),
+    "lanes held": (dict(lanes=LANES // 3), set()),
+    "parked on the device": (dict(lanes=LANES // 3, parked_tokens=LANES * ROOM), {"parked", "loaded"}),
+    "parked on the host, chunks of 3": (
+        dict(lanes=LANES // 3, parked_on_host=2**30, decode_chunk=3),
+        {"unloaded", "brought_back"},
+    ),
+    "parked on both": (
+        dict(lanes=LANES // 3, parked_tokens=ROOM, parked_on_host=2**30),
+        {"parked", "loaded", "unloaded", "brought_back"},
+    ),
 }
 
 
@@ -152,20 +162,28 @@ def plain(talker: episodes.Talker) -> Plain:
     return {at: loop.episode(TASKS[at[0]], number) for at, number in numbers.items()}
 
 
-@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
-def rollouts(request: pytest.FixtureRequest, talker: episodes.Talker) -> dict[str, Rollout]:
-    config = dataclasses.replace(episodes.ENGINE, **request.param)
-    with episodes.engine(talker, episodes.NumberedDispatcher(episodes.Experts(LATE)), config) as rollout:
-        how = {"greedy": True, "sampled": False}
-        return {name: rollout(TASKS, groups=GROUPS, members=MEMBERS, greedy=greedy) for name, greedy in how.items()}
+@dataclasses.dataclass(frozen=True)
+class Found:
+    greedy: Rollout
+    sampled: Rollout
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def found(request: pytest.FixtureRequest, talker: episodes.Talker) -> Found:
+    settings, moves = VARIANTS[request.param]
+    config = dataclasses.replace(episodes.ENGINE, **settings)
+    with episodes.engine(talker, episodes.NumberedDispatcher(episodes.Experts(LATE)), config) as run:
+        greedy = run(TASKS, MEMBERS, greedy=True)
+        assert {name for name in MOVES if run.total(name)} == moves
+        return Found(greedy, run(TASKS, MEMBERS))
 
 
 # ---- tests -------------------------------------------------------------------------------------------------
 
 
-def test_greedy_episodes_are_those_of_a_plain_loop(rollouts: dict[str, Rollout], plain: Plain) -> None:
+def test_greedy_episodes_are_those_of_a_plain_loop(found: Found, plain: Plain) -> None:
     episodes.assert_same(
-        episodes.episodes(rollouts["greedy"]), {at: episode for at, (episode, _) in plain.items()}, TOLERANCE
+        episodes.episodes(found.greedy), {at: episode for at, (episode, _) in plain.items()}, TOLERANCE
     )
 
 
@@ -178,11 +196,8 @@ def test_the_comparison_covers_turns_members_and_every_way_to_stop(plain: Plain)
         assert len({tuple(plain[group, m][0].tokens) for m in range(MEMBERS)}) == MEMBERS
 
 
-def test_sampled_logprobs_are_those_of_the_training_forward(
-    rollouts: dict[str, Rollout], talker: episodes.Talker
-) -> None:
-    rollout = rollouts["sampled"]
-    difference = np.abs(trained_logprobs(talker.policy, rollout) - rollout.logprobs)[rollout.authored]
+def test_sampled_logprobs_are_those_of_the_training_forward(found: Found, talker: episodes.Talker) -> None:
+    difference = np.abs(trained_logprobs(talker.policy, found.sampled) - found.sampled.logprobs)[found.sampled.authored]
     assert difference.size > 10 * LANES and difference.max() <= TOLERANCE
 
 

@@ -23,7 +23,7 @@ TASKS = [episodes.task(number) for number in range(GROUPS)]
 DEADLINE = 0.5  # seconds
 EPISODE = dataclasses.replace(episodes.EPISODE, deadline=DEADLINE)
 CONFIG = dataclasses.replace(
-    episodes.ENGINE, lanes=GROUPS * MEMBERS // 2, parked_tokens=4 * EPISODE.room, parked_on_host=2**30
+    episodes.ENGINE, lanes=GROUPS * MEMBERS // 2, parked_tokens=2 * EPISODE.room, parked_on_host=2**30
 )
 At = tuple[int, int]
 
@@ -53,10 +53,10 @@ class Silence:
 def silence(talker: episodes.Talker) -> Silence:
     experts = OneIsSilent(0.0)
     with episodes.engine(talker, Dispatcher(experts), CONFIG, episode=EPISODE) as run:
-        healthy = run(TASKS, groups=GROUPS, members=MEMBERS, greedy=False)
+        healthy = run(TASKS, MEMBERS)
         experts.silent = True
         start = time.monotonic()
-        rollout = run(TASKS, groups=GROUPS, members=MEMBERS, greedy=False)
+        rollout = run(TASKS, MEMBERS)
         return Silence(healthy, rollout, time.monotonic() - start)
 
 
@@ -142,7 +142,7 @@ def outage(request: pytest.FixtureRequest, talker: episodes.Talker) -> Iterator[
     found = Outage(experts, [])
     with episodes.engine(talker, episodes.NumberedDispatcher(experts), CONFIG) as run:
         for step in range(6):
-            rollout = run(TASKS, groups=GROUPS, members=MEMBERS, greedy=False, step=step)
+            rollout = run(TASKS, MEMBERS, step=step)
             found.rollouts.append((rollout, experts.failed))
             experts.failed = []
         yield found
