@@ -192,6 +192,9 @@ def test_the_comparison_covers_turns_members_and_every_way_to_stop(plain: Plain)
     assert stops.keys() == {StopReason.CALL, StopReason.ANSWER, StopReason.END_OF_TURN, StopReason.BUDGET}
     assert stops[StopReason.CALL] > LANES  # experts were asked, and lanes had to wait
     assert sum(len(stops) >= 3 for _, stops in plain.values()) > LANES / 2
+    assert any(len(episode.tokens) == ROOM for episode, _ in plain.values())  # the last turn was cut by the room
+    last = [stops[-1] for _, stops in plain.values() if len(stops) <= EPISODE.max_calls]
+    assert set(last) - {StopReason.ANSWER}  # an observation found no room
     for group in range(GROUPS):
         assert len({tuple(plain[group, m][0].tokens) for m in range(MEMBERS)}) == MEMBERS
 
