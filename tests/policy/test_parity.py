@@ -36,7 +36,7 @@ SEAT = np.random.default_rng(2).permutation(3 * G).astype(np.int32)[None]
 
 
 def encode(policy: Policy, batch: PrefixBatch, members: jax.Array, length: jax.Array) -> tuple[Any, ...]:
-    """Logits of prefixes' last tokens `[B, V]`, states of members `[B, G, R, D]`, what they decode on, the logits again."""
+    """Logits behind prefixes `[B, V]`, states of members `[B, G, R, D]`, what members decode on, the logits again."""
     last, hidden = policy.encode_groups(batch, members, length)
     groups = prefill(policy, open_groups(policy, batch.root, SIZES), batch, jnp.arange(3)[None])
     return policy.logits(last), hidden, groups, policy.logits(groups.hidden[0])
