@@ -64,7 +64,7 @@ class Continuation:
 LONG_PROMPT = Continuation(
     TextConfig(32_768, 1024, 3072, 3, 16, 8, 128, 1e-6, 1e6, (24, 20, 20)), 2048, 256, 8, 16, 128
 )
-TOY_PROMPT = Continuation(TextConfig(64, 32, 96, 2, 4, 2, 16, 1e-6, 1e6, (4, 2, 2)), 24, 4, 2, 4, 8)
+TOY_PROMPT = Continuation(TextConfig(64, 32, 96, 1, 4, 2, 16, 1e-6, 1e6, (4, 2, 2)), 24, 4, 2, 4, 8)
 
 
 def run_d1(shape: Continuation, progress: Progress) -> dict[str, Result]:
@@ -116,7 +116,7 @@ class Conversation:
 FOUR_TURNS = Conversation(
     TextConfig(8192, 512, 1536, 3, 8, 4, 64, 1e-6, 1e6, (12, 10, 10)), 2048, 256, 8, 4, 16, 32, 256
 )
-TOY_TURNS = Conversation(TextConfig(64, 32, 96, 2, 4, 2, 16, 1e-6, 1e6, (4, 2, 2)), 24, 4, 2, 3, 4, 3, 24)
+TOY_TURNS = Conversation(TextConfig(64, 32, 96, 1, 4, 2, 16, 1e-6, 1e6, (4, 2, 2)), 24, 4, 2, 3, 4, 3, 24)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,8 +332,8 @@ MIXED_TASKS = Episodes(
 )
 TOY_TASKS = dataclasses.replace(
     MIXED_TASKS,
-    text=TextConfig(512, 48, 96, 3, 4, 2, 16, 1e-6, 5e6, (4, 2, 2)),
-    vision=dataclasses.replace(VISION, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=48),
+    text=TextConfig(512, 48, 96, 2, 4, 2, 16, 1e-6, 5e6, (4, 2, 2)),
+    vision=VisionConfig(1, 32, 48, 2, 3, 16, 2, 2, 48, 144, (0,)),
     images=((), ((64, 96), (32, 64))),
     members=2,
     lanes=2,
