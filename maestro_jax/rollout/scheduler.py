@@ -104,7 +104,10 @@ class Scheduler:
         self.returning: collections.deque[Trajectory] = collections.deque()  # parked, their observation has come
         self.free_pages = list(range(capacity.pages))
         self.host_bytes = 0
-        self.finished: list[GroupRecord] = []  # not yet fetched by the engine
+        self.finished: list[GroupRecord] = []  # not yet taken by the session
+        self.in_order: collections.deque[GroupRecord] = collections.deque()  # from the first one that is not over
+        self.leading = 0  # groups before that one
+        self.oldest_allowed = -1  # version: groups admitted before it are overdue
         # What the engine has to carry for the orders that were given last.
         self.admitted: list[GroupRecord] = []
         self.unloaded: list[Trajectory] = []
@@ -116,6 +119,7 @@ class Scheduler:
 
     def submit(self, group: GroupRecord) -> None:
         self.queue.append(group)
+        self.in_order.append(group)
 
     def ready(self, trajectory: Trajectory, observation: list[int]) -> None:
         """An observation has come, as ids."""
@@ -136,11 +140,19 @@ class Scheduler:
         if group is not None and group.finished:
             self.slots[group.slot] = None
             self.finished.append(group)
+            while self.in_order and self.in_order[0].finished:
+                self.in_order.popleft()
+                self.leading += 1
 
     @property
     def unfinished(self) -> int:
         """Groups that are not over."""
         return len(self.queue) + sum(slot is not None for slot in self.slots)
+
+    @property
+    def overdue(self) -> int:
+        """Running groups that began under a policy too old to be waited for any longer."""
+        return sum(slot is not None and slot.version < self.oldest_allowed for slot in self.slots)
 
     @property
     def has_work(self) -> bool:
@@ -175,6 +187,8 @@ class Scheduler:
 
     def _admit(self, orders: Orders, version: int) -> None:
         self.admitted = []
+        if len(self.fresh) >= self.capacity.lanes:
+            return  # the later a group is prefilled, the newer is the policy that does it
         for slot, taken in enumerate(self.slots):
             if taken is not None or not self.queue or len(self.admitted) == self.capacity.prefill_groups:
                 continue

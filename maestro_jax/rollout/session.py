@@ -5,7 +5,8 @@ The loop's conditions are replicated device values, so all processes enqueue the
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,17 +17,18 @@ from jax.sharding import Mesh
 from maestro_jax.parallel.sharding import over_groups
 from maestro_jax.policy.cascade import LaneKV
 from maestro_jax.policy.model import PrefixBatch
-from maestro_jax.policy.prompts import take_prompts
+from maestro_jax.policy.prompts import join_prompts
 from maestro_jax.rollout.decode import StopTables
 from maestro_jax.rollout.exchange import Counts, Exchange
 from maestro_jax.rollout.moves import Seating
 from maestro_jax.rollout.programs import RolloutPrograms
-from maestro_jax.rollout.scheduler import Capacity, Orders, Scheduler
+from maestro_jax.rollout.scheduler import Capacity, Scheduler
 from maestro_jax.rollout.state import Groups, Lanes, Sizes
 from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
 from maestro_jax.types import Task
 
 Array = jax.Array
+_SESSIONS = itertools.count()  # numbers of trajectories say which session they belong to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +46,7 @@ class Compiled:
 
 
 class Session:
-    """Groups may be submitted and the policy may change while others run; nothing is drained.
-
-    One at a time: a new session takes over the exchange.
-    """
+    """Groups may be submitted and the policy may change while others run; nothing is drained."""
 
     def __init__(self, compiled: Compiled, exchange: Exchange, local_shards: Sequence[int], greedy: bool):
         self.compiled = compiled
@@ -59,23 +58,30 @@ class Session:
         self._held: tuple[Groups, Lanes, LaneKV] | None = None
         self._filler: tuple[PrefixBatch, int] | None = None  # a prompt for rows of a prefill that have none
         self._placed: Any = None  # how unloaded rows are spread over the devices
-        exchange.begin(self.schedulers)
+        self._number = next(_SESSIONS)
 
     def submit(
-        self, tasks: Sequence[Task], prompts: PrefixBatch, keys: Sequence[Sequence[np.ndarray]]
+        self,
+        tasks: Sequence[Task],
+        prompts: PrefixBatch,
+        keys: Sequence[Sequence[np.ndarray]],
+        only: Container[int] | None = None,
     ) -> list[GroupRecord]:
         """Queues groups; every process passes all tasks and runs those of its own shards.
 
         Args:
           prompts: of these tasks, in their order (more may follow); numpy-valued.
           keys: random key data uint32 `[2]` of each member of each task.
+          only: which of the tasks are run; None runs all.
         """
         sizes = self.compiled.sizes
         spread = max(len(tasks), sizes.shards * sizes.groups)
         self._filler = (prompts, 0)
         records = []
         for row, (task, member_keys) in enumerate(zip(tasks, keys, strict=True)):
-            first = (self.submitted + row) * sizes.members
+            if only is not None and row not in only:
+                continue
+            first = self._number << 32 | (self.submitted + row) * sizes.members
             members = [Trajectory(task, m, first + m, key) for m, key in enumerate(member_keys)]
             records.append(GroupRecord(task, self.submitted + row, members, prompt=(prompts, row)))
             scheduler = self.schedulers.get(row * sizes.shards // spread)
@@ -84,8 +90,21 @@ class Session:
         self.submitted += len(tasks)
         return records
 
-    def run(self, params: nnx.State, version: int) -> Iterator[Counts]:
+    def take_finished(self, each: int) -> list[GroupRecord]:
+        """The oldest `each` groups of every shard of this process that are over, shard by shard."""
+        taken = []
+        for _, scheduler in sorted(self.schedulers.items()):
+            found = sorted(scheduler.finished, key=lambda group: (group.version, group.index))[:each]
+            scheduler.finished = [group for group in scheduler.finished if group not in found]
+            taken += found
+        return taken
+
+    def run(self, params: nnx.State, version: int, oldest_allowed: int = -1) -> Iterator[Counts]:
         """Runs what was submitted, one round of orders and decoding at a time, until all of it is over.
+
+        Args:
+          version: of the policy; recorded with every token.
+          oldest_allowed: groups admitted under an earlier version are counted as overdue.
 
         Yields:
           The counts of each round, before it decodes. Whoever stops listening stops the run; a later one takes it up
@@ -99,7 +118,10 @@ class Session:
             elif version != self.version:
                 groups, lanes, pages = self._held
                 self._held = programs.with_root(weights, groups, self.compiled.root), lanes, pages
+        self.exchange.begin(self.schedulers)
         self.version = self.exchange.version = version
+        for scheduler in self.schedulers.values():
+            scheduler.oldest_allowed = oldest_allowed
         while True:
             with jax.set_mesh(mesh):
                 counts, self._held = self._round(weights, *self._held)
@@ -142,9 +164,7 @@ class Session:
         for _, scheduler in sorted(self.schedulers.items()):
             admitted = [record.prompt for record in scheduler.admitted]
             rows += [*admitted, *[self._filler] * (self.compiled.sizes.prefill_groups - len(admitted))]
-        batches = [take_prompts(batch, np.array([row]), batch.tokens.shape[1]) for batch, row in rows]
-        batches = [dataclasses.replace(batch, root=None) for batch in batches]
-        together = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        together = join_prompts(rows, None)
         over = over_groups(self.compiled.mesh)
         on_mesh = jax.tree.map(lambda x: jax.make_array_from_process_local_data(over, x), together)
         return dataclasses.replace(on_mesh, root=self.compiled.root)
@@ -172,7 +192,8 @@ class Session:
         return jax.tree.unflatten(structure, back)
 
     def _leaf_from_host(self, number: int, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # a sharded array has one for every device
             shards = range(*index[0].indices(shape[0]))
             whole = np.zeros((len(shards), *shape[1:]), dtype)
             for at, shard in enumerate(shards):
@@ -195,5 +216,6 @@ def rows_of_shard(x: Array, shard: int) -> np.ndarray:
     return whole
 
 
-def seating(orders: Orders) -> Seating:
-    return Seating(orders.changed, orders.status, orders.seat, orders.length, orders.turn, orders.keys, orders.waiting)
+def seating(orders: Any) -> Seating:
+    """The part of `Orders` (of arrays on the devices) that says who sits where."""
+    return Seating(**{field.name: getattr(orders, field.name) for field in dataclasses.fields(Seating)})
