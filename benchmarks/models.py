@@ -5,6 +5,7 @@ image's patches; both make positions and interpolation weights within the time t
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.policy.prompts import collate_prompts
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.moves import Seating
-from maestro_jax.rollout.programs import rollout_programs
+from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Lane, Sizes
 
@@ -137,6 +138,12 @@ class OurPolicy:
         return collate_prompts(root, [row], [prompt.images], self.architecture, len(row), slots, patches)
 
 
+@functools.lru_cache(maxsize=1)
+def random_policy(architecture: PolicyArchitecture, seed: int) -> OurPolicy:
+    """The last policy again where the same is asked for: making one takes seconds."""
+    return OurPolicy(architecture, seed)
+
+
 class OurForward:
     """Logits `[V]` after a prompt."""
 
@@ -178,7 +185,7 @@ class OurLanes:
             append_rows=members,
             prefill_groups=1,
         )
-        self._programs = rollout_programs(policy.graph, sizes, DecodeConfig(turn, SamplingConfig()))
+        self._programs = _programs(policy.graph, sizes, turn)
         self._tables = _endless(policy.architecture.text.vocab_size)
 
     def begin(self, params: nnx.State) -> None:
@@ -219,6 +226,12 @@ class OurLanes:
             keys=np.zeros((*lanes, 2), np.uint32),
             waiting=zeros,
         )
+
+
+@functools.lru_cache(maxsize=1)
+def _programs(graph: nnx.GraphDef, sizes: Sizes, turn: int) -> RolloutPrograms:
+    """The last programs again where the same are asked for: they compile for seconds."""
+    return rollout_programs(graph, sizes, DecodeConfig(turn, SamplingConfig()))
 
 
 class OurGeneration:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from absl import flags
 
-from benchmarks import group_update, pairs, rollout_decode
+from benchmarks import pairs, rollout_decode
 from benchmarks.pairs import Figure, Result
 from maestro_jax import command
 from maestro_jax.errors import ConfigError
@@ -36,15 +36,15 @@ def main(argv: Sequence[str]) -> None:
 def measures(smoke: bool) -> dict[str, Measure]:
     """What takes each measure, at toy size or in full."""
     decode = rollout_decode
-    long_prompt, turns, tasks, group = (
-        (decode.TOY_PROMPT, decode.TOY_TURNS, decode.TOY_TASKS, group_update.TOY)
+    long_prompt, turns, tasks = (
+        (decode.TOY_PROMPT, decode.TOY_TURNS, decode.TOY_TASKS)
         if smoke
-        else (decode.LONG_PROMPT, decode.FOUR_TURNS, decode.MIXED_TASKS, decode.SHORT_GROUP)
+        else (decode.LONG_PROMPT, decode.FOUR_TURNS, decode.MIXED_TASKS)
     )
     return {
         "D1": lambda progress: decode.run_d1(long_prompt, progress),
         "D2": lambda progress: decode.run_d2(turns, progress),
-        "W1": lambda progress: decode.run_w1(group, progress),
+        "W1": lambda progress: decode.run_w1(turns, progress),
         "N1": lambda progress: decode.run_n1(tasks, progress),
     }
 

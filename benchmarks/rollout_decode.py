@@ -14,7 +14,7 @@ All in fp32 with the same weights and ids on both sides. Tokens are compared bef
 import dataclasses
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,9 +62,15 @@ class Continuation:
 # Layers of Qwen3-0.6B: the weights that a step reads are an order of magnitude more than the last cache level holds.
 # Heads are not tied, so that greedy decoding does not repeat one token for ever.
 LONG_PROMPT = Continuation(
-    TextConfig(32_768, 1024, 3072, 3, 16, 8, 128, 1e-6, 1e6, (24, 20, 20)), 2048, 256, 8, 16, 128
+    TextConfig(32_768, 1024, 3072, 3, 16, 8, 128, 1e-6, 1e6, (24, 20, 20)),
+    prompt=2048,
+    root=256,
+    members=8,
+    new_tokens=16,
+    room=128,
 )
-TOY_PROMPT = Continuation(TextConfig(64, 32, 96, 1, 4, 2, 16, 1e-6, 1e6, (4, 2, 2)), 24, 4, 2, 4, 8)
+TOY_TEXT = TextConfig(64, 32, 96, 1, 4, 2, 16, 1e-6, 1e6, (4, 2, 2))
+TOY_PROMPT = Continuation(TOY_TEXT, prompt=24, root=4, members=2, new_tokens=4, room=24)
 
 
 def run_d1(shape: Continuation, progress: Progress) -> dict[str, Result]:
@@ -74,7 +80,7 @@ def run_d1(shape: Continuation, progress: Progress) -> dict[str, Result]:
       MismatchError: tokens or log-probabilities of both sides differ.
     """
     progress.phase("D1: compile, first runs", 1)
-    ours = OurPolicy(models.text_only(shape.text, tied=False), SEED)
+    ours = models.random_policy(models.text_only(shape.text, tied=False), SEED)
     prompt = models.random_text(ours.architecture, shape.prompt, shape.root, SEED)
     generation = policy.compare_generation(
         OurGeneration(ours, prompt, shape.members, shape.new_tokens, shape.room),
@@ -114,9 +120,16 @@ class Conversation:
 
 
 FOUR_TURNS = Conversation(
-    TextConfig(8192, 512, 1536, 3, 8, 4, 64, 1e-6, 1e6, (12, 10, 10)), 2048, 256, 8, 4, 16, 32, 256
+    TextConfig(8192, 512, 1536, 3, 8, 4, 64, 1e-6, 1e6, (12, 10, 10)),
+    prompt=2048,
+    root=256,
+    members=8,
+    turns=4,
+    turn=16,
+    observation=32,
+    room=256,
 )
-TOY_TURNS = Conversation(TextConfig(64, 32, 96, 1, 4, 2, 16, 1e-6, 1e6, (4, 2, 2)), 24, 4, 2, 3, 4, 3, 24)
+TOY_TURNS = Conversation(TOY_TEXT, prompt=24, root=4, members=2, turns=3, turn=4, observation=3, room=24)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +200,7 @@ def run_d2(shape: Conversation, progress: Progress) -> dict[str, Result]:
       MismatchError: both sides wrote something else.
     """
     progress.phase("D2: compile, first runs", 3)
-    ours = OurPolicy(models.text_only(shape.text, tied=False), SEED)
+    ours = models.random_policy(models.text_only(shape.text, tied=False), SEED)
     prompt = models.random_text(ours.architecture, shape.prompt, shape.root, SEED)
     sides = OurConversation(ours, prompt, shape), TheirConversation(models.transformers_model(ours), prompt, shape)
     compile_seconds, found = pairs.timed(sides[0])
@@ -225,21 +238,18 @@ def check_conversation(found: Spoken, wanted: Spoken) -> None:
 # ---- W1: from an update to the next decoding ---------------------------------------------------------------
 
 
-# The policy of the other measures of updates, with less to learn from.
-SHORT_GROUP = dataclasses.replace(group_update.FULL, prefix=64, member=16, members=4, observed=2)
-
-
-def run_w1(shape: group_update.Shape, progress: Progress) -> dict[str, Figure]:
+def run_w1(shape: Conversation, progress: Progress) -> dict[str, Figure]:
     """W1: where parameters lie before and after an update, and in the programs that decode with them.
 
     Raises:
       MismatchError: decoding with them is not decoding with a copy of them, or not with the updated ones.
     """
     progress.phase("W1", 2)
-    ours = OurPolicy(shape.architecture, SEED)
-    group = group_update.random_group(shape, SEED)
-    prompt = models.random_text(ours.architecture, shape.prefix, 1, SEED)
-    lanes = OurLanes(ours, prompt, shape.members, shape.member, shape.member)
+    ours = models.random_policy(models.text_only(shape.text, tied=False), SEED)
+    prompt = models.random_text(ours.architecture, shape.prompt, shape.root, SEED)
+    lanes = OurLanes(ours, prompt, shape.members, shape.turn, shape.room)
+    learned = group_update.Shape(shape.text, shape.prompt, shape.turn, shape.members, observed=1)
+    group = group_update.random_group(learned, SEED)
     update = OurUpdate(ours, group.batch(ours.architecture, shared=True))
 
     def decode(params: nnx.State) -> np.ndarray:
@@ -357,12 +367,9 @@ def run_n1(shape: Episodes, progress: Progress) -> dict[str, Figure]:
     progress.update(1, {"tokens": int(rollout.authored.sum())})
     trainer = trainer_logprobs(ours, rollout)
     progress.update(2, {})
-    transformers = transformers_logprobs(ours, rollout, tasks)
+    others = {"transformers": transformers_logprobs(ours, rollout, tasks), "trainer": trainer}
     wrote = rollout.authored
-    gaps = {
-        name: float(np.abs(rollout.logprobs - other)[wrote].max())
-        for name, other in (("transformers", transformers), ("trainer", trainer))
-    }
+    gaps = largest_gaps(rollout.logprobs, wrote, others)
     progress.update(3, gaps)
     details = {
         "largest_gap": gaps,
@@ -375,6 +382,11 @@ def run_n1(shape: Episodes, progress: Progress) -> dict[str, Figure]:
     }
     what = "largest gap of log-probabilities: rollout against transformers' log-softmax and the trainer's forward pass"
     return {"N1": Figure(what, max(gaps.values()), "nats", TOLERANCE, details)}
+
+
+def largest_gaps(recorded: np.ndarray, wrote: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """How far others' log-probabilities are from the recorded ones at most, where the policy `wrote`; `[B, G, R]`."""
+    return {name: float(np.abs(recorded - other)[wrote].max()) for name, other in others.items()}
 
 
 def make_prompts(tokens: Tokens, shape: Episodes) -> Prompts:
