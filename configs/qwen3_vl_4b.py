@@ -106,7 +106,12 @@ def rollout() -> ConfigDict:
             "observation_multiple": 1,
             "room": ROOM,  # five turns and four observations, with their frames
             "member_buckets": (512, 1024, ROOM),
-            "decode_chunk": 32,
+            "lanes": 0,
+            "decode_chunk": 16,
+            "append_rows": 64,
+            "prefill_groups": 0,
+            "parked_tokens": 0,
+            "parked_on_host": 0,
             "temperature": 1.0,
             "deadline": 120.0,
         }

@@ -93,8 +93,14 @@ class RolloutConfig:
         quote stands at the same distance from what it quotes; a tiny policy needs that to learn quoting.
       room: most tokens of a member, turns and observations together.
       member_buckets: static member lengths that the update is compiled for; the last must be `room`.
-      decode_chunk: most tokens between two exchanges with the experts.
-      deadline: seconds an episode may wait for experts.
+      lanes: trajectories that decode side by side; 0 gives every trajectory in flight a lane. With fewer, a lane
+        whose trajectory waits for an expert goes to another one.
+      decode_chunk: tokens between two exchanges with the experts.
+      append_rows: lanes that receive an observation per program call; 0: all of them.
+      prefill_groups: groups prefilled per program call; 0: all of them.
+      parked_tokens: room for keys and values of trajectories without a lane, in the memory of each batch shard.
+      parked_on_host: the same in the memory of each host, in bytes. Without any room, lanes are held.
+      deadline: seconds an episode may wait for experts, over all its calls.
     """
 
     max_calls: int
@@ -103,7 +109,12 @@ class RolloutConfig:
     observation_multiple: int
     room: int
     member_buckets: tuple[int, ...]
+    lanes: int
     decode_chunk: int
+    append_rows: int
+    prefill_groups: int
+    parked_tokens: int
+    parked_on_host: int
     temperature: float
     deadline: float
 

@@ -55,8 +55,7 @@ from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.prompt import render_system_prompt
-from maestro_jax.rollout.decode import DecodeConfig
-from maestro_jax.rollout.engine import Engine, Rollout
+from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.types import Task
 from maestro_jax.warm_start.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
@@ -106,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
         mesh = make_mesh(config.mesh)
         check_batches(config, mesh)
         graph, params = open_params(config, architecture, mesh)
-        engine = Engine(graph, mesh, prompts, exchange, fields(DecodeConfig, config.rollout))
+        engine = Engine(graph, mesh, prompts, exchange, fields(EngineConfig, config.rollout))
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         progress.note(f"policy: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)")
 

@@ -11,10 +11,10 @@ from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.losses import LossCount, count_loss
 from maestro_jax.grpo.microbatches import Part, Planner
 from maestro_jax.grpo.update import GroupBatch, batch_shardings
-from maestro_jax.policy.model import PrefixBatch
+from maestro_jax.policy.prompts import take_prompts
 from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig, RewardParts, score
 from maestro_jax.rollout.engine import Rollout
-from maestro_jax.rollout.exchange import Trajectory
+from maestro_jax.rollout.trajectory import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +96,3 @@ def take_part(rollout: Rollout, mask: np.ndarray, advantages: np.ndarray, groups
         advantages=advantages[rows] * real[:, None],
         loss_rows=loss_rows(mask),
     )
-
-
-def take_prompts(prompts: PrefixBatch, groups: np.ndarray, width: int) -> PrefixBatch:
-    """The prompts of some groups, numpy-valued, with prefixes of `width` tokens; images stay padded as they are."""
-    count = len(prompts.tokens)
-    cut = {name: getattr(prompts, name)[:, :width] for name in ("tokens", "mask", "positions", "image_index")}
-
-    def rows(leaf: np.ndarray) -> np.ndarray:
-        each = len(leaf) // count  # images have several rows a group
-        return leaf.reshape(count, each, *leaf.shape[1:])[groups].reshape(-1, *leaf.shape[1:])
-
-    taken = jax.tree.map(rows, dataclasses.replace(prompts, root=None, **cut))
-    return dataclasses.replace(taken, root=prompts.root)

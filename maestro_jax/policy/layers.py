@@ -16,6 +16,7 @@ from maestro_jax.parallel.sharding import gather_over_fsdp
 Array = jax.Array
 M = TypeVar("M", bound=nnx.Module)
 C = TypeVar("C")
+X = TypeVar("X")
 
 
 def fan_in_normal(rngs: nnx.Rngs, shape: Sequence[int], fan_in: int, dtype: jnp.dtype) -> Array:
@@ -134,23 +135,28 @@ def cast(module: M, dtype: jnp.dtype) -> M:
     return nnx.merge(graph, jax.tree.map(whole, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
-def run_layer(layer: M, body: Callable[[M, C], tuple[C, Any]], carry: C, remat: bool) -> tuple[C, Any]:
-    """`body(layer, carry)`; with `remat` the backward pass computes it again instead of keeping its inside."""
+def run_layer(layer: M, body: Callable[[M, C, X], tuple[C, Any]], carry: C, given: X, remat: bool) -> tuple[C, Any]:
+    """`body(layer, carry, given)`; with `remat` the backward pass computes it again instead of keeping its inside."""
     step, state = _pure(layer, body)
-    return (jax.checkpoint(step) if remat else step)(carry, state)
+    return (jax.checkpoint(step) if remat else step)(carry, (state, given))
 
 
-def scan_layers(stacked: M, body: Callable[[M, C], tuple[C, Any]], carry: C, remat: bool) -> tuple[C, Any]:
-    """Runs `body(layer, carry)` through a stack; its second results come back stacked `[L, ...]`.
+def scan_layers(stacked: M, body: Callable[[M, C, X], tuple[C, Any]], carry: C, given: X, remat: bool) -> tuple[C, Any]:
+    """Runs `body(layer, carry, given)` through a stack; its second results come back stacked `[L, ...]`.
 
     One layer is compiled, whatever the depth. With `remat` the backward pass keeps the carry of each
     layer only.
+
+    Args:
+      given: what each layer gets besides, stacked `[L, ...]`.
     """
     step, state = _pure(stacked, body)
     # Inside a loop XLA cannot merge the second computation with the first, so nothing need prevent it.
-    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, carry, state)
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, carry, (state, given))
 
 
-def _pure(layer: M, body: Callable[[M, C], tuple[C, Any]]) -> tuple[Callable[[C, nnx.State], tuple[C, Any]], nnx.State]:
+def _pure(
+    layer: M, body: Callable[[M, C, X], tuple[C, Any]]
+) -> tuple[Callable[[C, tuple[nnx.State, X]], tuple[C, Any]], nnx.State]:
     graph, state = nnx.split(layer)
-    return lambda carry, state: body(nnx.merge(graph, state), carry), state
+    return lambda carry, xs: body(nnx.merge(graph, xs[0]), carry, xs[1]), state

@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 
 from maestro_jax.parallel.sharding import keep_over_groups, over_groups, replicated
 from maestro_jax.policy.attention import AttentionConfig
+from maestro_jax.policy.cascade import LaneKV, View
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.groups import GroupLayout, causal
 from maestro_jax.policy.layers import Embedding, RMSNorm
-from maestro_jax.policy.text import Context, DecoderLayer, GroupRows, LayerKV, TextModel, extend_cache
+from maestro_jax.policy.text import Context, DecoderLayer, GroupRows, TextModel, extend
 from maestro_jax.policy.vision import Leaf, VisionModel
 
 Array = jax.Array
@@ -74,15 +75,19 @@ class Policy(nnx.Module):
         else:
             self.lm_head = Embedding(text.vocab_size, text.hidden_size, ("vocab", "embed"), param_dtype, rngs)
 
-    def encode_prompts(self, batch: PrefixBatch) -> tuple[tuple[Context, Context], Array]:
-        """Encodes root, images and prefixes, for members that will be decoded.
+    def encode_root(self, root: Array) -> Context:
+        """What every group attends to of the root's tokens `[P0]`: keys and values `[P0, K, H]` per layer."""
+        return self.language_model.encode_root(self._embed(root)[None])
+
+    def encode_prompts(self, batch: PrefixBatch, root: Context) -> tuple[Context, Array]:
+        """Encodes images and prefixes behind an encoded root, for members that will be decoded.
 
         Returns:
-          The root and the prefixes as contexts (leaves `[P0, K, H]` and `[B, P, K, H]`), and the final
-          hidden state of each prefix's last token `[B, D]`, from which every member's first token is predicted.
+          What members attend to of the prefixes, `[B, P, K, H]` per layer, and the final hidden state of each
+          prefix's last token `[B, D]`, from which every member's first token is predicted.
         """
-        prefix, (root_kv, prefix_kv) = self.language_model(*self.prompt_rows(batch), keep_kv=True)
-        return (root_kv, prefix_kv), _last(prefix, batch)
+        hidden, prefix = self.language_model.encode_rows(root, self._prompt_rows(batch))
+        return prefix, _last(hidden, batch)
 
     def encode_groups(self, batch: PrefixBatch, members: Array, length: Array) -> tuple[Array, Array]:
         """Runs whole groups at once, to be differentiated: every prefix once, its members on top of it.
@@ -93,7 +98,7 @@ class Policy(nnx.Module):
         Returns:
           The final hidden state of each prefix's last token `[B, D]`, and those of the members `[B, G, R, D]`.
         """
-        root, prompts = self.prompt_rows(batch)
+        prompts = self._prompt_rows(batch)
         layout = GroupLayout(prompts.layout.prefix, *members.shape[1:])
         steps = jnp.broadcast_to(jnp.arange(layout.room), members.shape)
         rows = GroupRows(
@@ -103,7 +108,7 @@ class Policy(nnx.Module):
             layout.join(prompts.real, steps < length[..., None]),
             prompts.deepstack,
         )
-        hidden, _ = self.language_model(root, rows, keep_kv=False)
+        hidden = self.language_model(self._embed(batch.root)[None], rows)
         return _last(hidden, batch), layout.of_members(hidden)
 
     def for_decoding(self) -> "DecodingPolicy":
@@ -125,11 +130,10 @@ class Policy(nnx.Module):
     def _table(self, embedding: Embedding) -> Array:
         return embedding.table(self.compute_dtype)
 
-    def prompt_rows(self, batch: PrefixBatch) -> tuple[Array, GroupRows]:
-        """The embedded root `[1, P0, D]`, and rows of the prefixes with their images."""
+    def _prompt_rows(self, batch: PrefixBatch) -> GroupRows:
+        """Rows of the prefixes with their images."""
         x, deepstack = self._with_images(batch)
-        rows = GroupRows(causal(x.shape[1]), x, batch.positions, batch.mask, tuple(deepstack))
-        return self._embed(batch.root)[None], rows
+        return GroupRows(causal(x.shape[1]), x, batch.positions, batch.mask, tuple(deepstack))
 
     def _with_images(self, batch: PrefixBatch) -> tuple[Array, list[Array]]:
         """Embedded prefixes `[B, P, D]` with image tokens in place, and DeepStack additions like them."""
@@ -156,27 +160,25 @@ class DecodingPolicy:
     head: Array  # [V, D]; the embedding itself where the head is tied
 
     def extend(
-        self,
-        tokens: Array,
-        slots: Array,
-        next_position: Array,
-        contexts: tuple[Context, ...],
-        cache: LayerKV,
-    ) -> tuple[Array, LayerKV]:
-        """Appends tokens `[B, G, T]` at `slots [B, G, T]` of the members' cache `[B, G, R, K, H]`.
+        self, tokens: Array, steps: Array, view: View, fresh: LaneKV, at: Array | int, mask: Array
+    ) -> tuple[Array, LaneKV]:
+        """Appends tokens `[D, S, T]` to lanes; the same function decodes one token and prefills observations.
 
-        A slot equal to the cache's length drops the token (padding, or a lane that stands still).
-        The same function decodes one token a lane and prefills whole observations.
+        Args:
+          steps: int32 `[D, S, T]`, number of each token among its member's tokens.
+          view: what the lanes have computed before.
+          fresh: keys and values of this program's tokens so far, per layer `[D, S, K, W, H]`.
+          at: where among the W fresh tokens these T stand, in every lane.
+          mask: bool `[D, S, T, W]`, which fresh tokens each token sees, itself among them.
 
         Returns:
-          Final hidden states `[B, G, T, D]` and the updated cache.
+          Final hidden states `[D, S, T, D]` and the fresh keys and values.
         """
-        width = cache.keys[0].shape[2]
-        mask = slots[..., None] >= jnp.arange(width)[None, None, None, :]
-        positions = member_positions(next_position, slots)
+        positions = view.next_position()[..., None] + steps
+        positions = jnp.broadcast_to(positions[..., None], (*positions.shape, 3))
         x = keep_over_groups(self.embedding[tokens])
-        x, cache = extend_cache(self.layers, x, positions, contexts, mask, cache, slots)
-        return self.norm(x), cache
+        x, fresh = extend(self.layers, x, positions, view, fresh, at, mask)
+        return self.norm(x), fresh
 
     def logits(self, hidden: Array) -> Array:
         """fp32 logits `[..., V]` of final hidden states `[..., D]`."""

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from maestro_jax.data.images import decode_image
@@ -144,6 +145,19 @@ def collate_prompts(
     collated = ImageBatch(**preprocess.collate_images(images, architecture.vision, per_group, patches))
     last = mask.sum(axis=1).astype(np.int32) - 1
     return PrefixBatch(root, tokens, mask, positions, last, next_position, collated, image_index)
+
+
+def take_prompts(prompts: PrefixBatch, groups: np.ndarray, width: int) -> PrefixBatch:
+    """The prompts of some groups, numpy-valued, with prefixes of `width` tokens; images stay padded as they are."""
+    count = len(prompts.tokens)
+    cut = {name: getattr(prompts, name)[:, :width] for name in ("tokens", "mask", "positions", "image_index")}
+
+    def rows(leaf: np.ndarray) -> np.ndarray:
+        each = len(leaf) // count  # images have several rows a group
+        return leaf.reshape(count, each, *leaf.shape[1:])[groups].reshape(-1, *leaf.shape[1:])
+
+    taken = jax.tree.map(rows, dataclasses.replace(prompts, root=None, **cut))
+    return dataclasses.replace(taken, root=prompts.root)
 
 
 def _check_tokens(tokens: Tokens, architecture: PolicyArchitecture) -> None:

@@ -1,26 +1,30 @@
 """The decoder of Qwen3-VL: grouped-query attention with q/k norms, SwiGLU, DeepStack additions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from maestro_jax.parallel.sharding import keep_over_groups
-from maestro_jax.policy.attention import AttentionConfig, Segment, attend, attend_groups
+from maestro_jax.policy.attention import AttentionConfig, attend_groups
+from maestro_jax.policy.cascade import LaneKV, View
 from maestro_jax.policy.config import TextConfig
 from maestro_jax.policy.groups import GroupLayout, causal
 from maestro_jax.policy.layers import Embedding, Linear, RMSNorm, cast, run_layer, scan_layers, stack, unstack
 from maestro_jax.policy.rope import mrope, rotate
 
 Array = jax.Array
+KV = tuple[Array, Array]  # keys and values of one layer
+C = TypeVar("C")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerKV:
-    """Keys and values of every decoder layer, a list per layer (a stacked cache would be copied at each)."""
+    """Keys and values of every decoder layer, in a list."""
 
     keys: list[Array]  # L x [..., P, K, H]
     values: list[Array]  # L x [..., P, K, H]
@@ -51,6 +55,10 @@ class GroupRows:
     positions: Array
     real: Array
     deepstack: tuple[Array, ...]
+
+    def with_tap(self, x: Array, index: int) -> Array:
+        """`x [B, T, D]` and the DeepStack features behind layer number `index`."""
+        return x.at[:, : self.layout.prefix].add(self.deepstack[index])
 
 
 class DecoderLayer(nnx.Module):
@@ -134,45 +142,105 @@ class TextModel(nnx.Module):
         self.layers = stack(make, self.rest, rngs) if self.rest else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
-    def __call__(self, root: Array, groups: GroupRows, keep_kv: bool) -> tuple[Array, list[Context]]:
-        """Runs all layers over the root `[1, P0, D]` and the rows of all groups at once.
+    def __call__(self, root: Array, groups: GroupRows) -> Array:
+        """Runs all layers over the root `[1, P0, D]` and the rows of all groups at once, to be differentiated.
 
         One pass over the layers serves root, prefixes and members: weights are gathered once, and no
-        layer's keys and values outlive the layer unless they are asked for.
+        layer's keys and values outlive the layer.
 
         Returns:
-          Final hidden states `[B, T, D]`, and with `keep_kv` root and prefixes as contexts of later tokens.
+          Final hidden states `[B, T, D]`.
         """
-        layout, length = groups.layout, root.shape[1]
+        through_root, through_rows = self._root_step(root.shape[1]), self._row_step(groups)
+
+        def step(layer: DecoderLayer, xs: tuple[Array, Array], given: None) -> tuple[tuple[Array, Array], None]:
+            root, x = xs
+            root, before = through_root(layer, root)
+            return (root, through_rows(layer, x, before)[0]), None
+
+        def tap(xs: tuple[Array, Array], index: int) -> tuple[Array, Array]:
+            return xs[0], groups.with_tap(xs[1], index)
+
+        nothing = [None] * self.config.num_hidden_layers
+        (_, x), _ = self._through_layers(step, (root, groups.x), tap, nothing)
+        return self.norm(x)
+
+    def encode_root(self, root: Array) -> Context:
+        """What later tokens attend to of the embedded root `[1, P0, D]`: leaves `[P0, K, H]`."""
+        through_root = self._root_step(root.shape[1])
+
+        def step(layer: DecoderLayer, x: Array, given: None) -> tuple[Array, KV]:
+            return through_root(layer, x)
+
+        nothing = [None] * self.config.num_hidden_layers
+        _, kept = self._through_layers(step, root, lambda x, index: x, nothing)
+        return _context(kept, jnp.ones(root.shape[1], bool))
+
+    def encode_rows(self, root: Context, groups: GroupRows) -> tuple[Array, Context]:
+        """Runs prompts behind a root that was encoded before.
+
+        Returns:
+          Final hidden states `[B, P, D]`, and what members attend to of them: leaves `[B, P, K, H]`.
+        """
+        through_rows = self._row_step(groups)
+
+        def step(layer: DecoderLayer, x: Array, before: KV) -> tuple[Array, KV]:
+            return through_rows(layer, x, before)
+
+        given = list(zip(root.kv.keys, root.kv.values, strict=True))
+        x, kept = self._through_layers(step, groups.x, groups.with_tap, given)
+        return self.norm(x), _context(kept, groups.real)
+
+    def _root_step(self, length: int) -> Callable[[DecoderLayer, Array], tuple[Array, KV]]:
+        """A layer over the root: its output, and keys and values `[P0, K, H]`."""
         positions = jnp.broadcast_to(jnp.arange(length)[None, :, None], (1, length, 3))
-        config = self.config
-        root_angles, angles = (mrope(p, config.rope_theta, config.mrope_section) for p in (positions, groups.positions))
+        angles = mrope(positions, self.config.rope_theta, self.config.mrope_section)
         # The root has any length, and it is short: no kernel for it.
-        for_root = self.attention
-        if for_root.backend.startswith("splash"):
-            for_root = dataclasses.replace(for_root, backend="blocks")
+        config = self.attention
+        if config.backend.startswith("splash"):
+            config = dataclasses.replace(config, backend="blocks")
         whole = jnp.ones((1, length), bool)
 
-        def step(layer: DecoderLayer, xs: tuple[Array, Array]) -> tuple[tuple[Array, Array], list[tuple[Array, Array]]]:
-            root, x = xs
-            q, k, v = layer.qkv(root, *root_angles)
-            before = (k[0], v[0])
-            root = layer.finish(root, attend_groups(q, k, v, None, whole, causal(length), layer.scale, for_root))
+        def step(layer: DecoderLayer, x: Array) -> tuple[Array, KV]:
             q, k, v = layer.qkv(x, *angles)
-            x = layer.finish(x, attend_groups(q, k, v, before, groups.real, layout, layer.scale, self.attention))
-            kept = [before, (k[:, : layout.prefix], v[:, : layout.prefix])]
-            return (root, x), kept if keep_kv else []
+            x = layer.finish(x, attend_groups(q, k, v, None, whole, causal(length), layer.scale, config))
+            return x, (k[0], v[0])
 
-        xs, kept = (root, groups.x), []
+        return step
+
+    def _row_step(self, groups: GroupRows) -> Callable[[DecoderLayer, Array, KV], tuple[Array, KV]]:
+        """A layer over the rows of groups: its output, and keys and values of all their tokens `[B, T, K, H]`."""
+        angles = mrope(groups.positions, self.config.rope_theta, self.config.mrope_section)
+
+        def step(layer: DecoderLayer, x: Array, before: KV) -> tuple[Array, KV]:
+            q, k, v = layer.qkv(x, *angles)
+            mixed = attend_groups(q, k, v, before, groups.real, groups.layout, layer.scale, self.attention)
+            return layer.finish(x, mixed), (k, v)
+
+        return step
+
+    def _through_layers(
+        self,
+        step: Callable[[DecoderLayer, C, Any], tuple[C, Any]],
+        carry: C,
+        tap: Callable[[C, int], C],
+        given: Sequence[Any],
+    ) -> tuple[C, list[Any]]:
+        """`step(layer, carry, given)` through all layers, DeepStack features being added by `tap(carry, layer)`.
+
+        Returns:
+          The last carry, and what the steps returned beside it, layer by layer.
+        """
+        kept = []
         for index, layer in enumerate(self.deepstack_layers):
-            (root, x), shared = run_layer(layer, step, xs, self.remat)
-            xs = (root, x.at[:, : layout.prefix].add(groups.deepstack[index]))
-            kept.append(shared)
+            carry, one = run_layer(layer, step, carry, given[index], self.remat)
+            carry = tap(carry, index)
+            kept.append(one)
         if self.layers is not None:
-            xs, stacked = scan_layers(self.layers, step, xs, self.remat)
+            rest = jax.tree.map(lambda *leaves: jnp.stack(leaves), *given[len(kept) :])
+            carry, stacked = scan_layers(self.layers, step, carry, rest, self.remat)
             kept += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.rest)]
-        masks = (whole[0], groups.real[:, : layout.prefix])
-        return self.norm(xs[1]), _contexts(masks, kept) if keep_kv else []
+        return carry, kept
 
     def layer_list(self, dtype: jnp.dtype) -> list[DecoderLayer]:
         """Every layer as a module of its own, its weights cast: for programs that run them many times."""
@@ -180,51 +248,40 @@ class TextModel(nnx.Module):
         return [cast(layer, dtype) for layer in (*self.deepstack_layers, *rest)]
 
 
-def _contexts(masks: Sequence[Array], kept: Sequence[Sequence[tuple[Array, Array]]]) -> list[Context]:
-    """Per layer and context (keys, values) → contexts."""
-    return [
-        Context(LayerKV([layer[i][0] for layer in kept], [layer[i][1] for layer in kept]), mask)
-        for i, mask in enumerate(masks)
-    ]
+def _context(kept: Sequence[KV], mask: Array) -> Context:
+    return Context(LayerKV([keys for keys, _ in kept], [values for _, values in kept]), mask)
 
 
-def extend_cache(
-    layers: Sequence[DecoderLayer],
-    x: Array,
-    positions: Array,
-    contexts: Sequence[Context],
-    mask: Array,
-    cache: LayerKV,
-    slots: Array,
-) -> tuple[Array, LayerKV]:
-    """Runs new member tokens through the layers, their keys and values going into a cache.
+def extend(
+    layers: Sequence[DecoderLayer], x: Array, positions: Array, view: View, fresh: LaneKV, at: Array | int, mask: Array
+) -> tuple[Array, LaneKV]:
+    """Runs new tokens of lanes through the layers; their keys and values join the fresh ones.
 
     A plain loop with a list per layer: a stacked cache carried through a scan would be copied at each.
 
     Args:
-      x: embedded tokens `[B, G, T, D]`.
-      positions: M-RoPE positions int32 `[B, G, T, 3]`.
-      contexts: earlier stretches every token may attend to (root, prefix), as far as masked in.
-      mask: bool `[B, G, T, P]`, which slots of the cache each token sees.
-      cache: keys and values `[B, G, P, K, H]` per layer.
-      slots: int32 `[B, G, T]`, where in the cache each token goes; out of range is dropped.
+      x: embedded tokens `[D, S, T, D]`.
+      positions: M-RoPE positions int32 `[D, S, T, 3]`.
+      view: what the lanes have computed before.
+      fresh: keys and values of this program's tokens so far, per layer `[D, S, K, W, H]`.
+      at: int32 `[]`, where among the W fresh tokens these T stand, in every lane.
+      mask: bool `[D, S, T, W]`, which fresh tokens each token sees, itself among them.
 
     Returns:
-      Hidden states before the final norm `[B, G, T, D]`, and the updated cache.
+      Hidden states before the final norm `[D, S, T, D]`, and the fresh keys and values.
     """
     config = layers[0].config
     cos, sin = mrope(positions, config.rope_theta, config.mrope_section)
     keys, values = [], []
     for index, layer in enumerate(layers):
         q, k, v = layer.qkv(x, cos, sin)
-        keys.append(_write(cache.keys[index], k, slots))
-        values.append(_write(cache.values[index], v, slots))
-        seen = [Segment(c.kv.keys[index], c.kv.values[index], c.mask) for c in contexts]
-        x = layer.finish(x, attend(q, [*seen, Segment(keys[-1], values[-1], mask)], layer.scale))
-    return x, LayerKV(keys, values)
+        keys.append(_join(fresh.keys[index], k, at))
+        values.append(_join(fresh.values[index], v, at))
+        mixed = view.attend(index, q, (keys[-1], values[-1], mask), layer.scale)
+        x = layer.finish(x, mixed)
+    return x, LaneKV(keys, values)
 
 
-def _write(cache: Array, new: Array, slots: Array) -> Array:
-    """Writes `new [B, G, T, K, H]` at `slots [B, G, T]` of `cache [B, G, P, K, H]`."""
-    b, g = jnp.arange(cache.shape[0])[:, None, None], jnp.arange(cache.shape[1])[None, :, None]
-    return cache.at[b, g, slots].set(new.astype(cache.dtype), mode="drop")
+def _join(fresh: Array, new: Array, at: Array | int) -> Array:
+    """`new [D, S, T, K, H]` at the tokens `at ...` of `fresh [D, S, K, W, H]`."""
+    return jax.lax.dynamic_update_slice_in_dim(fresh, jnp.moveaxis(new, 2, 3).astype(fresh.dtype), at, axis=3)

@@ -116,7 +116,9 @@ class VisionModel(nnx.Module):
         cos, sin = vision_rope(images.grid, self.config.hidden_size // self.config.num_heads)
         tapped = np.array(self.config.deepstack_visual_indexes, np.int32)
 
-        def step(block: VisionBlock, carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], None]:
+        def step(
+            block: VisionBlock, carry: tuple[Array, Array, Array], given: None
+        ) -> tuple[tuple[Array, Array, Array], None]:
             index, x, taps = carry
             x = block(x, cos, sin, images.mask)
             here = (tapped == index)[:, None, None, None]
@@ -124,5 +126,5 @@ class VisionModel(nnx.Module):
 
         # The taps travel along, so that the scan does not have to give back the output of every block.
         taps = jnp.zeros((len(tapped), *x.shape), x.dtype)
-        (_, x, taps), _ = scan_layers(self.blocks, step, (jnp.zeros((), jnp.int32), x, taps), self.remat)
+        (_, x, taps), _ = scan_layers(self.blocks, step, (jnp.zeros((), jnp.int32), x, taps), None, self.remat)
         return self.merger(x), [merger(tap) for merger, tap in zip(self.deepstack_mergers, taps, strict=True)]

@@ -1,6 +1,7 @@
-"""The pure device programs of a rollout: prefill, decode a chunk of tokens, append observations.
+"""The pure device programs that run the policy: root, prefixes, chunks of tokens, observations.
 
-No callback and no host value in here, so that every program is cacheable and donates its state.
+No callback and no host value in here, so that every program is cacheable and donates what it changes. What stands
+in caches is only read while tokens are decoded; the new keys and values join it when a program ends.
 """
 
 import dataclasses
@@ -8,10 +9,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from maestro_jax.policy.cascade import LaneKV, Seats, Shared, View, put, take
 from maestro_jax.policy.model import DecodingPolicy, Policy, PrefixBatch
-from maestro_jax.policy.text import Context
+from maestro_jax.policy.text import Context, LayerKV
 from maestro_jax.policy.vision import Leaf
-from maestro_jax.rollout.state import Lane, RolloutState, empty_state
+from maestro_jax.rollout.sampling import SamplingConfig, sample
+from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes, empty_groups, empty_kv
 from maestro_jax.types import StopReason
 
 Array = jax.Array
@@ -19,12 +22,10 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """Static settings of the decode program (lengths in tokens)."""
+    """Static settings of the decode program."""
 
-    decode_chunk: int  # most tokens per program call
-    turn_budget: int  # most tokens the policy may write in one turn
-    room: int  # most tokens a member may hold, observations included
-    temperature: float
+    chunk: int  # tokens per program call
+    sampling: SamplingConfig
 
 
 @jax.tree_util.register_dataclass
@@ -37,152 +38,189 @@ class StopTables:
     end_of_turn: Leaf  # int32 []
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prefilled:
-    """What a group's members continue: computed once per group (root: once per step)."""
-
-    root: Context
-    prefix: Context
-    next_position: Array  # int32 [B]
+# ---- what members continue -----------------------------------------------------------------------------------
 
 
-def prefill(
-    policy: Policy, prompts: PrefixBatch, keys: Array, alive: Array, room: int
-) -> tuple[Prefilled, RolloutState]:
-    """Encodes root, images and prefixes; returns them with fresh lanes.
+def open_groups(policy: Policy, root: Array, sizes: Sizes) -> Groups:
+    """The encoded root `[P0]` with room for prefixes."""
+    return with_root(policy, empty_groups(sizes, policy.architecture.text, policy.compute_dtype), root)
+
+
+def with_root(policy: Policy, groups: Groups, root: Array) -> Groups:
+    """The same prefixes behind a root of this policy: what running trajectories see once the policy has changed."""
+    kv = policy.encode_root(root).kv
+    keys, values = [jnp.transpose(x, (1, 2, 0)) for x in kv.keys], [jnp.swapaxes(x, 0, 1) for x in kv.values]
+    return dataclasses.replace(groups, shared=dataclasses.replace(groups.shared, root_keys=keys, root_values=values))
+
+
+def prefill(policy: Policy, groups: Groups, prompts: PrefixBatch, slots: Array) -> Groups:
+    """Encodes prefixes, each once whatever continues it.
 
     Args:
-      keys: uint32 `[B, G, 2]`, random key data of every lane.
-      alive: bool `[B]`, False for groups that only pad the batch.
-      room: R.
+      prompts: of D b groups; their prefixes may be shorter than the P of `groups`.
+      slots: int32 `[D, b]`, where they go; B leaves one out.
     """
-    (root, prefix), last = policy.encode_prompts(prompts)
-    state = empty_state(policy.architecture.text, last, keys, room, alive)
-    return Prefilled(root, prefix, prompts.next_position), state
+    shared = groups.shared
+    root = LayerKV(
+        [jnp.transpose(x, (2, 0, 1)) for x in shared.root_keys], [jnp.swapaxes(x, 0, 1) for x in shared.root_values]
+    )
+    prefix, last = policy.encode_prompts(prompts, Context(root, jnp.ones(prompts.root.shape, bool)))
+
+    def by_shard(x: Array) -> Array:
+        return x.reshape(*slots.shape, *x.shape[1:])
+
+    def pad(x: Array, axis: int) -> Array:
+        """The prefix's tokens, filled up to P."""
+        missing = shared.mask.shape[-1] - x.shape[axis]
+        return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+    keys = [pad(jnp.transpose(by_shard(x), (0, 1, 3, 4, 2)), 4) for x in prefix.kv.keys]
+    values = [pad(jnp.swapaxes(by_shard(x), 2, 3), 3) for x in prefix.kv.values]
+    return Groups(
+        Shared(
+            shared.root_keys,
+            shared.root_values,
+            [put(x, slots, new) for x, new in zip(shared.keys, keys, strict=True)],
+            [put(x, slots, new) for x, new in zip(shared.values, values, strict=True)],
+            put(shared.mask, slots, pad(by_shard(prefix.mask), 2)),
+            put(shared.next_position, slots, by_shard(prompts.next_position)),
+        ),
+        put(groups.hidden, slots, by_shard(last)),
+    )
+
+
+# ---- decoding ------------------------------------------------------------------------------------------------
 
 
 def decode_chunk(
     policy: Policy,
-    prefilled: Prefilled,
-    state: RolloutState,
+    groups: Groups,
+    lanes: Lanes,
     tables: StopTables,
     noise: Array,
+    sizes: Sizes,
     config: DecodeConfig,
-) -> RolloutState:
-    """Samples up to `config.decode_chunk` tokens in every decoding lane; ends early when none decodes.
+) -> Lanes:
+    """Samples `config.chunk` tokens in every decoding lane, or as many as it takes until none decodes.
+
+    A lane that goes on decoding always gets the whole chunk, whatever its neighbours do: where chunks begin and end
+    in a turn, and so the rounding of its numbers, depends on the lane alone.
 
     Args:
-      noise: float32 `[]`, 1 to sample, 0 for greedy decoding (one program serves both).
+      noise: float32 `[]`, 1 to sample, 0 for greedy decoding.
     """
+    decoder, text = policy.for_decoding(), policy.architecture.text
+    shape = (sizes.shards, sizes.lanes, text.num_key_value_heads, config.chunk, text.head_dim)
+    seats = Seats.of(lanes.seat, sizes.groups, sizes.members)
+    view = View.of_all(groups.shared, lanes.cache, lanes.length, seats)
+    room = jnp.minimum(sizes.room - lanes.length + lanes.written, sizes.turn_budget)  # most tokens of this turn
 
-    decoder = policy.for_decoding()
+    def go_on(carry: tuple[Array, Lanes, LaneKV]) -> Array:
+        return (carry[0] < config.chunk) & jnp.any(carry[1].status == Lane.DECODING)
 
-    def go_on(carry: tuple[Array, RolloutState]) -> Array:
-        return (carry[0] < config.decode_chunk) & jnp.any(carry[1].lane == Lane.DECODING)
+    def body(carry: tuple[Array, Lanes, LaneKV]) -> tuple[Array, Lanes, LaneKV]:
+        step, now, fresh = carry
+        token, now = _next_token(decoder, now, tables, noise, room, config.sampling)
+        seen = jnp.broadcast_to(jnp.arange(config.chunk) <= step, (*token.shape, 1, config.chunk))
+        steps = (lanes.length + step)[..., None]
+        hidden, fresh = decoder.extend(token[..., None], steps, view, fresh, step, seen)
+        # A lane that has stopped keeps its last state; nobody reads it before it is replaced.
+        return step + 1, dataclasses.replace(now, hidden=hidden[:, :, 0]), fresh
 
-    def body(carry: tuple[Array, RolloutState]) -> tuple[Array, RolloutState]:
-        return carry[0] + 1, decode_token(decoder, prefilled, carry[1], tables, noise, config)
+    # The caches stay outside the loop: what it only reads, it cannot copy.
+    start = dataclasses.replace(lanes, cache=LaneKV([], []))
+    fresh = empty_kv(shape, text, lanes.hidden.dtype)
+    _, end, fresh = jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), start, fresh))
+    added = end.written - lanes.written
+    everywhere = jnp.broadcast_to(jnp.arange(sizes.lanes), lanes.seat.shape)
+    cache = write(lanes.cache, everywhere, fresh, lanes.length, added)
+    return dataclasses.replace(end, length=lanes.length + added, cache=cache)
 
-    return jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), state))[1]
 
-
-def decode_token(
-    policy: DecodingPolicy,
-    prefilled: Prefilled,
-    state: RolloutState,
-    tables: StopTables,
-    noise: Array,
-    config: DecodeConfig,
-) -> RolloutState:
-    """One token in every decoding lane; the others stand still."""
-    active = state.lane == Lane.DECODING
-    token, logprob = sample(policy.logits(state.hidden) / config.temperature, state, noise)
-    slot = jnp.where(active, state.length, config.room)
-    at = jnp.arange(slot.shape[0])[:, None], jnp.arange(slot.shape[1])[None, :], slot
-    automaton = jnp.where(active, tables.transitions[state.automaton, token], state.automaton)
-    length = state.length + active
-    stop = _stop_reason(tables, automaton, token, length, state.turn_start, config)
-    hidden, cache = policy.extend(
-        token[..., None], slot[..., None], prefilled.next_position, (prefilled.root, prefilled.prefix), state.cache
-    )
-    return dataclasses.replace(
-        state,
-        tokens=state.tokens.at[at].set(token, mode="drop"),
-        logprobs=state.logprobs.at[at].set(logprob, mode="drop"),
-        authored=state.authored.at[at].set(True, mode="drop"),
-        length=length,
+def _next_token(
+    decoder: DecodingPolicy, now: Lanes, tables: StopTables, noise: Array, room: Array, sampling: SamplingConfig
+) -> tuple[Array, Lanes]:
+    """Draws a token in every decoding lane and says whether the turn ends with it; the others stand still."""
+    active = now.status == Lane.DECODING
+    token, logprob = sample(decoder.logits(now.hidden), now.keys, now.turn, now.written, noise, sampling)
+    here = active[..., None] & (jnp.arange(now.tokens.shape[-1]) == now.written[..., None])
+    automaton = jnp.where(active, tables.transitions[now.automaton, token], now.automaton)
+    written = now.written + active
+    stop = _stop_reason(tables, automaton, token, written >= room)
+    return token, dataclasses.replace(
+        now,
+        tokens=jnp.where(here, token[..., None], now.tokens),
+        logprobs=jnp.where(here, logprob[..., None], now.logprobs),
+        written=written,
         automaton=automaton,
-        stop=jnp.where(active, stop, state.stop),
-        lane=jnp.where(active & (stop != StopReason.NONE), Lane.STOPPED, state.lane),
-        hidden=jnp.where(active[..., None], hidden[:, :, 0], state.hidden),
-        cache=cache,
+        stop=jnp.where(active, stop, now.stop),
+        status=jnp.where(active & (stop != StopReason.NONE), Lane.STOPPED, now.status),
     )
 
 
-def sample(logits: Array, state: RolloutState, noise: Array) -> tuple[Array, Array]:
-    """Tokens int32 `[B, G]` and their log-probabilities fp32 `[B, G]` under `logits [B, G, V]`.
-
-    The randomness of a lane depends on its own key, turn and position only, so no result depends
-    on which lanes run beside it or in which order experts answer.
-    """
-
-    def gumbel(key_data: Array, turn: Array, position: Array) -> Array:
-        key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
-        key = jax.random.fold_in(jax.random.fold_in(key, turn), position)
-        return jax.random.gumbel(key, (logits.shape[-1],), jnp.float32)
-
-    drawn = jax.vmap(jax.vmap(gumbel))(state.keys, state.turn, state.length - state.turn_start)
-    token = jnp.argmax(logits + noise * drawn, axis=-1).astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _stop_reason(
-    tables: StopTables, automaton: Array, token: Array, length: Array, turn_start: Array, config: DecodeConfig
-) -> Array:
+def _stop_reason(tables: StopTables, automaton: Array, token: Array, out_of_budget: Array) -> Array:
     """Why the turn ends after this token (`StopReason`, NONE if it goes on)."""
     reason = tables.reasons[automaton]
-    out_of_budget = (length - turn_start >= config.turn_budget) | (length >= config.room)
     reason = jnp.where((reason == StopReason.NONE) & out_of_budget, StopReason.BUDGET, reason)
     return jnp.where(token == tables.end_of_turn, StopReason.END_OF_TURN, reason)
 
 
+# ---- observations --------------------------------------------------------------------------------------------
+
+
 def append_observations(
     policy: Policy,
-    prefilled: Prefilled,
-    state: RolloutState,
-    lane: Array,
+    groups: Groups,
+    lanes: Lanes,
+    at: Array,
     observation: Array,
     observation_length: Array,
-) -> RolloutState:
-    """Prefills observations behind the lanes that received one and starts their next turn.
+    sizes: Sizes,
+) -> Lanes:
+    """Prefills observations behind a few lanes and starts their next turn.
+
+    Always the same number of rows, so that the rounding of a trajectory's numbers does not depend on how many
+    experts answered at the same time.
 
     Args:
-      lane: int32 `[B, G]`, the lanes' new state as the exchange decided it.
-      observation: int32 `[B, G, O]`, padded on the right; observation tokens are not authored.
-      observation_length: int32 `[B, G]`; 0 leaves the lane alone.
+      at: int32 `[D, A]`, lanes; S for a row that has none.
+      observation: int32 `[D, A, O]`, padded on the right.
+      observation_length: int32 `[D, A]`.
     """
-    width = observation.shape[-1]
-    steps = jnp.arange(width)
-    arrived = observation_length > 0
-    room = state.tokens.shape[-1]
-    slots = jnp.where(steps < observation_length[..., None], state.length[..., None] + steps, room)
-    hidden, cache = policy.for_decoding().extend(
-        observation, slots, prefilled.next_position, (prefilled.root, prefilled.prefix), state.cache
-    )
+    text, width = policy.architecture.text, observation.shape[-1]
+    seats = Seats.of(lanes.seat, sizes.groups, sizes.members)
+    view = View.of_few(groups.shared, lanes.cache, lanes.length, seats, at)
+    steps = view.length[..., None] + jnp.arange(width)
+    fresh = empty_kv((*at.shape, text.num_key_value_heads, width, text.head_dim), text, lanes.hidden.dtype)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (*at.shape, width, width))
+    hidden, fresh = policy.for_decoding().extend(observation, steps, view, fresh, 0, causal)
     last = jnp.maximum(observation_length - 1, 0)[..., None, None]
-    last_hidden = jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]
-    b, g = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[None, :, None]
-    length = state.length + observation_length
+    zeros, decoding = jnp.zeros_like(at), jnp.full_like(at, Lane.DECODING)
     return dataclasses.replace(
-        state,
-        tokens=state.tokens.at[b, g, slots].set(observation, mode="drop"),
-        length=length,
-        turn=state.turn + arrived,
-        turn_start=jnp.where(arrived, length, state.turn_start),
-        automaton=jnp.where(arrived, 0, state.automaton),
-        hidden=jnp.where(arrived[..., None], last_hidden, state.hidden),
-        lane=lane,
-        cache=cache,
+        lanes,
+        status=put(lanes.status, at, decoding),
+        written=put(lanes.written, at, zeros),
+        length=put(lanes.length, at, view.length + observation_length),
+        turn=put(lanes.turn, at, take(lanes.turn, at) + 1),
+        automaton=put(lanes.automaton, at, zeros),
+        hidden=put(lanes.hidden, at, jnp.take_along_axis(hidden, last, axis=2)[:, :, 0]),
+        cache=write(lanes.cache, at, fresh, view.length, observation_length),
+    )
+
+
+def write(cache: LaneKV, at: Array, fresh: LaneKV, start: Array, count: Array) -> LaneKV:
+    """Fresh keys and values `[D, A, K, W, H]`, the first `count [D, A]` of each row, into lanes from `start [D, A]`."""
+    room, width = cache.keys[0].shape[3], fresh.keys[0].shape[3]
+    slots = jnp.where(jnp.arange(width) < count[..., None], start[..., None] + jnp.arange(width), room)
+
+    def one(x: Array, new: Array) -> Array:
+        def of_shard(x: Array, at: Array, slots: Array, new: Array) -> Array:
+            rows = jnp.moveaxis(new, 2, 1).astype(x.dtype)  # [A, W, K, H]
+            return x.at[at[:, None], :, slots].set(rows, mode="drop")
+
+        return jax.vmap(of_shard)(x, at, slots, new)
+
+    return LaneKV(
+        [one(x, new) for x, new in zip(cache.keys, fresh.keys, strict=True)],
+        [one(x, new) for x, new in zip(cache.values, fresh.values, strict=True)],
     )

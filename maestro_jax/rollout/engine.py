@@ -1,40 +1,71 @@
 """The rollout engine: tasks in, finished trajectories with their exact tokens out.
 
-A loop of three programs: decode a chunk, exchange with the experts, append what they said. It reads
-the trainer's own parameter buffers; the loop's conditions are replicated device values.
+It holds what outlives a rollout: compiled programs by size, the stop automaton, the limits. The loop itself is
+`rollout/session.py`.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.mesh import batch_shards
 from maestro_jax.parallel.sharding import over_groups, replicated
-from maestro_jax.policy.model import PrefixBatch, prompt_shardings
+from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import Prompts
-from maestro_jax.rollout import decode
 from maestro_jax.rollout.automaton import build_automaton
-from maestro_jax.rollout.exchange import Exchange, Trajectory, make_exchange_program
-from maestro_jax.rollout.state import RolloutState
+from maestro_jax.rollout.decode import DecodeConfig, StopTables
+from maestro_jax.rollout.exchange import Exchange, make_exchange_program
+from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
+from maestro_jax.rollout.sampling import SamplingConfig
+from maestro_jax.rollout.scheduler import Capacity
+from maestro_jax.rollout.session import Compiled, Session
+from maestro_jax.rollout.state import Sizes
+from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
 from maestro_jax.types import Task
 
-Array = jax.Array
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Static limits of rollouts; numbers of lanes and groups are over all devices, lengths in tokens.
+
+    Attributes:
+      lanes: trajectories that decode side by side; 0 gives every trajectory in flight a lane.
+      decode_chunk: tokens between two exchanges with the experts.
+      turn_budget: most tokens of one turn.
+      room: most tokens of a member, turns and observations together.
+      append_rows: lanes that receive an observation per program call; 0: all of them.
+      prefill_groups: groups prefilled per program call; 0: all of them.
+      parked_tokens: room for keys and values of trajectories without a lane, in the memory of each batch shard.
+      parked_on_host: the same on each host, in bytes.
+    """
+
+    lanes: int
+    decode_chunk: int
+    turn_budget: int
+    room: int
+    append_rows: int
+    prefill_groups: int
+    parked_tokens: int
+    parked_on_host: int
+    temperature: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Finished groups: host records and the arrays they were sampled into.
+    """Finished groups: host records, and their tokens as arrays.
 
-    Groups that only padded the batch to its static size are at the end, without trajectories.
+    Groups that only pad the batch to its static size are at the end, without trajectories; so are, in the arrays,
+    groups that another process serves.
     """
 
-    trajectories: list[list[Trajectory]]  # [tasks][G]
+    trajectories: list[list[Trajectory]]  # [tasks][G]; an empty list for a group of another process
     prompts: PrefixBatch  # numpy-valued
     tokens: np.ndarray  # int32 [B, G, R]
     logprobs: np.ndarray  # float32 [B, G, R]
@@ -42,44 +73,22 @@ class Rollout:
     length: np.ndarray  # int32 [B, G]
 
 
-@dataclasses.dataclass(frozen=True)
-class RolloutPrograms:
-    """The compiled functions of `rollout/decode.py`, with parameters in place of the policy; states are donated."""
-
-    prefill: Any
-    decode: Any
-    append: Any
-
-
-def rollout_programs(graph: nnx.GraphDef, config: decode.DecodeConfig) -> RolloutPrograms:
-    def on_policy(function: Callable, **static: object) -> Callable:
-        return lambda params, *args: function(nnx.merge(graph, params), *args, **static)
-
-    return RolloutPrograms(
-        prefill=jax.jit(on_policy(decode.prefill, room=config.room)),
-        decode=jax.jit(on_policy(decode.decode_chunk, config=config), donate_argnums=2),
-        append=jax.jit(on_policy(decode.append_observations), donate_argnums=2),
-    )
-
-
 class Engine:
     """Runs episodes of one policy against one registry on one mesh."""
 
-    def __init__(
-        self, graph: nnx.GraphDef, mesh: Mesh, prompts: Prompts, exchange: Exchange, config: decode.DecodeConfig
-    ):
+    def __init__(self, graph: nnx.GraphDef, mesh: Mesh, prompts: Prompts, exchange: Exchange, config: EngineConfig):
+        self.graph = graph
         self.mesh = mesh
         self.prompts = prompts
         self.exchange = exchange
         self.config = config
+        self.local_shards = shards_of_this_process(mesh)
         tokens = prompts.tokens
         transitions, reasons = build_automaton(tokens.token_bytes(prompts.architecture.text.vocab_size))
-        self.tables = jax.device_put(
-            decode.StopTables(transitions, reasons, np.int32(tokens.end_of_turn)), replicated(mesh)
-        )
-
-        self.programs = rollout_programs(graph, config)
-        self._exchange = make_exchange_program(exchange, mesh)
+        self.tables = jax.device_put(StopTables(transitions, reasons, np.int32(tokens.end_of_turn)), replicated(mesh))
+        self.root = jax.device_put(prompts.root, replicated(mesh))
+        self.shard_numbers = jax.device_put(np.arange(batch_shards(mesh), dtype=np.int32), over_groups(mesh))
+        self._compiled: dict[Sizes, Compiled] = {}
 
     def rollout(
         self, params: nnx.State, tasks: Sequence[Task], groups: int, members: int, seed: int, step: int, greedy: bool
@@ -88,50 +97,112 @@ class Engine:
 
         Args:
           params: the policy's parameters, as the trainer holds them.
-          tasks: at most `groups` tasks; fewer are padded, so that shapes stay static.
+          tasks: at most `groups` tasks; fewer leave room, so that shapes stay static.
           seed, step: with task id and member, the only sources of randomness.
         """
         shown = [*tasks, *[tasks[-1]] * (groups - len(tasks))]
         prompts = self.prompts.batch(shown)
-        on_mesh = self._to_mesh(prompts)
-        keys = np.stack([[lane_key(seed, step, task.id, m) for m in range(members)] for task in shown])
-        alive = np.arange(groups) < len(tasks)
-        slots = np.arange(groups * members, dtype=np.int32).reshape(groups, members)
-        keys, alive, slots = jax.device_put((keys, alive, slots), over_groups(self.mesh))
-        self.exchange.begin([*tasks, *[None] * (groups - len(tasks))], members)
-        state = self._run(params, on_mesh, keys, alive, slots, np.float32(not greedy))
-        tokens, logprobs, authored, length = jax.device_get(
-            (state.tokens, state.logprobs, state.authored, state.length)
+        session = self.session(params, groups, members, prompts.tokens.shape[1], greedy)
+        keys = [[lane_key(seed, step, task.id, m) for m in range(members)] for task in tasks]
+        records = session.submit(tasks, prompts, keys)
+        for _ in session.run(params, version=step):
+            pass
+        return assemble(records, prompts, groups, members, self.config.room)
+
+    def session(self, params: nnx.State, groups: int, members: int, prefix: int, greedy: bool) -> "Session":
+        """Room for so many groups at a time, with prefixes of at most `prefix` tokens."""
+        sizes = self.sizes(groups, members, prefix)
+        if sizes not in self._compiled:
+            self._compiled[sizes] = self._compile(params, sizes)
+        return Session(self._compiled[sizes], self.exchange, self.local_shards, greedy)
+
+    def _compile(self, params: nnx.State, sizes: Sizes) -> Compiled:
+        sampling = SamplingConfig(temperature=self.config.temperature)
+        programs = rollout_programs(self.graph, sizes, DecodeConfig(self.config.decode_chunk, sampling))
+        capacity = self._capacity(programs, params, sizes)
+        exchange = make_exchange_program(self.exchange, self.mesh, capacity)
+        return Compiled(self.mesh, sizes, capacity, programs, exchange, self.tables, self.root, self.shard_numbers)
+
+    def sizes(self, groups: int, members: int, prefix: int) -> Sizes:
+        """Static shapes of a shard.
+
+        Raises:
+          ValueError: something does not divide over the shards.
+        """
+        config, shards = self.config, batch_shards(self.mesh)
+        lanes = min(config.lanes or groups * members, groups * members)
+        rows, prefill = min(config.append_rows or lanes, lanes), min(config.prefill_groups or groups, groups)
+        named = {"groups": groups, "lanes": lanes, "rows of observations": rows, "groups a prefill": prefill}
+        for what, number in named.items():
+            if number % shards:
+                raise ValueError(f"{number} {what} do not divide over {shards} batch shards")
+        made = Sizes(
+            shards=shards,
+            lanes=lanes // shards,
+            groups=groups // shards,
+            members=members,
+            prefix=prefix,
+            room=config.room,
+            turn_budget=config.turn_budget,
+            pages=0,
+            append_rows=rows // shards,
+            prefill_groups=prefill // shards,
         )
-        records = self.exchange.trajectories
-        trajectories = [[records[g * members + m] for m in range(members)] for g in range(len(tasks))]
-        return Rollout(trajectories, prompts, tokens, logprobs, authored, length)
+        # More pages than all trajectories without a lane can fill would never be used.
+        most = (groups * members // shards - made.lanes) * made.pages_of_lane
+        return dataclasses.replace(made, pages=min(config.parked_tokens // made.page, most))
 
-    def _run(
-        self, params: nnx.State, prompts: PrefixBatch, keys: Array, alive: Array, slots: Array, noise: np.float32
-    ) -> RolloutState:
+    def _capacity(self, programs: RolloutPrograms, params: nnx.State, sizes: Sizes) -> Capacity:
         with jax.set_mesh(self.mesh):
-            prefilled, state = self.programs.prefill(params, prompts, keys, alive)
-            while True:
-                state = self.programs.decode(params, prefilled, state, self.tables, noise)
-                lane, observations, lengths, counts = self._exchange(state, slots)
-                unfinished, arrived = np.asarray(counts)
-                if not unfinished:
-                    return state
-                if arrived:
-                    state = self.programs.append(params, prefilled, state, lane, observations, lengths)
-                else:
-                    state = dataclasses.replace(state, lane=lane)
+            _, lanes, _ = jax.eval_shape(programs.open, params, self.root)
+        bytes_of_lanes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(lanes.cache))
+        return Capacity(
+            lanes=sizes.lanes,
+            groups=sizes.groups,
+            members=sizes.members,
+            room=sizes.room,
+            pages=sizes.pages,
+            page=sizes.page,
+            append_rows=sizes.append_rows,
+            prefill_groups=sizes.prefill_groups,
+            observation=self.exchange.observation_bucket,
+            token_bytes=bytes_of_lanes // (sizes.shards * sizes.lanes * sizes.room),
+            host_bytes=self.config.parked_on_host // len(self.local_shards),
+        )
 
-    def _to_mesh(self, prompts: PrefixBatch) -> PrefixBatch:
-        shardings = prompt_shardings(self.mesh)
-        groups = prompts.tokens.shape[0]
-        if groups % batch_shards(self.mesh):
-            raise ValueError(f"{groups} groups do not divide over {batch_shards(self.mesh)} batch shards")
-        return jax.device_put(prompts, shardings)
+
+def assemble(records: Sequence[GroupRecord], prompts: PrefixBatch, groups: int, members: int, room: int) -> Rollout:
+    """Host records as a batch of arrays."""
+    shape = (groups, members, room)
+    tokens, logprobs, authored = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool)
+    length = np.zeros(shape[:2], np.int32)
+    for g, record in enumerate(records):
+        for m, member in enumerate(record.members if record.finished else ()):
+            n = length[g, m] = len(member.tokens)
+            tokens[g, m, :n], logprobs[g, m, :n], authored[g, m, :n] = member.tokens, member.logprobs, member.authored
+    trajectories = [record.members if record.finished else [] for record in records]
+    return Rollout(trajectories, prompts, tokens, logprobs, authored, length)
+
+
+def shards_of_this_process(mesh: Mesh) -> list[int]:
+    """Numbers of the batch shards whose lanes this process serves.
+
+    Raises:
+      ConfigError: a shard's tensor axis reaches into another process.
+    """
+    mine = jax.process_index()
+    by_shard = mesh.devices.reshape(batch_shards(mesh), -1)
+    owners = [{device.process_index for device in row} for row in by_shard]
+    for number, found in enumerate(owners):
+        if len(found) > 1:
+            raise ConfigError(
+                f"batch shard {number} is spread over processes {sorted(found)}; "
+                "set config.mesh.tensor to a divisor of the devices of one process"
+            )
+    return [number for number, found in enumerate(owners) if mine in found]
 
 
 def lane_key(seed: int, step: int, task_id: str, member: int) -> np.ndarray:
-    """Random key data uint32 `[2]` of a lane: a hash, so that it does not depend on batch or order."""
+    """Random key data uint32 `[2]` of a trajectory: a hash, so that it does not depend on batch or order."""
     digest = hashlib.blake2b(f"{seed}/{step}/{task_id}/{member}".encode(), digest_size=8).digest()
     return np.frombuffer(digest, np.uint32)

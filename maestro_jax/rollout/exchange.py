@@ -1,16 +1,17 @@
 """The edge between the device and the experts: one tiny callback program.
 
-In: turns that ended on the device. Out: observations that have come back, as tokens. The callback
-touches numpy only, returns at once (it waits, for a bounded time, only when no lane decodes), and
-never raises: a fault becomes a status. Fully manual over the mesh, so every device's lanes are
-served by its own process; with a tensor axis only index 0 speaks and the result is summed over it.
+In: turns that ended on the device. Out: orders for the lanes (`rollout/scheduler.py`), among them the observations
+that have come back, as tokens. The callback touches numpy only, returns at once (it waits, for a bounded time, only
+when no lane decodes and nothing can be ordered), and never raises: a fault becomes a status. Fully manual over the
+mesh, so every shard's lanes are served by their own process, with its own registry; with a tensor axis only index 0
+speaks and the result is summed over it.
 """
 
 import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ from maestro_jax.parallel.mesh import BATCH_AXES
 from maestro_jax.policy.tokens import END_OF_TURN, Tokens
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout import protocol
-from maestro_jax.rollout.state import Lane, RolloutState
-from maestro_jax.types import Call, Observation, Status, StopReason, Task
+from maestro_jax.rollout.scheduler import Capacity, Orders, Scheduler
+from maestro_jax.rollout.state import Lane, Lanes
+from maestro_jax.rollout.trajectory import Stage, Trajectory
+from maestro_jax.types import Observation, Status, StopReason
 
 Array = jax.Array
 log = logging.getLogger(__name__)
@@ -32,7 +35,8 @@ log = logging.getLogger(__name__)
 _BEFORE = f"{END_OF_TURN}\n<|im_start|>user\n"
 _AFTER = f"{END_OF_TURN}\n<|im_start|>assistant\n"
 _NO_CALLS_LEFT = " Answer now."
-_GRACE_SECONDS = 0.05  # after the first reply, how long an idle engine waits for its neighbours
+# How long an idle engine waits for a reply before it looks round again; other processes may have got one.
+_PATIENCE_SECONDS, _PATIENCE_AMONG_PROCESSES = 1.0, 0.02
 
 
 def observation_frames() -> list[str]:
@@ -48,49 +52,32 @@ class EpisodeConfig:
     max_calls: int
     observation_tokens: int  # most tokens of an observation's text
     observation_multiple: int  # the text is filled up with line ends to a multiple of so many tokens
-    deadline: float
+    deadline: float  # seconds an episode may wait for experts, over all its calls
     turn_budget: int
     room: int
 
 
-@dataclasses.dataclass
-class Trajectory:
-    """The host's record of one trajectory; its tokens stay on the device until the rollout ends."""
-
-    task: Task
-    member: int
-    calls: list[tuple[Call, Observation]] = dataclasses.field(default_factory=list)
-    turns: int = 0
-    answer: str | None = None
-    well_formed: bool = True
-    marked: bool = False  # an infrastructure failure: leaves baseline and loss
-    finished: bool = False
-    pending: Call | None = None
-    started: float = dataclasses.field(default_factory=time.monotonic)
-    seconds: float = 0.0
-
-    @property
-    def executed_calls(self) -> int:
-        return sum(observation.status == Status.OK for _, observation in self.calls)
-
-    @property
-    def price(self) -> float:
-        return sum(observation.usage.price for _, observation in self.calls)
-
-
 class Exchange:
-    """Serves the lanes of this process. One at a time per engine; `begin` starts a rollout."""
+    """Serves the shards of this process. One at a time per engine; `begin` starts a session.
+
+    What the device's callbacks and the engine's loop both touch is touched under `lock`; they take turns, but the
+    devices of one process call back from several threads.
+    """
 
     def __init__(self, tokens: Tokens, resolver: protocol.Resolver, dispatcher: Dispatcher, config: EpisodeConfig):
         self.tokens = tokens
         self.resolver = resolver
         self.dispatcher = dispatcher
         self.config = config
-        self.trajectories: dict[int, Trajectory] = {}
-        self.rollout = 0
-        self.ready: dict[int, Observation] = {}
-        # Devices of one process call back from several threads.
         self.lock = threading.Lock()
+        self.session = 0
+        self.schedulers: dict[int, Scheduler] = {}
+        self.version = 0  # of the policy that decodes
+        self.patient = True  # whether an idle engine waits for replies; False while it has something else to do
+        self.history: list[tuple[float, int, np.ndarray]] = []  # time, shard, what its lanes had been doing until then
+        self._waiting: dict[int, Trajectory] = {}  # by ticket
+        self._rounds: dict[int, int] = {}  # of each shard
+        self._last_news = 0  # round in which a shard of this process last found something to do
         self.before = tokens.encode(_BEFORE)
         self.after = tokens.encode(_AFTER)
         self.filler = tokens.encode("\n")[:1]
@@ -98,124 +85,172 @@ class Exchange:
         longest = Observation("0 " * (config.observation_tokens + config.observation_multiple), Status.OK)
         self.observation_bucket = len(self.observation_ids(longest, last=True))
 
-    def begin(self, tasks: Sequence[Task | None], members: int) -> None:
-        """Starts a rollout of `members` episodes per task; None pads the batch. Lane = group * members + member."""
+    def begin(self, schedulers: dict[int, Scheduler]) -> None:
+        """Starts a session with the shards that this process serves; replies to an earlier one will be dropped."""
         with self.lock:
-            self.rollout += 1
-            self.ready.clear()
-            self.trajectories = {
-                group * members + member: Trajectory(task, member)
-                for group, task in enumerate(tasks)
-                if task is not None
-                for member in range(members)
-            }
+            self.session += 1
+            self.schedulers = schedulers
+            self.history = []
+            self._waiting = {}
+            self._rounds = dict.fromkeys(schedulers, 0)
+            self._last_news = 0
+
+    # ---- the callback --------------------------------------------------------------------------------------
 
     def serve(
         self,
+        shard: np.ndarray,
         leader: np.ndarray,
         idle: np.ndarray,
-        slot: np.ndarray,
-        lane: np.ndarray,
+        status: np.ndarray,
         stop: np.ndarray,
-        length: np.ndarray,
-        turn: np.ndarray,
-        turn_length: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The callback: numpy in, numpy out, for the lanes `[b, G]` of one device.
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        written: np.ndarray,
+        capacity: Capacity,
+    ) -> tuple[np.ndarray, ...]:
+        """The callback: numpy in, numpy out, for the lanes `[1, S]` of one shard.
 
         Args:
+          shard: int32 `[1]`, its number.
           leader: bool `[]`, False on all but one index of the tensor axis.
           idle: bool `[]`, True when no lane of the mesh decodes.
-          slot: int32 `[b, G]`, lane numbers as given to `begin`.
-          lane, stop, length: the lanes' state.
-          turn: int32 `[b, G, T]`, tokens of the current turn; `turn_length [b, G]` are real.
+          status, stop, written: int32 `[1, S]`; tokens, logprobs: `[1, S, T]`, of the current turns.
 
         Returns:
-          New lane states int32 `[b, G]`, observations int32 `[b, G, O]` and their lengths `[b, G]`.
+          The fields of `Orders` with a leading axis of 1, and counts int32 `[1, len(COUNTED)]`.
         """
-        new_lane = np.array(lane)
-        tokens = np.zeros((*lane.shape, self.observation_bucket), np.int32)
-        lengths = np.zeros(lane.shape, np.int32)
+        number = int(shard[0])
+        silent = Orders.none(capacity)
         if not leader:
-            return np.zeros_like(new_lane), tokens, lengths
+            return tuple(np.zeros_like(x)[None] for x in (*_fields(silent), np.zeros(len(COUNTED), np.int32)))
+        scheduler = self.schedulers[number]
         try:
             with self.lock:
-                self._submit(slot, new_lane, stop, turn, turn_length)
-                self._collect(slot, new_lane, wait=bool(idle))
-                self._deliver(slot, new_lane, stop, length, tokens, lengths)
+                self.history.append((time.monotonic(), number, np.array(status[0])))
+                self._hear(scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
+                self._collect()
+            if idle:
+                self._wait_for_news(number)
+            with self.lock:
+                self._rounds[number] += 1
+                orders, more = scheduler.plan(self.version)
         except Exception:  # an exception in a callback would hang or abort the device program
-            log.exception("the exchange failed; its lanes are marked and end here")
-            self._abandon(slot, new_lane)
-        return new_lane, tokens, lengths
+            log.exception("the exchange failed; the trajectories of its shard are marked and end here")
+            with self.lock:
+                self._abandon(scheduler)
+                orders, more = scheduler.plan(self.version)
+        return tuple(x[None] for x in (*_fields(orders), self._count(scheduler, orders, more)))
 
-    def _submit(self, slot: np.ndarray, lane: np.ndarray, stop: np.ndarray, turn: np.ndarray, n: np.ndarray) -> None:
-        """Parses turns that have ended; calls go out, answers end their episode."""
-        for at in zip(*np.nonzero(lane == Lane.STOPPED), strict=True):
-            number, trajectory = int(slot[at]), self.trajectories[int(slot[at])]
-            text = self.tokens.decode(turn[at][: n[at]])
-            parsed = protocol.parse_turn(text, StopReason(int(stop[at])), self.resolver)
-            trajectory.turns += 1
-            trajectory.well_formed &= parsed.well_formed
-            lane[at] = Lane.WAITING
-            last_turn = trajectory.turns > self.config.max_calls
-            if parsed.kind is protocol.TurnKind.ANSWER:
-                trajectory.answer = parsed.answer
-                lane[at] = self._finish(trajectory)
-            elif last_turn:
-                trajectory.well_formed = False
-                lane[at] = self._finish(trajectory)
-            elif parsed.call is not None:
-                trajectory.pending = parsed.call
-                remaining = self.config.deadline - (time.monotonic() - trajectory.started)
-                self.dispatcher.submit(
-                    self._ticket(number), parsed.call, trajectory.task.question, trajectory.task.images, remaining
-                )
-            else:
-                self.ready[number] = Observation(parsed.error, parsed.status)
-
-    def _collect(self, slot: np.ndarray, lane: np.ndarray, wait: bool) -> None:
-        """Takes what the experts have answered; an idle engine waits a bounded time for more."""
-        waiting = {int(i) for i in slot[lane == Lane.WAITING]}
-        give_up = time.monotonic() + 1.0
-        while True:
-            fresh = [(ticket, obs) for ticket, obs in self.dispatcher.collect() if ticket >> 32 == self.rollout]
-            for ticket, observation in fresh:
-                self.ready[ticket & 0xFFFFFFFF] = observation
-            if fresh:
-                give_up = min(give_up, time.monotonic() + _GRACE_SECONDS)
-            remaining = give_up - time.monotonic()
-            if not wait or waiting <= self.ready.keys() or remaining <= 0:
-                return
-            self.dispatcher.wait(remaining)
-
-    def _deliver(
+    def _hear(
         self,
-        slot: np.ndarray,
-        lane: np.ndarray,
+        scheduler: Scheduler,
+        status: np.ndarray,
         stop: np.ndarray,
-        length: np.ndarray,
         tokens: np.ndarray,
-        lengths: np.ndarray,
+        logprobs: np.ndarray,
+        written: np.ndarray,
     ) -> None:
-        """Turns ready observations into tokens for their lanes."""
-        for at in zip(*np.nonzero(lane == Lane.WAITING), strict=True):
-            number = int(slot[at])
-            if number not in self.ready:
+        """Records what lanes wrote; turns that have ended are acted on."""
+        for lane, trajectory in enumerate(scheduler.lanes):
+            if trajectory is None or trajectory.stage is not Stage.DECODING:
                 continue
-            observation, trajectory = self.ready.pop(number), self.trajectories[number]
+            n = int(written[lane])
+            trajectory.turn_versions += [self.version] * (n - len(trajectory.turn_versions))
+            if status[lane] == Lane.STOPPED:
+                trajectory.wrote(tokens[lane, :n].tolist(), logprobs[lane, :n].tolist())
+                self._act(scheduler, trajectory, tokens[lane, :n], StopReason(int(stop[lane])))
+
+    def _act(self, scheduler: Scheduler, trajectory: Trajectory, turn: np.ndarray, stop: StopReason) -> None:
+        """Parses a turn that has ended: a call goes out, an answer ends the episode."""
+        parsed = protocol.parse_turn(self.tokens.decode(turn), stop, self.resolver)
+        trajectory.turns += 1
+        trajectory.well_formed &= parsed.well_formed
+        trajectory.closed_turn = stop is StopReason.END_OF_TURN
+        if parsed.kind is protocol.TurnKind.ANSWER:
+            trajectory.answer = parsed.answer
+            scheduler.finish(trajectory)
+        elif trajectory.turns > self.config.max_calls:
+            trajectory.well_formed = False
+            scheduler.finish(trajectory)
+        elif parsed.call is None:
+            self._deliver(scheduler, trajectory, Observation(parsed.error, parsed.status))
+        else:
+            trajectory.pending, trajectory.stage = parsed.call, Stage.WAITING
+            trajectory.timing.called = time.monotonic()
+            ticket = self.session << 32 | trajectory.number
+            self._waiting[ticket] = trajectory
+            remaining = self.config.deadline - sum(trajectory.timing.waiting)
+            task = trajectory.task
+            self.dispatcher.submit(ticket, parsed.call, task.question, task.images, remaining)
+
+    def _collect(self) -> None:
+        """Takes what the experts have answered, for whichever shard."""
+        for ticket, observation in self.dispatcher.collect():
+            trajectory = self._waiting.pop(ticket, None)
+            if trajectory is None or trajectory.finished:
+                continue  # of an earlier session, or abandoned
+            timing = trajectory.timing
+            timing.waiting.append(time.monotonic() - timing.called)
             if trajectory.pending is not None:
                 trajectory.calls.append((trajectory.pending, observation))
                 trajectory.pending = None
-            trajectory.marked |= observation.status.is_infrastructure
-            ids = self.observation_ids(observation, last=trajectory.turns >= self.config.max_calls)
-            if stop[at] == StopReason.END_OF_TURN:
-                ids = ids[1:]  # the policy has closed its turn itself
-            if length[at] + len(ids) >= self.config.room:
-                trajectory.well_formed = False
-                lane[at] = self._finish(trajectory)
-                continue
-            tokens[at][: len(ids)], lengths[at] = ids, len(ids)
-            lane[at] = Lane.DECODING
+            self._deliver(self._scheduler_of(trajectory), trajectory, observation)
+
+    def _deliver(self, scheduler: Scheduler, trajectory: Trajectory, observation: Observation) -> None:
+        """An observation is ready to be read, or ends an episode that has no room for it."""
+        trajectory.marked |= observation.status.is_infrastructure
+        ids = self.observation_ids(observation, last=trajectory.turns >= self.config.max_calls)
+        if trajectory.closed_turn:
+            ids = ids[1:]  # the policy has closed its turn itself
+        if len(trajectory.tokens) + len(ids) >= self.config.room:
+            trajectory.well_formed = False
+            scheduler.finish(trajectory)
+        else:
+            scheduler.ready(trajectory, ids)
+
+    def _scheduler_of(self, trajectory: Trajectory) -> Scheduler:
+        return next(s for s in self.schedulers.values() if trajectory.group in s.slots)
+
+    def _wait_for_news(self, shard: int) -> None:
+        """Returns as soon as a shard of this process has something to do in this round, or patience ends."""
+        among_processes = jax.process_count() > 1
+        end = time.monotonic() + (_PATIENCE_AMONG_PROCESSES if among_processes else _PATIENCE_SECONDS)
+        this_round = self._rounds[shard] + 1
+        while True:
+            with self.lock:
+                self._collect()
+                if not self.patient or self._something_to_do():
+                    self._last_news = max(self._last_news, this_round)
+                left = end - time.monotonic()
+                if self._last_news >= this_round or left <= 0:
+                    return
+            # Another shard's thread may take what comes: look again soon.
+            self.dispatcher.wait(left if len(self.schedulers) == 1 else min(left, 0.005))
+
+    def _something_to_do(self) -> bool:
+        shards = self.schedulers.values()
+        return any(s.has_work for s in shards) or not any(s.unfinished for s in shards)
+
+    def _abandon(self, scheduler: Scheduler) -> None:
+        for group in [slot for slot in scheduler.slots if slot is not None]:
+            for member in group.members:
+                if not member.finished:
+                    member.marked = True
+                    scheduler.finish(member)
+        scheduler.fresh.clear()
+        scheduler.returning.clear()
+
+    def _count(self, scheduler: Scheduler, orders: Orders, more: bool) -> np.ndarray:
+        """What decides about the next programs, in the order of `COUNTED`."""
+        lanes = scheduler.capacity.lanes
+        decoding = sum(t is not None and t.stage is Stage.DECODING for t in scheduler.lanes)
+        rows = [orders.park_lanes, orders.load_lanes, orders.unload_lanes, orders.back_lanes, orders.append_lanes]
+        reseated = int(orders.changed.sum() + orders.waiting.sum())
+        counts = [scheduler.unfinished, decoding, len(scheduler.admitted), reseated]
+        return np.array([*counts, *(int((x < lanes).sum()) for x in rows), int(more)], np.int32)
+
+    # ---- text ----------------------------------------------------------------------------------------------
 
     def observation_ids(self, observation: Observation, last: bool) -> list[int]:
         """A whole user turn with the neutralised, capped observation, and the next assistant header."""
@@ -231,64 +266,64 @@ class Exchange:
         ids = self.tokens.encode_foreign(f" {protocol.neutralise(text, self.tokens.special_texts)}")
         return protocol.cap_ids(ids, self.config.observation_tokens, self.tokens.encode(" ..."))
 
-    def _ticket(self, number: int) -> int:
-        """Tickets carry the rollout, so that a late reply to an abandoned one is not taken for a new one's."""
-        return self.rollout << 32 | number
 
-    def _finish(self, trajectory: Trajectory) -> Lane:
-        trajectory.finished = True
-        trajectory.seconds = time.monotonic() - trajectory.started
-        return Lane.DONE
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What the loop decides by, summed over all shards; the same on every process."""
 
-    def _abandon(self, slot: np.ndarray, lane: np.ndarray) -> None:
-        for at in np.ndindex(lane.shape):
-            trajectory = self.trajectories.get(int(slot[at]))
-            if trajectory is not None and not trajectory.finished:
-                trajectory.marked = True
-                self._finish(trajectory)
-            lane[at] = Lane.DONE
+    unfinished: int  # groups
+    decoding: int  # lanes, once the orders are carried out
+    admitted: int  # groups
+    reseated: int  # lanes with another trajectory, or that keep one which waits
+    parked: int
+    loaded: int
+    unloaded: int
+    brought_back: int
+    appended: int
+    more: int  # shards that could order more than a program call takes
+
+
+COUNTED = tuple(field.name for field in dataclasses.fields(Counts))
+
+
+def _fields(orders: Orders) -> tuple[np.ndarray, ...]:
+    return tuple(getattr(orders, field.name) for field in dataclasses.fields(orders))
 
 
 def make_exchange_program(
-    exchange: Exchange, mesh: Mesh
-) -> Callable[[RolloutState, Array], tuple[Array, Array, Array, Array]]:
-    """Compiles the exchange: `(state, slots) → (lane, observations, lengths, counts)`.
+    exchange: Exchange, mesh: Mesh, capacity: Capacity
+) -> Callable[[Lanes, Array], tuple[Orders, Array]]:
+    """Compiles the exchange: `(lanes, shard numbers int32 [D]) → (orders with leading axis D, counts)`.
 
-    `counts` int32 `[2]` is replicated: lanes that are not done, and observations that arrived. All
-    processes read it, so all enqueue the same programs in the same order.
+    Counts int32 `[len(COUNTED)]` are replicated. All processes read them, so all enqueue the same programs in the
+    same order.
     """
-    config = exchange.config
-    groups = PartitionSpec(BATCH_AXES)
+    shards = PartitionSpec(BATCH_AXES)
+    blank = (*_fields(Orders.none(capacity)), np.zeros(len(COUNTED), np.int32))
+    shapes = tuple(jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in blank)
 
-    def local(
-        slot: Array, lane: Array, stop: Array, length: Array, turn: Array, turn_length: Array
-    ) -> tuple[Array, Array, Array, Array]:
+    def serve(*args: np.ndarray) -> tuple[np.ndarray, ...]:
+        return exchange.serve(*(np.asarray(x) for x in args), capacity=capacity)
+
+    def local(shard: Array, status: Array, *turn: Array) -> tuple[tuple[Array, ...], Array]:
         leader = jax.lax.axis_index("tensor") == 0
-        decoding = jax.lax.psum(jnp.sum(lane == Lane.DECODING), BATCH_AXES)
-        shapes = (
-            jax.ShapeDtypeStruct(lane.shape, jnp.int32),
-            jax.ShapeDtypeStruct((*lane.shape, exchange.observation_bucket), jnp.int32),
-            jax.ShapeDtypeStruct(lane.shape, jnp.int32),
-        )
-        answered = io_callback(
-            exchange.serve, shapes, leader, decoding == 0, slot, lane, stop, length, turn, turn_length
-        )
-        new_lane, tokens, lengths = jax.lax.psum(answered, "tensor")
-        counts = jnp.stack([jnp.sum(new_lane != Lane.DONE), jnp.sum(lengths > 0)]).astype(jnp.int32)
-        return new_lane, tokens, lengths, jax.lax.psum(counts, BATCH_AXES)
+        decoding = jax.lax.psum(jnp.sum(status == Lane.DECODING), BATCH_AXES)
+        answered = io_callback(serve, shapes, shard, leader, decoding == 0, status, *turn)
+        *orders, counts = jax.lax.psum(answered, "tensor")
+        return tuple(orders), jax.lax.psum(counts[0], BATCH_AXES)
 
     manual = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(groups,) * 6,
-        out_specs=(groups, groups, groups, PartitionSpec()),
+        in_specs=(shards,) * 6,
+        out_specs=((shards,) * len(blank[:-1]), PartitionSpec()),
         check_vma=False,
     )
 
-    def program(state: RolloutState, slot: Array) -> tuple[Array, Array, Array, Array]:
-        steps = jnp.minimum(state.turn_start[..., None] + jnp.arange(config.turn_budget), config.room - 1)
-        turn = jnp.take_along_axis(state.tokens, steps, axis=-1)
-        turn_length = state.length - state.turn_start
-        return manual(slot, state.lane, state.stop, state.length, turn, turn_length)
+    compiled = jax.jit(manual)
 
-    return jax.jit(program)
+    def program(lanes: Lanes, shard: Array) -> tuple[Orders, Array]:
+        fields, counts = compiled(shard, lanes.status, lanes.stop, lanes.tokens, lanes.logprobs, lanes.written)
+        return Orders(*fields), counts
+
+    return program

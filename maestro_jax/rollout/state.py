@@ -1,14 +1,20 @@
-"""What the device holds of running episodes: one lane per group member, `[B, G]` lanes."""
+"""What the devices hold of running episodes.
+
+Leading axes: D shards (each with groups, lanes and pages of its own; nothing moves between them), then S lanes,
+B groups or M pages of a shard. A lane decodes one trajectory at a time. T is the token budget of a turn, R a
+member's room.
+"""
 
 import dataclasses
 import enum
+import math
 
 import jax
 import jax.numpy as jnp
 
 from maestro_jax.parallel.sharding import keep_over_groups
+from maestro_jax.policy.cascade import LaneKV, Shared
 from maestro_jax.policy.config import TextConfig
-from maestro_jax.policy.text import LayerKV
 
 Array = jax.Array
 
@@ -16,59 +22,110 @@ Array = jax.Array
 class Lane(enum.IntEnum):
     """What a lane is doing."""
 
-    DECODING = 0
-    STOPPED = 1  # its turn ended; the exchange has not seen it yet
-    WAITING = 2  # its call is with the experts
-    DONE = 3
+    EMPTY = 0
+    DECODING = 1
+    STOPPED = 2  # its turn ended; the exchange has not seen it yet
+    WAITING = 3  # its call is with the experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Static shapes of a rollout, per shard but for the number of shards."""
+
+    shards: int  # D
+    lanes: int  # S
+    groups: int  # B
+    members: int  # C, seats of a group
+    prefix: int  # P
+    room: int  # R
+    turn_budget: int  # T
+    pages: int  # M, for parked keys and values
+    append_rows: int  # A, lanes that receive an observation per program call; also lanes moved per program call
+    prefill_groups: int  # groups prefilled per program call
+
+    @property
+    def page(self) -> int:
+        """Tokens of a page: a divisor of the room, so that a lane is whole pages."""
+        return math.gcd(self.room, 128)
+
+    @property
+    def pages_of_lane(self) -> int:
+        return self.room // self.page
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RolloutState:
-    """Lanes `[B, G]`, each with room for R member tokens."""
+class Groups:
+    """What the members of running groups continue."""
 
-    tokens: Array  # int32 [B, G, R]: policy and observation tokens, as they stand in the context
-    logprobs: Array  # float32 [B, G, R]: of sampled tokens, 0 elsewhere
-    authored: Array  # bool [B, G, R]: True where the policy sampled the token
-    length: Array  # int32 [B, G]: tokens in the buffer
-    turn: Array  # int32 [B, G]: number of the current turn
-    turn_start: Array  # int32 [B, G]: where the current turn begins
-    lane: Array  # int32 [B, G]: a `Lane`
-    stop: Array  # int32 [B, G]: the `StopReason` of the last ended turn
-    automaton: Array  # int32 [B, G]: state of the stop automaton
-    hidden: Array  # [B, G, D]: final hidden state from which the next token is predicted
-    keys: Array  # uint32 [B, G, 2]: the lane's random key data, from (seed, step, task, member)
-    cache: LayerKV  # per layer [B, G, R, K, H]
+    shared: Shared
+    hidden: Array  # [D, B, width]: final hidden state of each prefix's last token
 
 
-def empty_state(config: TextConfig, hidden: Array, keys: Array, room: int, alive: Array) -> RolloutState:
-    """Lanes at the start of their first turn.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """The lanes `[D, S]`. Tokens and log-probabilities of earlier turns are the host's."""
 
-    Args:
-      hidden: `[B, D]`, the last hidden state of each prefix.
-      keys: uint32 `[B, G, 2]`.
-      room: R, the most tokens a member may hold.
-      alive: bool `[B]`: False for groups that only pad the batch.
-    """
-    b, g = keys.shape[:2]
-    shape = (b, g, room, config.num_key_value_heads, config.head_dim)
-    layers = range(config.num_hidden_layers)
-    zeros = jnp.zeros((b, g), jnp.int32)
-    fresh = RolloutState(
-        tokens=jnp.zeros((b, g, room), jnp.int32),
-        logprobs=jnp.zeros((b, g, room), jnp.float32),
-        authored=jnp.zeros((b, g, room), bool),
+    status: Array  # int32 [D, S]: a `Lane`
+    stop: Array  # int32 [D, S]: the `StopReason` of the last ended turn
+    tokens: Array  # int32 [D, S, T]: of the current turn
+    logprobs: Array  # float32 [D, S, T]: of these tokens
+    written: Array  # int32 [D, S]: how many of them there are
+    length: Array  # int32 [D, S]: tokens in the cache
+    turn: Array  # int32 [D, S]: number of the current turn
+    automaton: Array  # int32 [D, S]: state of the stop automaton
+    hidden: Array  # [D, S, width]: final hidden state from which the next token is predicted
+    keys: Array  # uint32 [D, S, 2]: random key data, from (seed, step, task, member)
+    seat: Array  # int32 [D, S]: group * C + member, B C in a lane without a trajectory
+    cache: LaneKV
+
+
+def empty_lanes(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> Lanes:
+    lanes = (sizes.shards, sizes.lanes)
+    zeros, turns = jnp.zeros(lanes, jnp.int32), (*lanes, sizes.turn_budget)
+    made = Lanes(
+        status=zeros,
+        stop=zeros,
+        tokens=jnp.zeros(turns, jnp.int32),
+        logprobs=jnp.zeros(turns, jnp.float32),
+        written=zeros,
         length=zeros,
         turn=zeros,
-        turn_start=zeros,
-        lane=jnp.broadcast_to(jnp.where(alive, Lane.DECODING, Lane.DONE)[:, None], (b, g)).astype(jnp.int32),
-        stop=zeros,
         automaton=zeros,
-        hidden=jnp.broadcast_to(hidden[:, None], (b, g, hidden.shape[-1])),
-        keys=keys,
-        cache=LayerKV(
-            [jnp.zeros(shape, hidden.dtype) for _ in layers], [jnp.zeros(shape, hidden.dtype) for _ in layers]
-        ),
+        hidden=jnp.zeros((*lanes, config.hidden_size), dtype),
+        keys=jnp.zeros((*lanes, 2), jnp.uint32),
+        seat=jnp.full(lanes, sizes.groups * sizes.members, jnp.int32),
+        cache=empty_kv((*lanes, config.num_key_value_heads, sizes.room, config.head_dim), config, dtype),
     )
-    # Zeros depend on nothing that is sharded: without this every device would hold every lane.
-    return jax.tree.map(keep_over_groups, fresh)
+    # Constants depend on nothing that is sharded: without this every device would hold every lane.
+    return jax.tree.map(keep_over_groups, made)
+
+
+def empty_pages(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> LaneKV:
+    """Room for parked keys and values: L x `[D, M, K, page, H]`."""
+    shape = (sizes.shards, sizes.pages, config.num_key_value_heads, sizes.page, config.head_dim)
+    return jax.tree.map(keep_over_groups, empty_kv(shape, config, dtype))
+
+
+def empty_groups(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> Groups:
+    """Groups without a root and without prefixes."""
+    rows, heads, size = (sizes.shards, sizes.groups), config.num_key_value_heads, config.head_dim
+    layers = range(config.num_hidden_layers)
+    made = Groups(
+        Shared(
+            root_keys=[],
+            root_values=[],
+            keys=[jnp.zeros((*rows, heads, size, sizes.prefix), dtype) for _ in layers],
+            values=[jnp.zeros((*rows, heads, sizes.prefix, size), dtype) for _ in layers],
+            mask=jnp.zeros((*rows, sizes.prefix), bool),
+            next_position=jnp.zeros(rows, jnp.int32),
+        ),
+        hidden=jnp.zeros((*rows, config.hidden_size), dtype),
+    )
+    return jax.tree.map(keep_over_groups, made)
+
+
+def empty_kv(shape: tuple[int, ...], config: TextConfig, dtype: jnp.dtype) -> LaneKV:
+    layers = range(config.num_hidden_layers)
+    return LaneKV([jnp.zeros(shape, dtype) for _ in layers], [jnp.zeros(shape, dtype) for _ in layers])

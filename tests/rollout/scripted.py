@@ -3,6 +3,7 @@
 It stands in for `Policy` in the engine, so that episodes with real calls can be had without training.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from maestro_jax.policy.cascade import LaneKV, View
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.text import Context, LayerKV
@@ -34,20 +36,27 @@ class Bigram(nnx.Module):
     """The interface of `Policy` that a rollout uses; hidden states are logits."""
 
     def __init__(self, architecture: PolicyArchitecture, table: np.ndarray):
-        self.architecture = architecture
-        self.table = nnx.Param(jnp.asarray(table))
+        # Hidden states are as wide as the vocabulary.
+        self.architecture = dataclasses.replace(
+            architecture, text=dataclasses.replace(architecture.text, hidden_size=len(table))
+        )
+        self.compute_dtype = jnp.float32
+        self.table = nnx.Param(jnp.asarray(table), axes=(None, None))
 
-    def encode_prompts(self, batch: PrefixBatch) -> tuple[tuple[Context, Context], Array]:
+    def encode_root(self, root: Array) -> Context:
+        return self._context(root.shape)
+
+    def encode_prompts(self, batch: PrefixBatch, root: Context) -> tuple[Context, Array]:
         last = jnp.take_along_axis(batch.tokens, batch.last[:, None], axis=1)[:, 0]
-        return (self._context(batch.root.shape), self._context(batch.tokens.shape)), self.table[...][last]
+        return self._context(batch.tokens.shape), self.table[...][last]
 
     def for_decoding(self) -> "Bigram":
         return self
 
     def extend(
-        self, tokens: Array, slots: Array, next_position: Array, contexts: tuple[Context, ...], cache: LayerKV
-    ) -> tuple[Array, LayerKV]:
-        return self.table[...][tokens], cache
+        self, tokens: Array, steps: Array, view: View, fresh: LaneKV, at: Array | int, mask: Array
+    ) -> tuple[Array, LaneKV]:
+        return self.table[...][tokens], fresh
 
     def logits(self, hidden: Array) -> Array:
         return hidden
@@ -55,4 +64,5 @@ class Bigram(nnx.Module):
     def _context(self, shape: tuple[int, ...]) -> Context:
         text = self.architecture.text
         zeros = jnp.zeros((*shape, text.num_key_value_heads, text.head_dim))
-        return Context(LayerKV([zeros], [zeros]), jnp.ones(shape, bool))
+        layers = range(text.num_hidden_layers)
+        return Context(LayerKV([zeros for _ in layers], [zeros for _ in layers]), jnp.ones(shape, bool))

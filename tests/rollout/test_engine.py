@@ -17,10 +17,10 @@ from maestro_jax.parallel.sharding import ShardingRules, init_params, replicated
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.dispatch import Dispatcher
-from maestro_jax.rollout.decode import DecodeConfig
-from maestro_jax.rollout.engine import Engine, Rollout, lane_key
-from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, Trajectory
+from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout, lane_key
+from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.rollout.protocol import TurnKind, parse_turn
+from maestro_jax.rollout.trajectory import Trajectory
 from maestro_jax.types import Call, Observation, Status, StopReason
 from tests.rollout import toy
 from tests.rollout.scripted import Bigram, transitions
@@ -29,7 +29,17 @@ GROUPS, MEMBERS = 4, 8
 EPISODE = EpisodeConfig(
     max_calls=2, observation_tokens=12, observation_multiple=4, deadline=30.0, turn_budget=24, room=96
 )
-DECODE = DecodeConfig(decode_chunk=8, turn_budget=24, room=96, temperature=1.0)
+DECODE = EngineConfig(
+    lanes=0,
+    decode_chunk=8,
+    turn_budget=24,
+    room=96,
+    append_rows=8,
+    prefill_groups=0,
+    parked_tokens=0,
+    parked_on_host=0,
+    temperature=1.0,
+)
 TASKS = [toy.task(n) for n in range(GROUPS - 1)]  # one group pads the batch
 TURNS = [*toy.CALLS * 4, *[toy.ANSWER] * 4, "I am lost.<|im_end|>"]
 

@@ -1,0 +1,227 @@
+"""Attention of decoding: new tokens over everything that was computed before them, nothing of it repeated.
+
+What lanes attend to stands in four places: the root (once for all), prefixes (once per group), each lane's own
+cache, and the fresh tokens of the running program. The members of a group are rows of one matmul over their prefix
+(cascade attention). Each place gives an unnormalised part of the softmax; parts are merged in fp32. Nothing here is
+differentiated.
+
+Letters: d shards, s lanes, x groups, c columns of a group, k KV heads, q queries of a KV head, h head size.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+_MASKED = -1e30  # finite: a row that sees nothing in one part weighs exp(-huge) = 0 there, not NaN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LaneKV:
+    """Keys and values per decoder layer, a list per layer (a stacked cache would be copied at each)."""
+
+    keys: list[Array]  # L x [D, S, K, R, H]
+    values: list[Array]  # L x [D, S, K, R, H]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What several lanes attend to. Keys stand with their tokens last, so that logits are plain matmuls.
+
+    Attributes:
+      root_keys, root_values: L x `[K, H, P0]` and L x `[K, P0, H]`.
+      keys, values: L x `[D, B, K, H, P]` and L x `[D, B, K, P, H]`, of the prefixes.
+      mask: bool `[D, B, P]`, True on real tokens of a prefix.
+      next_position: int32 `[D, B]`, position of a member's first token.
+    """
+
+    root_keys: list[Array]
+    root_values: list[Array]
+    keys: list[Array]
+    values: list[Array]
+    mask: Array
+    next_position: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Seats:
+    """Where lanes sit among the members of groups: lane → seat `x * C + c`, and back.
+
+    Attributes:
+      seat: int32 `[D, S]`; lanes without a trajectory have X C.
+      lane: int32 `[D, X, C]`; seats without a lane have S.
+    """
+
+    seat: Array
+    lane: Array
+
+    @classmethod
+    def of(cls, seat: Array, groups: int, columns: int) -> "Seats":
+        lanes = seat.shape[1]
+
+        def invert(seat: Array) -> Array:
+            free = jnp.full((groups * columns,), lanes, jnp.int32)
+            return free.at[seat].set(jnp.arange(lanes, dtype=jnp.int32), mode="drop")
+
+        return cls(seat, jax.vmap(invert)(seat).reshape(-1, groups, columns))
+
+    def group(self) -> Array:
+        """The group of each lane `[D, S]`, 0 for lanes without a trajectory."""
+        groups, columns = self.lane.shape[1:]
+        return jnp.where(self.seat < groups * columns, self.seat // columns, 0)
+
+    def sit(self, x: Array) -> Array:
+        """`[D, S, ...]` → `[D, X, C, ...]`, zeros on free seats."""
+        return jax.vmap(lambda rows, at: rows.at[at].get(mode="fill", fill_value=0))(x, self.lane)
+
+    def rise(self, x: Array) -> Array:
+        """`[D, X, C, ...]` → `[D, S, ...]`."""
+        flat = x.reshape(x.shape[0], -1, *x.shape[3:])
+        return jax.vmap(lambda rows, at: rows.at[at].get(mode="clip"))(flat, self.seat)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What the lanes of a program see, layer by layer: all lanes, or a few of them taken out.
+
+    Attributes:
+      seats: who shares a prefix; None where each lane's prefix is taken out for it.
+      lanes: int32 `[D, A]`, which lanes the program is about; None for all of them.
+      length: int32 `[D, S]`, tokens in each lane's cache.
+    """
+
+    shared: Shared
+    cache: LaneKV
+    length: Array
+    seats: Seats | None
+    lanes: Array | None
+    group: Array  # int32 [D, S], of each lane of the program
+
+    @classmethod
+    def of_all(cls, shared: Shared, cache: LaneKV, length: Array, seats: Seats) -> "View":
+        return cls(shared, cache, length, seats, None, seats.group())
+
+    @classmethod
+    def of_few(cls, shared: Shared, cache: LaneKV, length: Array, seats: Seats, lanes: Array) -> "View":
+        """Of lanes `[D, A]`; their caches and prefixes are copied, which is little beside all lanes' work."""
+        return cls(shared, cache, take(length, lanes), None, lanes, take(seats.group(), lanes))
+
+    def next_position(self) -> Array:
+        """Position of the first member token of each lane `[D, S]`."""
+        return take(self.shared.next_position, self.group)
+
+    def attend(self, layer: int, q: Array, fresh: tuple[Array, Array, Array], scale: float) -> Array:
+        """`attend_cached` over what layer number `layer` has kept."""
+        shared = self.shared
+        root = shared.root_keys[layer], shared.root_values[layer]
+        prefix = shared.keys[layer], shared.values[layer], shared.mask
+        own = self.cache.keys[layer], self.cache.values[layer]
+        if self.lanes is not None:
+            prefix = take(prefix[0], self.group), take(prefix[1], self.group), take(prefix[2], self.group)
+            own = take(own[0], self.lanes), take(own[1], self.lanes)
+        mask = jnp.arange(own[0].shape[3]) < self.length[..., None]
+        return attend_cached(q, root, prefix, self.seats, (*own, mask), fresh, scale)
+
+
+def take(x: Array, at: Array) -> Array:
+    """Rows `at [D, A]` of `x [D, S, ...]`, shard by shard; an index beyond the last takes the last."""
+    return jax.vmap(lambda rows, i: rows.at[i].get(mode="clip"))(x, at)
+
+
+def put(x: Array, at: Array, rows: Array) -> Array:
+    """`x [D, S, ...]` with `rows [D, A, ...]` at `at [D, A]`; an index beyond the last is dropped."""
+    return jax.vmap(lambda all_rows, i, new: all_rows.at[i].set(new.astype(all_rows.dtype), mode="drop"))(x, at, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A piece of the softmax of queries `[D, S, K, q]`: unnormalised output, its peak logit and sum of weights."""
+
+    output: Array  # fp32 [D, S, K, q, H]
+    peak: Array  # fp32 [D, S, K, q]
+    total: Array  # fp32 [D, S, K, q]
+
+
+def attend_cached(
+    q: Array,
+    root: tuple[Array, Array],
+    prefix: tuple[Array, Array, Array],
+    seats: Seats | None,
+    own: tuple[Array, Array, Array],
+    fresh: tuple[Array, Array, Array],
+    scale: float,
+) -> Array:
+    """Softmax attention of new tokens over root, prefix, own cache and fresh tokens, for one layer.
+
+    Args:
+      q: `[D, S, T, N, H]`.
+      root: keys `[K, H, P0]` and values `[K, P0, H]`.
+      prefix: keys `[D, X, K, H, P]`, values `[D, X, K, P, H]`, mask `[D, X, P]`.
+      seats: which lanes share a prefix; None where lane s has the prefix x = s to itself.
+      own: keys and values `[D, S, K, R, H]`, mask `[D, S, R]`.
+      fresh: keys and values `[D, S, K, W, H]`, mask `[D, S, T, W]`.
+      scale: multiplies the logits, 1 / sqrt(H).
+
+    Returns:
+      `[D, S, T, N, H]` in the dtype of the queries; softmax in fp32.
+    """
+    d, s, t, n, h = q.shape
+    kv = own[0].shape[2]
+    repeats = n // kv
+    rows = jnp.moveaxis(q.reshape(d, s, t, kv, repeats, h) * scale, 3, 2).reshape(d, s, kv, t * repeats, h)
+    keys, values, mask = own
+    parts = [_over_root(rows, *root), _over_prefix(rows, *prefix, seats)]
+    parts.append(_over_lanes(rows, keys, values, mask[:, :, None, None, :]))
+    keys, values, mask = fresh
+    parts.append(_over_lanes(rows, keys, values, jnp.repeat(mask, repeats, axis=2)[:, :, None]))
+    merged = _merge(parts).reshape(d, s, kv, t, repeats, h)
+    return jnp.moveaxis(merged, 2, 3).reshape(d, s, t, n, h).astype(q.dtype)
+
+
+def _over_root(rows: Array, keys: Array, values: Array) -> _Part:
+    """One matmul per KV head for all lanes of a shard."""
+    d, s, k, q, h = rows.shape
+    flat = jnp.moveaxis(rows, 2, 1).reshape(d, k, s * q, h)
+    part = _part(flat, "dkmh,khp->dkmp", keys, "dkmp,kph->dkmh", values, None)
+    return _Part(*[jnp.moveaxis(x.reshape(d, k, s, q, *x.shape[3:]), 1, 2) for x in part])
+
+
+def _over_prefix(rows: Array, keys: Array, values: Array, mask: Array, seats: Seats | None) -> _Part:
+    """One matmul per group and KV head for all members of a group."""
+    seated = rows[:, :, None] if seats is None else seats.sit(rows)
+    d, x, c, k, q, h = seated.shape
+    flat = jnp.moveaxis(seated, 3, 2).reshape(d, x, k, c * q, h)
+    part = _part(flat, "dxkmh,dxkhp->dxkmp", keys, "dxkmp,dxkph->dxkmh", values, mask[:, :, None, None, :])
+    back = [jnp.moveaxis(a.reshape(d, x, k, c, q, *a.shape[4:]), 2, 3) for a in part]
+    return _Part(*[a[:, :, 0] if seats is None else seats.rise(a) for a in back])
+
+
+def _over_lanes(rows: Array, keys: Array, values: Array, mask: Array) -> _Part:
+    return _Part(*_part(rows, "dskqh,dskph->dskqp", keys, "dskqp,dskph->dskqh", values, mask))
+
+
+def _part(
+    q: Array, logits: str, keys: Array, mix: str, values: Array, mask: Array | None
+) -> tuple[Array, Array, Array]:
+    x = jnp.einsum(logits, q, keys, preferred_element_type=jnp.float32)
+    if mask is not None:
+        x = jnp.where(mask, x, _MASKED)
+    peak = jnp.max(x, axis=-1)
+    weights = jnp.exp(x - peak[..., None])
+    output = jnp.einsum(mix, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return output, peak, jnp.sum(weights, axis=-1)
+
+
+def _merge(parts: Sequence[_Part]) -> Array:
+    peak = parts[0].peak
+    for part in parts[1:]:
+        peak = jnp.maximum(peak, part.peak)
+    shares = [jnp.exp(part.peak - peak) for part in parts]
+    total = sum(share * part.total for share, part in zip(shares, parts, strict=True))
+    output = sum(share[..., None] * part.output for share, part in zip(shares, parts, strict=True))
+    return output / total[..., None]

@@ -1,0 +1,86 @@
+"""The pure device programs that seat trajectories in lanes and carry their keys and values in and out.
+
+A lane whose trajectory waits for an expert can be given to another one. What the first has computed goes to pages on
+the device, or to the host, and comes back when the expert has answered: nothing is computed twice. Each program
+moves at most A lanes of a shard.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from maestro_jax.policy.cascade import LaneKV, put, take
+from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seating:
+    """Who sits in which lane from now on."""
+
+    changed: Array  # int32 [D, S]: 1 where the lane gets another trajectory, or none
+    status: Array  # int32 [D, S]: DECODING, or EMPTY
+    seat: Array  # int32 [D, S]
+    length: Array  # int32 [D, S]: tokens that the trajectory has already
+    turn: Array  # int32 [D, S]: its turn
+    keys: Array  # uint32 [D, S, 2]: its random key data
+    waiting: Array  # int32 [D, S]: 1 where a lane that has stopped keeps its trajectory
+
+
+def seat_lanes(groups: Groups, lanes: Lanes, seating: Seating, sizes: Sizes) -> Lanes:
+    """Gives lanes to other trajectories. A first turn goes on from the prefix's last state."""
+    group = jnp.minimum(seating.seat // sizes.members, sizes.groups - 1)
+    changed = seating.changed > 0
+
+    def new(before: Array, after: Array | int) -> Array:
+        return jnp.where(changed, after, before)
+
+    return dataclasses.replace(
+        lanes,
+        status=jnp.where(changed, seating.status, jnp.where(seating.waiting > 0, Lane.WAITING, lanes.status)),
+        stop=new(lanes.stop, 0),
+        written=new(lanes.written, 0),
+        length=new(lanes.length, seating.length),
+        turn=new(lanes.turn, seating.turn),
+        automaton=new(lanes.automaton, 0),
+        hidden=jnp.where(changed[..., None], take(groups.hidden, group), lanes.hidden),
+        keys=jnp.where(changed[..., None], seating.keys, lanes.keys),
+        seat=new(lanes.seat, seating.seat),
+    )
+
+
+def park(lanes: Lanes, pages: LaneKV, at: Array, table: Array) -> LaneKV:
+    """Pages with what stands in lanes `at [D, A]` copied to pages `table [D, A, n]`; M leaves a page out."""
+
+    def one(pages: Array, cache: Array) -> Array:
+        d, _, k, page, h = pages.shape
+        a, n = table.shape[1:]
+        rows = take(cache, at).reshape(d, a, k, n, page, h)
+        return put(pages, table.reshape(d, a * n), jnp.moveaxis(rows, 3, 2).reshape(d, a * n, k, page, h))
+
+    return jax.tree.map(one, pages, lanes.cache)
+
+
+def load(lanes: Lanes, pages: LaneKV, at: Array, table: Array) -> Lanes:
+    """Lanes `at [D, A]` (S: none) with what stands in pages `table [D, A, n]`; whatever M stands for, nobody reads."""
+
+    def one(cache: Array, pages: Array) -> Array:
+        d, _, k, page, h = pages.shape
+        a, n = table.shape[1:]
+        rows = take(pages, table.reshape(d, a * n)).reshape(d, a, n, k, page, h)
+        return put(cache, at, jnp.moveaxis(rows, 2, 3).reshape(d, a, k, n * page, h))
+
+    return dataclasses.replace(lanes, cache=jax.tree.map(one, lanes.cache, pages))
+
+
+def unload(lanes: Lanes, at: Array) -> LaneKV:
+    """What stands in lanes `at [D, A]`, for the host: L x `[D, A, K, R, H]`."""
+    return jax.tree.map(lambda x: take(x, at), lanes.cache)
+
+
+def bring_back(lanes: Lanes, at: Array, rows: LaneKV) -> Lanes:
+    """Lanes `at [D, A]` (S: none) with rows that `unload` gave the host."""
+    return dataclasses.replace(lanes, cache=jax.tree.map(lambda x, new: put(x, at, new), lanes.cache, rows))

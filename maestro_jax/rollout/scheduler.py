@@ -1,0 +1,293 @@
+"""Who decodes next: the host's side of one shard's lanes, group slots and pages (no jax).
+
+Lanes never wait: a lane whose trajectory waits for an expert goes to one that can decode, if there is any, and what
+the first has computed is parked, on the device while pages last, then on the host while its budget lasts. If neither
+does, the lane is held until the expert answers. Trajectories whose observation has come go first, then fresh ones in
+the order of their groups.
+"""
+
+import collections
+import dataclasses
+import time
+
+import numpy as np
+
+from maestro_jax.rollout.trajectory import GroupRecord, Parked, Stage, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """What one shard has, see `rollout/state.py: Sizes`.
+
+    Attributes:
+      token_bytes: of one token's keys and values, over all layers.
+      host_bytes: most bytes of parked ones on the host.
+    """
+
+    lanes: int
+    groups: int
+    members: int
+    room: int
+    pages: int
+    page: int
+    append_rows: int
+    prefill_groups: int
+    observation: int  # O, the longest observation
+    token_bytes: int
+    host_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Orders:
+    """What the device is to do with one shard before it decodes again; numpy, static shapes, no bools.
+
+    Rows that order nothing name lane S; pages that are left out are page M. The order of fields is the exchange's
+    wire format, their meaning that of `rollout/moves.py` and `append_observations`.
+    """
+
+    changed: np.ndarray  # int32 [S]
+    status: np.ndarray  # int32 [S]
+    seat: np.ndarray  # int32 [S]
+    length: np.ndarray  # int32 [S]
+    turn: np.ndarray  # int32 [S]
+    keys: np.ndarray  # uint32 [S, 2]
+    waiting: np.ndarray  # int32 [S]: lanes that have stopped and are neither read nor replaced
+    park_lanes: np.ndarray  # int32 [A]
+    park_table: np.ndarray  # int32 [A, n]
+    load_lanes: np.ndarray  # int32 [A]
+    load_table: np.ndarray  # int32 [A, n]
+    unload_lanes: np.ndarray  # int32 [A]
+    back_lanes: np.ndarray  # int32 [A]
+    append_lanes: np.ndarray  # int32 [A]
+    observation: np.ndarray  # int32 [A, O]
+    observation_length: np.ndarray  # int32 [A]
+    slots: np.ndarray  # int32 [b]: of groups that are to be prefilled, B for none
+
+    @classmethod
+    def none(cls, c: Capacity) -> "Orders":
+        """Orders that change nothing."""
+
+        def full(shape: tuple[int, ...], value: int = 0) -> np.ndarray:
+            return np.full(shape, value, np.int32)
+
+        lanes, rows, pages = (c.lanes,), (c.append_rows,), (c.append_rows, c.room // c.page)
+        return cls(
+            changed=full(lanes),
+            status=full(lanes),
+            seat=full(lanes, c.groups * c.members),
+            length=full(lanes),
+            turn=full(lanes),
+            keys=np.zeros((c.lanes, 2), np.uint32),
+            waiting=full(lanes),
+            park_lanes=full(rows, c.lanes),
+            park_table=full(pages, c.pages),
+            load_lanes=full(rows, c.lanes),
+            load_table=full(pages, c.pages),
+            unload_lanes=full(rows, c.lanes),
+            back_lanes=full(rows, c.lanes),
+            append_lanes=full(rows, c.lanes),
+            observation=full((*rows, c.observation)),
+            observation_length=full(rows),
+            slots=full((c.prefill_groups,), c.groups),
+        )
+
+
+class Scheduler:
+    """One shard's trajectories. `plan` is called between chunks; the caller holds a lock."""
+
+    def __init__(self, capacity: Capacity):
+        self.capacity = capacity
+        self.lanes: list[Trajectory | None] = [None] * capacity.lanes
+        self.slots: list[GroupRecord | None] = [None] * capacity.groups
+        self.queue: collections.deque[GroupRecord] = collections.deque()  # not admitted
+        self.fresh: collections.deque[Trajectory] = collections.deque()  # of admitted groups
+        self.returning: collections.deque[Trajectory] = collections.deque()  # parked, their observation has come
+        self.free_pages = list(range(capacity.pages))
+        self.host_bytes = 0
+        self.finished: list[GroupRecord] = []  # not yet fetched by the engine
+        # What the engine has to carry for the orders that were given last.
+        self.admitted: list[GroupRecord] = []
+        self.unloaded: list[Trajectory] = []
+        self.brought_back: list[Trajectory] = []
+        self._vacated: list[int] = []  # pages that are free once the orders have been carried out
+        self._empty = set(range(capacity.lanes))  # lanes that the device knows to be empty
+
+    # ---- what happens to trajectories ----------------------------------------------------------------------
+
+    def submit(self, group: GroupRecord) -> None:
+        self.queue.append(group)
+
+    def ready(self, trajectory: Trajectory, observation: list[int]) -> None:
+        """An observation has come, as ids."""
+        trajectory.stage, trajectory.observation = Stage.READY, observation
+        trajectory.timing.answered = time.monotonic()
+        if trajectory.parked is not None:
+            self.returning.append(trajectory)
+
+    def finish(self, trajectory: Trajectory) -> None:
+        """The episode is over; its lane, pages and, with its last member, its group's slot are free."""
+        trajectory.finish()
+        if trajectory in self.lanes:
+            self.lanes[self.lanes.index(trajectory)] = None
+        if trajectory.parked is not None:
+            self._release(trajectory.parked)
+            trajectory.parked = None
+        group = trajectory.group
+        if group is not None and group.finished:
+            self.slots[group.slot] = None
+            self.finished.append(group)
+
+    @property
+    def unfinished(self) -> int:
+        """Groups that are not over."""
+        return len(self.queue) + sum(slot is not None for slot in self.slots)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether something can be ordered without a further reply of an expert."""
+        if any(t is not None and t.stage in (Stage.READY, Stage.DECODING) for t in self.lanes):
+            return True
+        if self.queue and None in self.slots:
+            return True
+        if not (self.returning or self.fresh):
+            return False
+        return None in self.lanes or any(self._may_vacate(t) for t in self.lanes if t is not None)
+
+    # ---- orders ----------------------------------------------------------------------------------------------
+
+    def plan(self, version: int) -> tuple[Orders, bool]:
+        """Orders for the device, and whether more could be ordered at once than a program call takes."""
+        orders = Orders.none(self.capacity)
+        self.free_pages += self._vacated
+        self._vacated, self.unloaded, self.brought_back = [], [], []
+        self._admit(orders, version)
+        more = self._seat_returning(orders, self._append_in_place(orders))
+        self._seat_fresh(orders)
+        for lane, trajectory in enumerate(self.lanes):
+            if trajectory is None:
+                if lane not in self._empty:
+                    self._empty.add(lane)
+                    orders.changed[lane] = 1  # seat and status say already that it is empty
+            elif trajectory.stage is not Stage.DECODING:
+                orders.waiting[lane] = 1
+                more |= trajectory.stage is Stage.READY
+        return orders, more
+
+    def _admit(self, orders: Orders, version: int) -> None:
+        self.admitted = []
+        for slot, taken in enumerate(self.slots):
+            if taken is not None or not self.queue or len(self.admitted) == self.capacity.prefill_groups:
+                continue
+            group = self.queue.popleft()
+            group.slot, group.version = slot, version
+            orders.slots[len(self.admitted)] = slot
+            self.slots[slot] = group
+            self.admitted.append(group)
+            self.fresh.extend(group.members)
+
+    def _append_in_place(self, orders: Orders) -> int:
+        rows = 0
+        for lane, trajectory in enumerate(self.lanes):
+            if rows < self.capacity.append_rows and trajectory is not None and trajectory.stage is Stage.READY:
+                self._append(orders, rows, lane, trajectory)
+                rows += 1
+        return rows
+
+    def _append(self, orders: Orders, row: int, lane: int, trajectory: Trajectory) -> None:
+        ids = trajectory.observation
+        orders.append_lanes[row], orders.observation_length[row] = lane, len(ids)
+        orders.observation[row, : len(ids)] = ids
+        trajectory.was_told(ids)
+        trajectory.observation, trajectory.stage = [], Stage.DECODING
+        trajectory.timing.unread += time.monotonic() - trajectory.timing.answered
+
+    def _seat_returning(self, orders: Orders, rows: int) -> bool:
+        """Parked trajectories whose observation has come go back to a lane, which reads it; whether some must wait."""
+        while self.returning:
+            if rows == self.capacity.append_rows:
+                return True
+            lane = self._take_lane(orders)
+            if lane is None:
+                return False
+            trajectory = self.returning.popleft()
+            parked = trajectory.parked
+            assert parked is not None  # only parked ones are returning
+            self._seat(orders, lane, trajectory, len(trajectory.tokens))
+            if parked.pages:
+                row = int(np.argmax(orders.load_lanes == self.capacity.lanes))
+                orders.load_lanes[row] = lane
+                orders.load_table[row, : len(parked.pages)] = parked.pages
+                trajectory.parked = None
+            else:  # the engine takes its rows from there
+                orders.back_lanes[len(self.brought_back)] = lane
+                self.brought_back.append(trajectory)
+            self._release(parked)
+            self._append(orders, rows, lane, trajectory)
+            rows += 1
+        return False
+
+    def _seat_fresh(self, orders: Orders) -> None:
+        while self.fresh and (lane := self._take_lane(orders)) is not None:
+            trajectory = self.fresh.popleft()
+            self._seat(orders, lane, trajectory, 0)
+            trajectory.stage = Stage.DECODING
+            trajectory.timing.seated = time.monotonic()
+
+    def _seat(self, orders: Orders, lane: int, trajectory: Trajectory, length: int) -> None:
+        group = trajectory.group
+        assert group is not None
+        self.lanes[lane] = trajectory
+        self._empty.discard(lane)
+        orders.changed[lane] = orders.status[lane] = 1
+        orders.seat[lane] = group.slot * self.capacity.members + trajectory.member
+        orders.length[lane] = length
+        # An observation starts the next turn.
+        orders.turn[lane] = trajectory.turns - 1 if length else 0
+        orders.keys[lane] = trajectory.key
+
+    def _take_lane(self, orders: Orders) -> int | None:
+        """A free lane, if need be that of a trajectory that waits; None if there is neither."""
+        if None in self.lanes:
+            return self.lanes.index(None)
+        for lane, trajectory in enumerate(self.lanes):
+            if trajectory is not None and self._may_vacate(trajectory) and self._vacate(orders, lane, trajectory):
+                return lane
+        return None
+
+    def _may_vacate(self, trajectory: Trajectory) -> bool:
+        if trajectory.stage is not Stage.WAITING:
+            return False
+        needed = self._pages_of(trajectory)
+        return (
+            needed <= len(self.free_pages) or self.host_bytes + self._bytes_of(trajectory) <= self.capacity.host_bytes
+        )
+
+    def _vacate(self, orders: Orders, lane: int, trajectory: Trajectory) -> bool:
+        """Parks what a lane holds; False if a program call takes no more of it."""
+        c, needed = self.capacity, self._pages_of(trajectory)
+        if needed <= len(self.free_pages):
+            row = int(np.argmax(orders.park_lanes == c.lanes))
+            if orders.park_lanes[row] != c.lanes:
+                return False
+            pages, self.free_pages = self.free_pages[:needed], self.free_pages[needed:]
+            orders.park_lanes[row], orders.park_table[row, :needed] = lane, pages
+            trajectory.parked = Parked(pages)
+        else:
+            if len(self.unloaded) == c.append_rows:
+                return False
+            orders.unload_lanes[len(self.unloaded)] = lane
+            trajectory.parked = Parked([], size=self._bytes_of(trajectory))
+            self.host_bytes += trajectory.parked.size
+            self.unloaded.append(trajectory)
+        self.lanes[lane] = None
+        return True
+
+    def _pages_of(self, trajectory: Trajectory) -> int:
+        return -(-len(trajectory.tokens) // self.capacity.page)
+
+    def _bytes_of(self, trajectory: Trajectory) -> int:
+        return len(trajectory.tokens) * self.capacity.token_bytes
+
+    def _release(self, parked: Parked) -> None:
+        self._vacated += parked.pages
+        self.host_bytes -= parked.size

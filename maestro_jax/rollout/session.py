@@ -1,0 +1,199 @@
+"""Episodes in flight: the loop of programs that serves them.
+
+Exchange with the experts, carry out the orders (prefill, park, seat, load, append what experts said), decode a chunk.
+The loop's conditions are replicated device values, so all processes enqueue the same programs in the same order.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from maestro_jax.parallel.sharding import over_groups
+from maestro_jax.policy.cascade import LaneKV
+from maestro_jax.policy.model import PrefixBatch
+from maestro_jax.policy.prompts import take_prompts
+from maestro_jax.rollout.decode import StopTables
+from maestro_jax.rollout.exchange import Counts, Exchange
+from maestro_jax.rollout.moves import Seating
+from maestro_jax.rollout.programs import RolloutPrograms
+from maestro_jax.rollout.scheduler import Capacity, Orders, Scheduler
+from maestro_jax.rollout.state import Groups, Lanes, Sizes
+from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
+from maestro_jax.types import Task
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What runs sessions of one size on one mesh."""
+
+    mesh: Mesh
+    sizes: Sizes
+    capacity: Capacity
+    programs: RolloutPrograms
+    exchange: Any  # (lanes, shard numbers) → (orders, counts)
+    tables: StopTables
+    root: Array  # int32 [P0], replicated
+    shard_numbers: Array  # int32 [D], over the shards
+
+
+class Session:
+    """Groups may be submitted and the policy may change while others run; nothing is drained.
+
+    One at a time: a new session takes over the exchange.
+    """
+
+    def __init__(self, compiled: Compiled, exchange: Exchange, local_shards: Sequence[int], greedy: bool):
+        self.compiled = compiled
+        self.exchange = exchange
+        self.noise = np.float32(not greedy)
+        self.schedulers = {shard: Scheduler(compiled.capacity) for shard in local_shards}
+        self.submitted = 0  # groups
+        self.version = -1
+        self._held: tuple[Groups, Lanes, LaneKV] | None = None
+        self._filler: tuple[PrefixBatch, int] | None = None  # a prompt for rows of a prefill that have none
+        self._placed: Any = None  # how unloaded rows are spread over the devices
+        exchange.begin(self.schedulers)
+
+    def submit(
+        self, tasks: Sequence[Task], prompts: PrefixBatch, keys: Sequence[Sequence[np.ndarray]]
+    ) -> list[GroupRecord]:
+        """Queues groups; every process passes all tasks and runs those of its own shards.
+
+        Args:
+          prompts: of these tasks, in their order (more may follow); numpy-valued.
+          keys: random key data uint32 `[2]` of each member of each task.
+        """
+        sizes = self.compiled.sizes
+        spread = max(len(tasks), sizes.shards * sizes.groups)
+        self._filler = (prompts, 0)
+        records = []
+        for row, (task, member_keys) in enumerate(zip(tasks, keys, strict=True)):
+            first = (self.submitted + row) * sizes.members
+            members = [Trajectory(task, m, first + m, key) for m, key in enumerate(member_keys)]
+            records.append(GroupRecord(task, self.submitted + row, members, prompt=(prompts, row)))
+            scheduler = self.schedulers.get(row * sizes.shards // spread)
+            if scheduler is not None:
+                scheduler.submit(records[-1])
+        self.submitted += len(tasks)
+        return records
+
+    def run(self, params: nnx.State, version: int) -> Iterator[Counts]:
+        """Runs what was submitted, one round of orders and decoding at a time, until all of it is over.
+
+        Yields:
+          The counts of each round, before it decodes. Whoever stops listening stops the run; a later one takes it up
+          again, with another policy if need be.
+        """
+        mesh, programs = self.compiled.mesh, self.compiled.programs
+        with jax.set_mesh(mesh):
+            weights = programs.weights(params)
+            if self._held is None:
+                self._held = programs.open(weights, self.compiled.root)
+            elif version != self.version:
+                groups, lanes, pages = self._held
+                self._held = programs.with_root(weights, groups, self.compiled.root), lanes, pages
+        self.version = self.exchange.version = version
+        while True:
+            with jax.set_mesh(mesh):
+                counts, self._held = self._round(weights, *self._held)
+            yield counts
+            if not counts.unfinished:
+                return
+            if counts.decoding and not counts.more:
+                groups, lanes, pages = self._held
+                with jax.set_mesh(mesh):
+                    lanes = programs.decode(weights, groups, lanes, self.compiled.tables, self.noise)
+                self._held = groups, lanes, pages
+
+    def _round(
+        self, weights: nnx.State, groups: Groups, lanes: Lanes, pages: LaneKV
+    ) -> tuple[Counts, tuple[Groups, Lanes, LaneKV]]:
+        """Exchanges with the experts and carries out the orders."""
+        programs = self.compiled.programs
+        orders, found = self.compiled.exchange(lanes, self.compiled.shard_numbers)
+        counts = Counts(*np.asarray(found).tolist())
+        if counts.admitted:
+            groups = programs.prefill(weights, groups, self._prompts(), orders.slots)
+        if counts.parked:
+            pages = programs.park(lanes, pages, orders.park_lanes, orders.park_table)
+        if counts.unloaded:
+            self._keep_on_host(programs.unload(lanes, orders.unload_lanes))
+        if counts.reseated:
+            lanes = programs.seat(groups, lanes, seating(orders))
+        if counts.loaded:
+            lanes = programs.load(lanes, pages, orders.load_lanes, orders.load_table)
+        if counts.brought_back:
+            lanes = programs.bring_back(lanes, orders.back_lanes, self._from_host())
+        if counts.appended:
+            said = orders.observation, orders.observation_length
+            lanes = programs.append(weights, groups, lanes, orders.append_lanes, *said)
+        return counts, (groups, lanes, pages)
+
+    def _prompts(self) -> PrefixBatch:
+        """The prompts that this round's orders admit, on the mesh; rows without one get another's."""
+        rows: list[Any] = []
+        for _, scheduler in sorted(self.schedulers.items()):
+            admitted = [record.prompt for record in scheduler.admitted]
+            rows += [*admitted, *[self._filler] * (self.compiled.sizes.prefill_groups - len(admitted))]
+        batches = [take_prompts(batch, np.array([row]), batch.tokens.shape[1]) for batch, row in rows]
+        batches = [dataclasses.replace(batch, root=None) for batch in batches]
+        together = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        over = over_groups(self.compiled.mesh)
+        on_mesh = jax.tree.map(lambda x: jax.make_array_from_process_local_data(over, x), together)
+        return dataclasses.replace(on_mesh, root=self.compiled.root)
+
+    # ---- keys and values on the host ---------------------------------------------------------------------------
+
+    def _keep_on_host(self, rows: LaneKV) -> None:
+        """Brings unloaded keys and values `[D, A, K, R, H]` to the host, as far as they are used."""
+        self._placed = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), rows)
+        for shard, scheduler in self.schedulers.items():
+            parked = [(t.parked, len(t.tokens)) for t in scheduler.unloaded]
+            for leaf in jax.tree.leaves(rows) if parked else ():
+                whole = rows_of_shard(leaf, shard)
+                for row, (place, length) in enumerate(parked):
+                    assert place is not None  # the scheduler has just parked it there
+                    place.rows.append(whole[row, :, :length].copy())
+
+    def _from_host(self) -> LaneKV:
+        """The rows that this round's orders bring back, as `unload` gave them."""
+        leaves, structure = jax.tree.flatten(self._placed, is_leaf=lambda x: isinstance(x, tuple))
+        back = [self._leaf_from_host(i, *leaf) for i, leaf in enumerate(leaves)]
+        for scheduler in self.schedulers.values():
+            for trajectory in scheduler.brought_back:
+                trajectory.parked = None
+        return jax.tree.unflatten(structure, back)
+
+    def _leaf_from_host(self, number: int, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            shards = range(*index[0].indices(shape[0]))
+            whole = np.zeros((len(shards), *shape[1:]), dtype)
+            for at, shard in enumerate(shards):
+                for row, trajectory in enumerate(self.schedulers[shard].brought_back):
+                    assert trajectory.parked is not None
+                    kept = trajectory.parked.rows[number]
+                    whole[at, row, :, : kept.shape[1]] = kept
+            return whole[(slice(None), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+
+def rows_of_shard(x: Array, shard: int) -> np.ndarray:
+    """`[A, ...]` of `x [D, A, ...]` on the host, put together from the devices of this process."""
+    whole = np.zeros(x.shape[1:], x.dtype)
+    for piece in x.addressable_shards:
+        rows = range(*piece.index[0].indices(x.shape[0]))
+        if shard in rows:
+            whole[piece.index[1:]] = np.asarray(piece.data)[shard - rows.start]
+    return whole
+
+
+def seating(orders: Orders) -> Seating:
+    return Seating(orders.changed, orders.status, orders.seat, orders.length, orders.turn, orders.keys, orders.waiting)

@@ -1,0 +1,140 @@
+"""The host's record of an episode and of the group it belongs to (no jax)."""
+
+import dataclasses
+import enum
+import time
+from typing import Any
+
+import numpy as np
+
+from maestro_jax.types import Call, Observation, Status, Task
+
+
+class Stage(enum.Enum):
+    """Where a trajectory is in its life."""
+
+    FRESH = "fresh"  # not begun; waits for a lane
+    DECODING = "decoding"
+    WAITING = "waiting"  # its call is with the experts
+    READY = "ready"  # an observation has come; waits to be read, in its lane or parked
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass
+class Timing:
+    """Where the seconds of a trajectory went, on the host's clock."""
+
+    submitted: float = dataclasses.field(default_factory=time.monotonic)  # a point in time, as are the others below
+    seated: float = 0.0  # when it got its first lane
+    finished: float = 0.0
+    called: float = 0.0  # when the call that is out went out
+    answered: float = 0.0  # when the observation that is not yet read came
+    decoding: float = 0.0  # seconds
+    waiting: list[float] = dataclasses.field(default_factory=list)  # seconds, of each call
+    unread: float = 0.0  # seconds that observations lay ready before a lane read them
+
+    @property
+    def queued(self) -> float:
+        """Seconds from submission to its first lane; its group's prefill is among them."""
+        return self.seated - self.submitted
+
+
+@dataclasses.dataclass
+class Parked:
+    """Where the keys and values of a trajectory without a lane are: pages of its shard, or rows on the host."""
+
+    pages: list[int]
+    rows: list[np.ndarray] = dataclasses.field(default_factory=list)  # on the host: 2 L arrays [K, n, H]
+    size: int = 0  # bytes on the host
+
+
+@dataclasses.dataclass(eq=False)  # one is equal to itself only
+class Trajectory:
+    """One member's episode. Lists run over its own tokens: what the policy wrote and what it was told."""
+
+    task: Task
+    member: int
+    number: int = 0  # among all trajectories of a session
+    key: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(2, np.uint32))
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)  # under the sampler; 0 for what it was told
+    authored: list[bool] = dataclasses.field(default_factory=list)
+    versions: list[int] = dataclasses.field(default_factory=list)  # of the policy that wrote each token; -1: told
+    calls: list[tuple[Call, Observation]] = dataclasses.field(default_factory=list)
+    turns: int = 0
+    answer: str | None = None
+    well_formed: bool = True
+    marked: bool = False  # an infrastructure failure: leaves baseline and loss
+    timing: Timing = dataclasses.field(default_factory=Timing)
+
+    # What is going on.
+    stage: Stage = Stage.FRESH
+    group: "GroupRecord | None" = None
+    pending: Call | None = None
+    observation: list[int] = dataclasses.field(default_factory=list)  # ids that are to be appended
+    closed_turn: bool = False  # whether the policy ended its last turn itself
+    turn_versions: list[int] = dataclasses.field(default_factory=list)  # of the turn that is being written
+    parked: Parked | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.stage is Stage.FINISHED
+
+    @property
+    def executed_calls(self) -> int:
+        return sum(observation.status == Status.OK for _, observation in self.calls)
+
+    @property
+    def price(self) -> float:
+        return sum(observation.usage.price for _, observation in self.calls)
+
+    @property
+    def seconds(self) -> float:
+        """From submission to its end."""
+        return self.timing.finished - self.timing.submitted
+
+    def wrote(self, tokens: list[int], logprobs: list[float]) -> None:
+        """Records a turn of the policy."""
+        self.tokens += tokens
+        self.logprobs += logprobs
+        self.authored += [True] * len(tokens)
+        self.versions += self.turn_versions
+        self.turn_versions = []
+
+    def was_told(self, ids: list[int]) -> None:
+        """Records an observation with its frame."""
+        self.tokens += ids
+        self.logprobs += [0.0] * len(ids)
+        self.authored += [False] * len(ids)
+        self.versions += [-1] * len(ids)
+
+    def finish(self) -> None:
+        self.stage = Stage.FINISHED
+        self.timing.finished = time.monotonic()
+
+
+@dataclasses.dataclass(eq=False)
+class GroupRecord:
+    """The members of one task.
+
+    Attributes:
+      index: number among the groups of a session, in the order of submission.
+      version: of the policy when the group was admitted.
+      prompt: whatever the engine prefills it from.
+      slot: of its shard, -1 before it is admitted.
+    """
+
+    task: Task
+    index: int
+    members: list[Trajectory]
+    prompt: Any = None
+    version: int = -1
+    slot: int = -1
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            member.group = self
+
+    @property
+    def finished(self) -> bool:
+        return all(member.finished for member in self.members)
