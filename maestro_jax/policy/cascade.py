@@ -10,6 +10,7 @@ Letters: d shards, s lanes, x groups, c columns of a group, k KV heads, q querie
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +139,7 @@ def put(x: Array, at: Array, rows: Array) -> Array:
     return jax.vmap(lambda all_rows, i, new: all_rows.at[i].set(new.astype(all_rows.dtype), mode="drop"))(x, at, rows)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """A piece of the softmax of queries `[D, S, K, q]`: unnormalised output, its peak logit and sum of weights."""
 
     output: Array  # fp32 [D, S, K, q, H]
@@ -224,4 +224,4 @@ def _merge(parts: Sequence[_Part]) -> Array:
     shares = [jnp.exp(part.peak - peak) for part in parts]
     total = sum(share * part.total for share, part in zip(shares, parts, strict=True))
     output = sum(share[..., None] * part.output for share, part in zip(shares, parts, strict=True))
-    return output / total[..., None]
+    return jnp.asarray(output) / jnp.asarray(total)[..., None]

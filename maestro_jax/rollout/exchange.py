@@ -99,6 +99,7 @@ class Exchange:
 
     def serve(
         self,
+        capacity: Capacity,
         shard: np.ndarray,
         leader: np.ndarray,
         idle: np.ndarray,
@@ -107,11 +108,11 @@ class Exchange:
         tokens: np.ndarray,
         logprobs: np.ndarray,
         written: np.ndarray,
-        capacity: Capacity,
     ) -> tuple[np.ndarray, ...]:
         """The callback: numpy in, numpy out, for the lanes `[1, S]` of one shard.
 
         Args:
+          capacity: of every shard.
           shard: int32 `[1]`, its number.
           leader: bool `[]`, False on all but one index of the tensor axis.
           idle: bool `[]`, True when no lane of the mesh decodes.
@@ -163,7 +164,7 @@ class Exchange:
 
     def _act(self, scheduler: Scheduler, trajectory: Trajectory, turn: np.ndarray, stop: StopReason) -> None:
         """Parses a turn that has ended: a call goes out, an answer ends the episode."""
-        parsed = protocol.parse_turn(self.tokens.decode(turn), stop, self.resolver)
+        parsed = protocol.parse_turn(self.tokens.decode(turn.tolist()), stop, self.resolver)
         trajectory.turns += 1
         trajectory.well_formed &= parsed.well_formed
         trajectory.closed_turn = stop is StopReason.END_OF_TURN
@@ -303,7 +304,7 @@ def make_exchange_program(
     shapes = tuple(jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in blank)
 
     def serve(*args: np.ndarray) -> tuple[np.ndarray, ...]:
-        return exchange.serve(*(np.asarray(x) for x in args), capacity=capacity)
+        return exchange.serve(capacity, *(np.asarray(x) for x in args))
 
     def local(shard: Array, status: Array, *turn: Array) -> tuple[tuple[Array, ...], Array]:
         leader = jax.lax.axis_index("tensor") == 0

@@ -35,7 +35,7 @@ def sample(
       logits: fp32 `[..., V]`.
       keys: uint32 `[..., 2]`, threefry key data.
       turn, position: int32 `[...]`; the position is that in the turn.
-      noise: float32 `[]`, 1 to sample, 0 for the likeliest token (one program serves both).
+      noise: float32 `[]`, above 0 to sample, 0 for the likeliest token (one program serves both).
 
     Returns:
       Tokens int32 `[...]`, and their log-probabilities fp32 under the distribution that was drawn from.
@@ -50,7 +50,10 @@ def sample(
     drawn = gumbel
     for _ in range(turn.ndim):
         drawn = jax.vmap(drawn)
-    token = jnp.argmax(logits + noise * drawn(keys, turn, position), axis=-1).astype(jnp.int32)
+    # A branch, and not a product with 0: greedy decoding draws nothing, and XLA for CPUs would fuse the random numbers
+    # into the argmax, on one thread.
+    perturbation = jax.lax.cond(noise > 0, drawn, lambda *_: jnp.zeros_like(logits), keys, turn, position)
+    token = jnp.argmax(logits + perturbation, axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
 

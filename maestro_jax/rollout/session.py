@@ -21,7 +21,7 @@ from maestro_jax.rollout.decode import StopTables
 from maestro_jax.rollout.exchange import Counts, Exchange
 from maestro_jax.rollout.moves import Seating
 from maestro_jax.rollout.programs import RolloutPrograms
-from maestro_jax.rollout.scheduler import Capacity, Orders, Scheduler
+from maestro_jax.rollout.scheduler import Capacity, Scheduler
 from maestro_jax.rollout.state import Groups, Lanes, Sizes
 from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
 from maestro_jax.types import Task
@@ -172,7 +172,8 @@ class Session:
         return jax.tree.unflatten(structure, back)
 
     def _leaf_from_host(self, number: int, shape: tuple[int, ...], dtype: Any, sharding: Any) -> Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # a sharded array has one for every device
             shards = range(*index[0].indices(shape[0]))
             whole = np.zeros((len(shards), *shape[1:]), dtype)
             for at, shard in enumerate(shards):
@@ -195,5 +196,6 @@ def rows_of_shard(x: Array, shard: int) -> np.ndarray:
     return whole
 
 
-def seating(orders: Orders) -> Seating:
-    return Seating(orders.changed, orders.status, orders.seat, orders.length, orders.turn, orders.keys, orders.waiting)
+def seating(orders: Any) -> Seating:
+    """The part of `Orders` (of arrays on the devices) that says who sits where."""
+    return Seating(**{field.name: getattr(orders, field.name) for field in dataclasses.fields(Seating)})
