@@ -7,7 +7,7 @@
 | POST /replay {"latencies": {call: seconds}} | {}; what was served before is forgotten |
 | POST /script {"step_seconds": seconds, and the arguments of `Script`} | {} |
 | POST /expert {"call": call} | {"text": ...} after the call's seconds |
-| POST /v1/completions {"prompt": [ids], ...} | vLLM's reply, step_seconds for each of its tokens later; none without a script |
+| POST /v1/completions {"prompt": [ids], ...} | vLLM's reply after step_seconds a token; without a script, none |
 | POST /served {} | {"calls": [...]}, in the order of their requests |
 
 Nothing limits how many requests wait side by side. Standard library only, because peers import the clients in
@@ -131,8 +131,8 @@ async def _read_message(reader: asyncio.StreamReader) -> tuple[str, bytes]:
 async def _serve() -> None:
     server = await asyncio.start_server(ExpertServer().converse, "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
-    async with server:
-        await asyncio.to_thread(sys.stdin.read)
+    await asyncio.to_thread(sys.stdin.read)
+    os._exit(0)  # with all connections that are still held
 
 
 class ServerProcess:
@@ -223,4 +223,3 @@ if __name__ == "__main__":
     # Timers of epoll, the default, are rounded up to whole milliseconds; a step of the model is shorter.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         runner.run(_serve())
-    os._exit(0)  # without waiting for connections that are still held

@@ -1,6 +1,6 @@
 """Scripted episodes: how long every turn is, and how long the expert takes over every call.
 
-In: the shape of a load and a seed. Out: a trace, the same for every side, and the seconds that no scheduler can go below.
+In: the shape of a load and a seed. Out: a trace, the same for every side, and the seconds that no scheduler goes below.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ _P99 = 2.3263478740408408  # of the standard normal distribution
 # Tasks and calls are named by a mark and digits, so that a prompt tells where in its script an episode stands.
 NAME_MARK = "#"
 NAME_LENGTH = 5  # digits
-_FIRST_TASK = 90_000  # numbers from here on are tasks, those below are calls
+FIRST_TASK = 90_000  # numbers from here on are tasks, those below are calls
 
-_OPENING, _FILLER = "1", " the"  # of every turn; both are one token
+OPENING, _FILLER = "1", " the"  # of every turn; both are one token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,8 @@ def draw_trace(load: Load, seed: int) -> Trace:
             group.append(Episode(tuple(turns.tolist()), numbers, tuple(latencies.tolist())))
             first += count
         groups.append(tuple(group))
-    if first > _FIRST_TASK:
-        raise ValueError(f"{first} calls need more than the {_FIRST_TASK} numbers of calls; draw fewer groups")
+    if first > FIRST_TASK:
+        raise ValueError(f"{first} calls need more than the {FIRST_TASK} numbers of calls; draw fewer groups")
     return Trace(seed, tuple(groups))
 
 
@@ -114,7 +114,7 @@ def call_name(number: int) -> str:
 
 def task_name(group: int) -> str:
     """How the task of a group is written in its question."""
-    return call_name(_FIRST_TASK + group)
+    return call_name(FIRST_TASK + group)
 
 
 def write_turn(encode: Callable[[str], list[int]], ending: str, tokens: int) -> list[int]:
@@ -123,7 +123,7 @@ def write_turn(encode: Callable[[str], list[int]], ending: str, tokens: int) -> 
     Raises:
       ValueError: the ending alone is longer.
     """
-    opening, filler, end = encode(_OPENING), encode(_FILLER), encode(ending)
+    opening, filler, end = encode(OPENING), encode(_FILLER), encode(ending)
     missing = tokens - len(opening) - len(end)
     if missing < 0:
         raise ValueError(f"a turn of {tokens} tokens cannot end with {ending!r}, {len(end)} tokens; draw longer turns")

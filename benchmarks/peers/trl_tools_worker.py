@@ -1,9 +1,9 @@
 """TRL in a process of its own: episodes of scripted turns with calls, by its trainer's loop and by its async worker.
 
-Runs in the environment of `trl.txt`; source: trl 1.16, `trl/trainer/grpo_trainer.py` (`GRPOTrainer._generate`, which calls
-`_tool_call_loop`) and `trl/experimental/async_grpo/async_rollout_worker.py` (`_AsyncRolloutLoop`). Neither holds a model
-that is run: the trainer's `_generate_single_turn` returns scripted turns after as many steps as the longest has tokens,
-the async worker posts to the scripted endpoint of `benchmarks/expert_server.py` in place of vLLM's.
+Runs in the environment of `trl.txt`; source: trl 1.16, `trl/trainer/grpo_trainer.py` (`GRPOTrainer._generate`, which
+calls `_tool_call_loop`) and `trl/experimental/async_grpo/async_rollout_worker.py` (`_AsyncRolloutLoop`). No model is
+run: the trainer's `_generate_single_turn` returns scripted turns after as many steps as the longest has tokens, the
+async worker posts to the scripted endpoint of `benchmarks/expert_server.py` in place of vLLM's.
 """
 
 import asyncio
@@ -109,8 +109,7 @@ class ToolLoop:
         return {"seconds": seconds, "tokens": sum(map(sum, tool_mask)), "observations": _observations(completions)}
 
     def _generate(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
-        turns = [self._script.next_turn(ids) for ids in prompt_ids]
-        assert all(turns), "a prompt was found that the script does not continue"
+        turns = [self._script.next_turn(ids) or [] for ids in prompt_ids]
         time.sleep(max(map(len, turns)) * self._step_seconds)
         return turns, None
 
