@@ -1,8 +1,7 @@
 """The same episodes on one device, on meshes of eight, and over two processes that each serve their own groups."""
 
 import contextlib
-import dataclasses
-import json
+import math
 import os
 import socket
 import subprocess
@@ -15,36 +14,23 @@ import jax
 import pytest
 
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.registry.dispatch import Dispatcher
 from tests.conftest import FLAGS
 from tests.rollout import episodes, process_worker
-from tests.rollout.episodes import Episode
-from tests.rollout.process_worker import CONFIG, MEMBERS, TASKS
+from tests.rollout.process_worker import MEMBERS, TASKS, Served
 
 COUNT, DEVICES = 2, 2  # processes, and devices of each
 TOLERANCE = 1e-5  # fp32; sums over heads and features are split over devices
 MOST_SECONDS = 240  # for both processes, that all they compile is compiled on a busy machine
-At = tuple[int, int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """What one process had to do with."""
-
-    asked: list[str]  # questions of the calls that its experts got
-    episodes: dict[At, Episode]
-
-
-def in_this_process(talker: episodes.Talker, axes: tuple[int, int, int]) -> Served:
-    experts = episodes.Experts(0.02)
-    devices = jax.devices()[: axes[0] * axes[1] * axes[2]]
-    with episodes.engine(talker, Dispatcher(experts), CONFIG, make_mesh(MeshConfig(*axes), devices)) as run:
-        return Served(experts.answered, episodes.episodes(process_worker.sample(run)))
+def in_this_process(talker: episodes.Talker, *axes: int) -> Served:
+    devices = jax.devices()[: math.prod(axes)]
+    return process_worker.serve(talker, make_mesh(MeshConfig(*axes), devices), seed=7)
 
 
 @pytest.fixture(scope="module")
 def alone(talker: episodes.Talker) -> Served:
-    return in_this_process(talker, (1, 1, 1))
+    return in_this_process(talker, 1, 1, 1)
 
 
 # ---- processes ---------------------------------------------------------------------------------------------
@@ -64,7 +50,7 @@ def in_processes(talker: episodes.Talker, mesh: str, directory: Path) -> list[Se
         done = wait_for_all(running)
     if not done:
         pytest.fail("\n".join(f"---- {log.name}\n{log.read_text()}" for log in logs))
-    return [read(result) for result in results]
+    return [process_worker.read(result) for result in results]
 
 
 def launch(arguments: Sequence[object], log: Path) -> subprocess.Popen[bytes]:
@@ -91,11 +77,6 @@ def wait_for_all(running: Sequence[subprocess.Popen[bytes]]) -> bool:
     return False
 
 
-def read(result: Path) -> Served:
-    found = json.loads(result.read_text())
-    return Served(found["asked"], {(g, m): Episode(*episode) for g, m, *episode in found["episodes"]})
-
-
 @pytest.fixture(scope="module", params=["1,4,1", "1,2,2"], ids=["fsdp 4", "fsdp 2, tensor 2"])
 def served(
     request: pytest.FixtureRequest, talker: episodes.Talker, tmp_path_factory: pytest.TempPathFactory
@@ -109,6 +90,7 @@ def served(
 def test_two_processes_sample_what_one_device_does(served: list[Served], alone: Served) -> None:
     together = {at: episode for process in served for at, episode in process.episodes.items()}
     episodes.assert_same(together, alone.episodes, TOLERANCE)
+    assert all(min(process.moved) > 0 for process in served)
 
 
 def test_each_process_serves_its_own_groups_with_its_own_experts(served: list[Served], alone: Served) -> None:
@@ -125,6 +107,6 @@ def test_each_process_serves_its_own_groups_with_its_own_experts(served: list[Se
 def test_a_mesh_samples_what_one_device_does(
     axes: tuple[int, int, int], talker: episodes.Talker, alone: Served
 ) -> None:
-    found = in_this_process(talker, axes)
+    found = in_this_process(talker, *axes)
     episodes.assert_same(found.episodes, alone.episodes, TOLERANCE)
-    assert sorted(found.asked) == sorted(alone.asked)
+    assert sorted(found.asked) == sorted(alone.asked) and min(found.moved) > 0
