@@ -114,17 +114,17 @@ class Session:
         with jax.set_mesh(mesh):
             weights = programs.weights(params)
             if self._held is None:
-                self._held = programs.open(weights, self.compiled.root)
+                self._held = programs.open(params, self.compiled.root)
             elif version != self.version:
                 groups, lanes, pages = self._held
-                self._held = programs.with_root(weights, groups, self.compiled.root), lanes, pages
+                self._held = programs.with_root(params, groups, self.compiled.root), lanes, pages
         self.exchange.begin(self.schedulers)
         self.version = self.exchange.version = version
         for scheduler in self.schedulers.values():
             scheduler.oldest_allowed = oldest_allowed
         while True:
             with jax.set_mesh(mesh):
-                counts, self._held = self._round(weights, *self._held)
+                counts, self._held = self._round(params, weights, *self._held)
             yield counts
             if not counts.unfinished:
                 return
@@ -135,14 +135,14 @@ class Session:
                 self._held = groups, lanes, pages
 
     def _round(
-        self, weights: nnx.State, groups: Groups, lanes: Lanes, pages: LaneKV
+        self, params: nnx.State, weights: Any, groups: Groups, lanes: Lanes, pages: LaneKV
     ) -> tuple[Counts, tuple[Groups, Lanes, LaneKV]]:
         """Exchanges with the experts and carries out the orders."""
         programs = self.compiled.programs
         orders, found = self.compiled.exchange(lanes, self.compiled.shard_numbers)
         counts = Counts(*np.asarray(found).tolist())
         if counts.admitted:
-            groups = programs.prefill(weights, groups, self._prompts(), orders.slots)
+            groups = programs.prefill(params, groups, self._prompts(), orders.slots)
         if counts.parked:
             pages = programs.park(lanes, pages, orders.park_lanes, orders.park_table)
         if counts.unloaded:

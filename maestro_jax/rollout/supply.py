@@ -81,7 +81,9 @@ class Supply:
         if not self.pulled:
             return {"data": self.batches.get_state(), "next_step": self.next_step, "done": {}}
         first = min(self.pulled)
-        done = {str(step): sorted(set(range(self.config.groups)) - p.left) for step, p in self.pulled.items()}
+        rows = set(range(self.config.groups))
+        left = {step: self.pulled[step].left if step in self.pulled else set() for step in range(first, self.next_step)}
+        done = {str(step): sorted(rows - some) for step, some in left.items()}
         return {"data": self.pulled[first].data, "next_step": first, "done": done}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -149,7 +151,8 @@ class Supply:
         prompts, keys = self.engine.prompts.batch(tasks, longest=True), self._keys(tasks, step)
         records = session.submit(tasks, prompts, keys, only=left)
         self._origin |= {record: (step, record.prompt[1]) for record in records}
-        self.pulled[step] = Pulled(step, data, left)
+        if left:
+            self.pulled[step] = Pulled(step, data, left)
 
     def _trained(self, record: GroupRecord) -> None:
         step, row = self._origin.pop(record)
