@@ -46,6 +46,8 @@ def get_config() -> ConfigDict:
                 "parked_on_host": 0,
                 "temperature": 1.0,
                 "deadline": 60.0,
+                "ahead": 0,
+                "staleness": 0,
             },
             "reward": {"require_call": True, "cost_weight": 0.0, "latency_weight": 0.0},
             "grpo": {
@@ -64,6 +66,7 @@ def get_config() -> ConfigDict:
                 "kl_estimator": "k3",
                 "logprob_chunk": 256,  # of the 768 entries of the vocabulary
                 "microbatches": 1,
+                "stream": False,
             },
             # A tiny policy needs large steps; the 4B run uses 1e-6.
             "optimizer": optimizer(learning_rate=1e-3, warmup_steps=3, decay_steps=GRPO_STEPS),

@@ -114,5 +114,7 @@ def rollout() -> ConfigDict:
             "parked_on_host": 0,
             "temperature": 1.0,
             "deadline": 120.0,
+            "ahead": 0,
+            "staleness": 0,
         }
     )

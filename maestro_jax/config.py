@@ -101,6 +101,8 @@ class RolloutConfig:
       parked_tokens: room for keys and values of trajectories without a lane, in the memory of each batch shard.
       parked_on_host: the same in the memory of each host, in bytes. Without any room, lanes are held.
       deadline: seconds an episode may wait for experts, over all its calls.
+      ahead: batches of tasks that are under way besides a step's own; 0 is on-policy.
+      staleness: a group is trained at most so many updates after its episodes began; at least `ahead`.
     """
 
     max_calls: int
@@ -117,6 +119,8 @@ class RolloutConfig:
     parked_on_host: int
     temperature: float
     deadline: float
+    ahead: int
+    staleness: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +136,8 @@ class GrpoConfig:
       logprob_chunk: entries of the vocabulary whose logits exist at a time, for all tokens in the loss.
       microbatches: most parts of the groups whose gradients are taken one after the other; the update is the same.
         One microbatch, groups / microbatches, must fit into memory at full length (`grpo/microbatches.py`).
+      stream: takes gradients of microbatches while later ones still wait for experts. They are then of consecutive
+        tasks, not of groups of like length, so that no result depends on who answers first.
     """
 
     steps: int
@@ -149,6 +155,7 @@ class GrpoConfig:
     kl_estimator: str
     logprob_chunk: int
     microbatches: int
+    stream: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +295,7 @@ def _check(config: Config) -> None:
         )
     if rollout.turn_budget >= rollout.room:
         raise ConfigError(f"config.rollout.turn_budget={rollout.turn_budget} must be below room={rollout.room}")
+    _check_rollout(rollout, grpo)
     _check_grpo(grpo)
     warm_start = config.warm_start
     _check_optimizer("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
@@ -296,6 +304,27 @@ def _check(config: Config) -> None:
         found = config.registry.resolve(*pair)
         if isinstance(found, str):
             raise ConfigError(f"config.warm_start.claims.{source} {pair!r} is not in the registry: {found}")
+
+
+def _check_rollout(rollout: RolloutConfig, grpo: GrpoConfig) -> None:
+    for key in ("decode_chunk", "turn_budget"):
+        if getattr(rollout, key) < 1:
+            raise ConfigError(f"config.rollout.{key}={getattr(rollout, key)} decodes nothing; use 1 or more")
+    if rollout.ahead < 0 or rollout.staleness < rollout.ahead:
+        raise ConfigError(
+            f"config.rollout.staleness={rollout.staleness} must be at least config.rollout.ahead={rollout.ahead}: "
+            "tasks that begin ahead of their step end under a later policy"
+        )
+    if rollout.ahead and not grpo.importance_cap:
+        raise ConfigError(
+            f"config.rollout.ahead={rollout.ahead} trains on episodes of older policies; set "
+            "config.grpo.importance_cap=2.0 to correct for them, or ahead=0"
+        )
+    if rollout.ahead and grpo.stream:
+        raise ConfigError(
+            "config.grpo.stream takes a step's groups in the order of its tasks, and with config.rollout.ahead a step "
+            "has no tasks of its own; set stream=False or ahead=0"
+        )
 
 
 def _check_grpo(grpo: GrpoConfig) -> None:

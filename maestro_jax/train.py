@@ -8,9 +8,9 @@ and at the end summary.json, curves.png and routing.png.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -31,7 +31,8 @@ from maestro_jax.data.verl import VerlParquetSource
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
-from maestro_jax.grpo.batch import Scored, make_parts, score_rollout
+from maestro_jax.grpo.batch import Scored
+from maestro_jax.grpo.learner import Learner
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import (
@@ -57,15 +58,20 @@ from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
+from maestro_jax.rollout.supply import Supply, SupplyConfig
 from maestro_jax.types import Task
 from maestro_jax.warm_start.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
 from maestro_jax.warm_start.finetune import finetune
 
+T = TypeVar("T")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
 
 # Settings that may change between a run and its continuation.
 FREE_KEYS = (
+    "rollout.lanes",
+    "rollout.parked_tokens",
+    "rollout.parked_on_host",
     "grpo.steps",
     "optimizer.decay_steps",
     "evaluate.every",
@@ -147,14 +153,32 @@ def main(argv: Sequence[str]) -> None:
         add_reference = None
         if config.grpo.kl_weight:  # the reference is the policy that reinforcement started from
             add_reference = make_reference(graph, params, update.temperature, update.chunk, mesh)
+        shapes: set[tuple[int, ...]] = set()  # that the update is compiled for
+
+        def prepare(part: GroupBatch) -> GroupBatch:
+            note_shape(part, shapes, progress)
+            return add_reference(part) if add_reference else part
+
+        learner = Learner(
+            step=step_fn,
+            planner=planner,
+            reward=config.reward,
+            advantage=config.grpo.advantage,
+            # Without contrast, only these terms have a gradient.
+            contrast_only=not (config.grpo.kl_weight or config.grpo.entropy_weight),
+            parts=supply_config(config).parts,
+            prepare=prepare,
+            mesh=mesh,
+        )
         batches = iter(
             Batches(train_source, config.grpo.groups, seed=config.seed, damage_limit=config.data.damage_limit)
         )
+        supply = Supply(engine, batches, supply_config(config), config.seed)
         store = CheckpointStore(workdir / "checkpoints", config.checkpoint.keep)
         start, seconds_before = 0, 0.0
         if (latest := store.latest()) is not None:
             state, run = store.restore(latest, state)
-            batches.set_state(run["data"])
+            supply.set_state(run["supply"])
             start, seconds_before = latest, run["seconds"]
             progress.note(f"resumed from the checkpoint of step {latest}")
         metrics = MetricsWriter(workdir / "metrics.jsonl")
@@ -164,28 +188,13 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Reinforcement ---------------------------------------------------------------------
         last = before
-        # Without contrast, only these terms have a gradient.
-        contrast_only = not (config.grpo.kl_weight or config.grpo.entropy_weight)
-        shapes: set[tuple[int, ...]] = set()  # that the update is compiled for
         progress.phase("train", config.grpo.steps, done=start)
         for step in range(start + 1, config.grpo.steps + 1):
             step_began = time.monotonic()
-            tasks = next(batches)
-            rollout = engine.rollout(
-                state.params, tasks, config.grpo.groups, config.grpo.group_size, config.seed, step, greedy=False
-            )
-            rolled = time.monotonic()
-            scored = score_rollout(rollout, config.reward)
-            parts, left_out, batch_metrics = make_parts(
-                rollout, scored, config.grpo.advantage, contrast_only, planner, mesh
-            )
-            note_shapes(parts, shapes, progress)
-            with jax.set_mesh(mesh):
-                parts = [add_reference(part) for part in parts] if add_reference else parts
-                state, update_metrics = step_fn(state, parts, left_out)
-            row = {"step": step, **episode_metrics(rollout, scored), **batch_metrics}
-            row |= {name: float(value) for name, value in update_metrics.items()}
-            row |= {"rollout_seconds": rolled - step_began, "seconds": time.monotonic() - step_began}
+            rollouts = Stopwatch(supply.step(state.params, step))
+            state, seen, step_metrics = learner(state, rollouts)
+            row = {"step": step, **episode_metrics(seen, step), **step_metrics}
+            row |= {"rollout_seconds": rollouts.seconds, "seconds": time.monotonic() - step_began}
             progress.update(step, {name: row[name] for name in ("reward", "accuracy", "calls", "seconds")})
             if step % config.evaluate.every == 0 or step == config.grpo.steps:
                 last = evaluate(state.params, True, "held-out (greedy)")
@@ -194,7 +203,7 @@ def main(argv: Sequence[str]) -> None:
             metrics.write(row)
             if step % config.checkpoint.every == 0 or step == config.grpo.steps:
                 elapsed = seconds_before + time.monotonic() - began
-                store.save(step, state, {"data": batches.get_state(), "seconds": elapsed})
+                store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed})
 
         # ---- Results ---------------------------------------------------------------------------
         store.close()
@@ -322,18 +331,24 @@ def warm_start(
 
 
 def make_planner(config: Config, architecture: PolicyArchitecture, root: int, mesh: Mesh) -> Planner:
-    grpo, shards = config.grpo, batch_shards(mesh)
+    grpo, shards, parts = config.grpo, batch_shards(mesh), supply_config(config).parts
     buckets = config.policy.prefix_buckets, config.rollout.member_buckets
-    return Planner(architecture, root, grpo.group_size, grpo.groups, grpo.microbatches, shards, *buckets)
+    sizes = grpo.groups // parts, grpo.microbatches // parts
+    return Planner(architecture, root, grpo.group_size, *sizes, shards, *buckets)
 
 
-def note_shapes(parts: Sequence[GroupBatch], shapes: set[tuple[int, ...]], progress: Progress) -> None:
+def supply_config(config: Config) -> SupplyConfig:
+    grpo, rollout = config.grpo, config.rollout
+    parts = grpo.microbatches if grpo.stream else 1
+    return SupplyConfig(grpo.groups, grpo.group_size, parts, rollout.ahead, rollout.staleness)
+
+
+def note_shape(part: GroupBatch, shapes: set[tuple[int, ...]], progress: Progress) -> None:
     """Says when a shape of the update is new, for then it is compiled."""
-    for part in parts:
-        (groups, members, room), prefix = part.tokens.shape, part.prompts.tokens.shape[1]
-        if (shape := (groups, prefix, members, room)) not in shapes:
-            shapes.add(shape)
-            progress.note(f"new shape of the update: {groups} groups of {prefix} + {members} x {room} tokens")
+    (groups, members, room), prefix = part.tokens.shape, part.prompts.tokens.shape[1]
+    if (shape := (groups, prefix, members, room)) not in shapes:
+        shapes.add(shape)
+        progress.note(f"new shape of the update: {groups} groups of {prefix} + {members} x {room} tokens")
 
 
 def measure_baselines(
@@ -358,16 +373,35 @@ def cached(path: Path, kind: Any, compute: Any) -> Any:
     return result
 
 
-def episode_metrics(rollout: Rollout, scored: Scored) -> dict[str, float]:
+class Stopwatch(Iterator[T]):
+    """An iterator that counts the seconds its items took to come."""
+
+    def __init__(self, items: Iterator[T]):
+        self.items = items
+        self.seconds = 0.0
+
+    def __next__(self) -> T:
+        began = time.monotonic()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.monotonic() - began
+
+
+def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dict[str, float]:
     """Averages over the trajectories of a step."""
-    parts = [part for group in scored.parts for part in group]
-    trajectories = [trajectory for group in rollout.trajectories for trajectory in group]
+    parts = [part for _, scored in seen for group in scored.parts for part in group]
+    trajectories = [t for rollout, _ in seen for group in rollout.trajectories for t in group]
+    ages = [version - v for t in trajectories for v, own in zip(t.versions, t.authored, strict=True) if own]
     return {
         "reward": float(np.mean([part.total for part in parts])),
         "accuracy": float(np.mean([part.outcome for part in parts])),
         "format": float(np.mean([part.format for part in parts])),
-        "calls": float(np.mean([trajectory.executed_calls for trajectory in trajectories])),
-        "price": float(np.sum([trajectory.price for trajectory in trajectories])),
+        "calls": float(np.mean([t.executed_calls for t in trajectories])),
+        "price": float(np.sum([t.price for t in trajectories])),
+        "queue_seconds": float(np.mean([t.timing.queued for t in trajectories])),
+        "waiting_seconds": float(np.mean([sum(t.timing.waiting) for t in trajectories])),
+        "staleness": float(np.mean(ages)),  # versions between a token and the update that it is in
     }
 
 

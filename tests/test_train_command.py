@@ -25,7 +25,7 @@ from maestro_jax.checkpoint.store import ParamReader
 from maestro_jax.errors import EXIT_CONFIG
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
-from maestro_jax.train import note_shapes
+from maestro_jax.train import note_shape
 from tests.data import verl_rows
 
 ROOT = Path(__file__).parents[1]
@@ -251,8 +251,8 @@ def test_a_shape_of_the_update_is_noted_when_it_is_new() -> None:
         types.SimpleNamespace(tokens=np.zeros((2, 8, room)), prompts=types.SimpleNamespace(tokens=np.zeros((2, 64))))
         for room in (32, 16, 32)
     ]
-    for _ in range(2):
-        note_shapes(parts, shapes, Progress(stream))
+    for part in parts * 2:
+        note_shape(part, shapes, Progress(stream))
     lines = stream.getvalue().splitlines()
     assert lines == [f"new shape of the update: 2 groups of 64 + 8 x {room} tokens" for room in (32, 16)]
 
@@ -397,3 +397,20 @@ def test_the_published_rows_become_tasks() -> None:
         task = source[0]
         assert (len(source), task.source, task.answers, len(task.images)) == (1, "chartqa", (answer,), 1)
         assert task.question.endswith("?") and "<image>" not in task.question
+
+
+# ---- rollouts that outlive their step ----------------------------------------------------------------------
+
+
+def test_streamed_and_ahead_runs_train(job: Job, tmp_path: Path) -> None:
+    """Fewer lanes than trajectories, parked on the device, in both ways of taking groups as they finish."""
+    parked = {"rollout.lanes": 8, "rollout.parked_tokens": 800, "grpo.steps": 3, "warm_start.steps": 2}
+    streamed = parked | {"grpo.microbatches": 2, "grpo.stream": True}
+    ahead = parked | {"rollout.ahead": 1, "rollout.staleness": 1, "grpo.importance_cap": 2.0}
+    for name, settings in (("streamed", streamed), ("ahead", ahead)):
+        workdir = tmp_path / name
+        result = job.run(workdir, **settings)
+        assert result.returncode == 0, result.stderr
+        rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"]]
+        assert [row["step"] for row in rows] == [1, 2, 3]
+        assert {row["parts"] for row in rows} == ({2.0} if name == "streamed" else {1.0})

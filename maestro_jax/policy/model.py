@@ -17,7 +17,7 @@ from maestro_jax.policy.attention import AttentionConfig
 from maestro_jax.policy.cascade import LaneKV, View
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.groups import GroupLayout, causal
-from maestro_jax.policy.layers import Embedding, RMSNorm
+from maestro_jax.policy.layers import Embedding, RMSNorm, cast
 from maestro_jax.policy.text import Context, DecoderLayer, GroupRows, TextModel, extend
 from maestro_jax.policy.vision import Leaf, VisionModel
 
@@ -112,9 +112,11 @@ class Policy(nnx.Module):
         return _last(hidden, batch), layout.of_members(hidden)
 
     def for_decoding(self) -> "DecodingPolicy":
-        """The policy with weights cut per layer and cast; make it outside the loop that decodes."""
-        dtype, text = self.compute_dtype, self.language_model
-        return DecodingPolicy(self._table(text.embed_tokens), text.layer_list(dtype), text.norm, self.head())
+        """The decoder with weights cut per layer, cast and gathered; make it outside the loop that decodes."""
+        text = self.language_model
+        layers, norm = text.layer_list(self.compute_dtype), cast(text.norm, self.compute_dtype)
+        head = None if self.lm_head is None else self._table(self.lm_head)
+        return DecodingPolicy(self._table(text.embed_tokens), layers, norm, head)
 
     def logits(self, hidden: Array) -> Array:
         """fp32 logits `[..., V]` of final hidden states `[..., D]`."""
@@ -150,6 +152,7 @@ class Policy(nnx.Module):
         return x, [jnp.where(is_image, place(tap), 0) for tap in taps]
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodingPolicy:
     """What decoding needs of a policy, in its compute dtype."""
@@ -157,7 +160,7 @@ class DecodingPolicy:
     embedding: Array  # [V, D]
     layers: list[DecoderLayer]
     norm: RMSNorm
-    head: Array  # [V, D]; the embedding itself where the head is tied
+    head: Array | None  # [V, D]; None where the head is tied to the embedding
 
     def extend(
         self, tokens: Array, steps: Array, view: View, fresh: LaneKV, at: Array | int, mask: Array
@@ -182,7 +185,7 @@ class DecodingPolicy:
 
     def logits(self, hidden: Array) -> Array:
         """fp32 logits `[..., V]` of final hidden states `[..., D]`."""
-        return _logits(hidden, self.head)
+        return _logits(hidden, self.embedding if self.head is None else self.head)
 
 
 def _logits(hidden: Array, table: Array) -> Array:

@@ -7,6 +7,7 @@ question are its prefix. Splits lie at special tokens, so the ids are those of t
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,8 +52,11 @@ class Prompts:
         self.root_text = self._render([self.system], generate=False)
         self.root = np.array(tokens.encode(self.root_text), np.int32)
 
-    def batch(self, tasks: Sequence[Task]) -> PrefixBatch:
+    def batch(self, tasks: Sequence[Task], longest: bool = False) -> PrefixBatch:
         """Numpy-valued `PrefixBatch` of one group per task.
+
+        Args:
+          longest: takes the largest buckets, whatever the tasks, so that batches can be mixed.
 
         Raises:
           DataError: a broken image, or a prompt beyond the largest bucket.
@@ -64,6 +68,8 @@ class Prompts:
         patches = preprocess.bucket(
             most, self.config.image_buckets, "an image's patches", "raise config.policy.image_buckets"
         )
+        if longest:
+            width, patches = max(self.config.prefix_buckets), max(self.config.image_buckets)
         per_group = max(self.config.images_per_task, 1)
         return collate_prompts(self.root, rows, images, self.architecture, width, per_group, patches)
 
@@ -158,6 +164,13 @@ def take_prompts(prompts: PrefixBatch, groups: np.ndarray, width: int) -> Prefix
 
     taken = jax.tree.map(rows, dataclasses.replace(prompts, root=None, **cut))
     return dataclasses.replace(taken, root=prompts.root)
+
+
+def join_prompts(rows: Sequence[tuple[PrefixBatch, int]], root: Any) -> PrefixBatch:
+    """Single prompts of batches of equal widths as one batch, behind a root that is taken as it is."""
+    taken = [take_prompts(batch, np.array([row]), batch.tokens.shape[1]) for batch, row in rows]
+    without = [dataclasses.replace(batch, root=None) for batch in taken]
+    return dataclasses.replace(jax.tree.map(lambda *leaves: np.concatenate(leaves), *without), root=root)
 
 
 def _check_tokens(tokens: Tokens, architecture: PolicyArchitecture) -> None:

@@ -96,11 +96,17 @@ class DecoderLayer(nnx.Module):
 
     def qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Normed, rotated queries `[..., T, N, H]`, keys and values `[..., T, K, H]` of `x [..., T, D]`."""
-        h, head = self.input_layernorm(x), self.config.head_dim
-        q = self.q_norm(self.q_proj(h).reshape(*h.shape[:-1], -1, head))
-        k = self.k_norm(self.k_proj(h).reshape(*h.shape[:-1], -1, head))
-        v = self.v_proj(h).reshape(*h.shape[:-1], -1, head)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return self.rotated(*self.project(x), cos, sin)
+
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries `[..., T, N H]`, keys and values `[..., T, K H]` of `x [..., T, D]`, not yet cut into heads."""
+        h = self.input_layernorm(x)
+        return self.q_proj(h), self.k_proj(h), self.v_proj(h)
+
+    def rotated(self, q: Array, k: Array, v: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """What `project` gives as `[..., T, heads, H]`; queries and keys normed and rotated."""
+        q, k, v = (each.reshape(*each.shape[:-1], -1, self.config.head_dim) for each in (q, k, v))
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     @property
     def scale(self) -> float:
@@ -274,7 +280,8 @@ def extend(
     cos, sin = mrope(positions, config.rope_theta, config.mrope_section)
     keys, values = [], []
     for index, layer in enumerate(layers):
-        q, k, v = layer.qkv(x, cos, sin)
+        # Without the barrier XLA for TPUs has matmuls write heads, and copies the kernels to another layout for that.
+        q, k, v = layer.rotated(*jax.lax.optimization_barrier(layer.project(x)), cos, sin)
         keys.append(_join(fresh.keys[index], k, at))
         values.append(_join(fresh.values[index], v, at))
         mixed = view.attend(index, q, (keys[-1], values[-1], mask), layer.scale)

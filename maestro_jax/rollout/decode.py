@@ -14,7 +14,7 @@ from maestro_jax.policy.model import DecodingPolicy, Policy, PrefixBatch
 from maestro_jax.policy.text import Context, LayerKV
 from maestro_jax.policy.vision import Leaf
 from maestro_jax.rollout.sampling import SamplingConfig, sample
-from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes, empty_groups, empty_kv
+from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes, empty_groups
 from maestro_jax.types import StopReason
 
 Array = jax.Array
@@ -93,7 +93,7 @@ def prefill(policy: Policy, groups: Groups, prompts: PrefixBatch, slots: Array) 
 
 
 def decode_chunk(
-    policy: Policy,
+    decoder: DecodingPolicy,
     groups: Groups,
     lanes: Lanes,
     tables: StopTables,
@@ -109,8 +109,6 @@ def decode_chunk(
     Args:
       noise: float32 `[]`, 1 to sample, 0 for greedy decoding.
     """
-    decoder, text = policy.for_decoding(), policy.architecture.text
-    shape = (sizes.shards, sizes.lanes, text.num_key_value_heads, config.chunk, text.head_dim)
     seats = Seats.of(lanes.seat, sizes.groups, sizes.members)
     view = View.of_all(groups.shared, lanes.cache, lanes.length, seats)
     room = jnp.minimum(sizes.room - lanes.length + lanes.written, sizes.turn_budget)  # most tokens of this turn
@@ -129,7 +127,7 @@ def decode_chunk(
 
     # The caches stay outside the loop: what it only reads, it cannot copy.
     start = dataclasses.replace(lanes, cache=LaneKV([], []))
-    fresh = empty_kv(shape, text, lanes.hidden.dtype)
+    fresh = room_for_fresh(lanes.cache, sizes.lanes, config.chunk)
     _, end, fresh = jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), start, fresh))
     added = end.written - lanes.written
     everywhere = jnp.broadcast_to(jnp.arange(sizes.lanes), lanes.seat.shape)
@@ -169,7 +167,7 @@ def _stop_reason(tables: StopTables, automaton: Array, token: Array, out_of_budg
 
 
 def append_observations(
-    policy: Policy,
+    decoder: DecodingPolicy,
     groups: Groups,
     lanes: Lanes,
     at: Array,
@@ -187,13 +185,13 @@ def append_observations(
       observation: int32 `[D, A, O]`, padded on the right.
       observation_length: int32 `[D, A]`.
     """
-    text, width = policy.architecture.text, observation.shape[-1]
+    width = observation.shape[-1]
     seats = Seats.of(lanes.seat, sizes.groups, sizes.members)
     view = View.of_few(groups.shared, lanes.cache, lanes.length, seats, at)
     steps = view.length[..., None] + jnp.arange(width)
-    fresh = empty_kv((*at.shape, text.num_key_value_heads, width, text.head_dim), text, lanes.hidden.dtype)
+    fresh = room_for_fresh(lanes.cache, at.shape[1], width)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (*at.shape, width, width))
-    hidden, fresh = policy.for_decoding().extend(observation, steps, view, fresh, 0, causal)
+    hidden, fresh = decoder.extend(observation, steps, view, fresh, 0, causal)
     last = jnp.maximum(observation_length - 1, 0)[..., None, None]
     zeros, decoding = jnp.zeros_like(at), jnp.full_like(at, Lane.DECODING)
     return dataclasses.replace(
@@ -208,6 +206,11 @@ def append_observations(
     )
 
 
+def room_for_fresh(cache: LaneKV, lanes: int, width: int) -> LaneKV:
+    """Keys and values `[D, A, K, W, H]` per layer, for W new tokens in each of A lanes."""
+    return jax.tree.map(lambda x: jnp.zeros((x.shape[0], lanes, x.shape[2], width, x.shape[4]), x.dtype), cache)
+
+
 def write(cache: LaneKV, at: Array, fresh: LaneKV, start: Array, count: Array) -> LaneKV:
     """Fresh keys and values `[D, A, K, W, H]`, the first `count [D, A]` of each row, into lanes from `start [D, A]`."""
     room, width = cache.keys[0].shape[3], fresh.keys[0].shape[3]
@@ -215,8 +218,7 @@ def write(cache: LaneKV, at: Array, fresh: LaneKV, start: Array, count: Array) -
 
     def one(x: Array, new: Array) -> Array:
         def of_shard(x: Array, at: Array, slots: Array, new: Array) -> Array:
-            rows = jnp.moveaxis(new, 2, 1).astype(x.dtype)  # [A, W, K, H]
-            return x.at[at[:, None], :, slots].set(rows, mode="drop")
+            return x.at[at[:, None, None], jnp.arange(x.shape[1])[:, None], slots[:, None]].set(new, mode="drop")
 
         return jax.vmap(of_shard)(x, at, slots, new)
 

@@ -58,7 +58,7 @@ class EpisodeConfig:
 
 
 class Exchange:
-    """Serves the shards of this process. One at a time per engine; `begin` starts a session.
+    """Serves the shards of this process, those of one session at a time.
 
     What the device's callbacks and the engine's loop both touch is touched under `lock`; they take turns, but the
     devices of one process call back from several threads.
@@ -70,12 +70,11 @@ class Exchange:
         self.dispatcher = dispatcher
         self.config = config
         self.lock = threading.Lock()
-        self.session = 0
         self.schedulers: dict[int, Scheduler] = {}
         self.version = 0  # of the policy that decodes
         self.patient = True  # whether an idle engine waits for replies; False while it has something else to do
         self.history: list[tuple[float, int, np.ndarray]] = []  # time, shard, what its lanes had been doing until then
-        self._waiting: dict[int, Trajectory] = {}  # by ticket
+        self._waiting: dict[int, tuple[Scheduler, Trajectory]] = {}  # by ticket, the trajectory's number
         self._rounds: dict[int, int] = {}  # of each shard
         self._last_news = 0  # round in which a shard of this process last found something to do
         self.before = tokens.encode(_BEFORE)
@@ -86,12 +85,11 @@ class Exchange:
         self.observation_bucket = len(self.observation_ids(longest, last=True))
 
     def begin(self, schedulers: dict[int, Scheduler]) -> None:
-        """Starts a session with the shards that this process serves; replies to an earlier one will be dropped."""
+        """Serves these shards from now on. Replies to calls of others still find their trajectories."""
         with self.lock:
-            self.session += 1
             self.schedulers = schedulers
+            self.patient = True
             self.history = []
-            self._waiting = {}
             self._rounds = dict.fromkeys(schedulers, 0)
             self._last_news = 0
 
@@ -179,24 +177,23 @@ class Exchange:
         else:
             trajectory.pending, trajectory.stage = parsed.call, Stage.WAITING
             trajectory.timing.called = time.monotonic()
-            ticket = self.session << 32 | trajectory.number
-            self._waiting[ticket] = trajectory
+            self._waiting[trajectory.number] = scheduler, trajectory
             remaining = self.config.deadline - sum(trajectory.timing.waiting)
             task = trajectory.task
-            self.dispatcher.submit(ticket, parsed.call, task.question, task.images, remaining)
+            self.dispatcher.submit(trajectory.number, parsed.call, task.question, task.images, remaining)
 
     def _collect(self) -> None:
         """Takes what the experts have answered, for whichever shard."""
         for ticket, observation in self.dispatcher.collect():
-            trajectory = self._waiting.pop(ticket, None)
-            if trajectory is None or trajectory.finished:
-                continue  # of an earlier session, or abandoned
+            scheduler, trajectory = self._waiting.pop(ticket)
+            if trajectory.finished:
+                continue  # it was abandoned
             timing = trajectory.timing
             timing.waiting.append(time.monotonic() - timing.called)
             if trajectory.pending is not None:
                 trajectory.calls.append((trajectory.pending, observation))
                 trajectory.pending = None
-            self._deliver(self._scheduler_of(trajectory), trajectory, observation)
+            self._deliver(scheduler, trajectory, observation)
 
     def _deliver(self, scheduler: Scheduler, trajectory: Trajectory, observation: Observation) -> None:
         """An observation is ready to be read, or ends an episode that has no room for it."""
@@ -209,9 +206,6 @@ class Exchange:
             scheduler.finish(trajectory)
         else:
             scheduler.ready(trajectory, ids)
-
-    def _scheduler_of(self, trajectory: Trajectory) -> Scheduler:
-        return next(s for s in self.schedulers.values() if trajectory.group in s.slots)
 
     def _wait_for_news(self, shard: int) -> None:
         """Returns as soon as a shard of this process has something to do in this round, or patience ends."""
@@ -249,7 +243,8 @@ class Exchange:
         rows = [orders.park_lanes, orders.load_lanes, orders.unload_lanes, orders.back_lanes, orders.append_lanes]
         reseated = int(orders.changed.sum() + orders.waiting.sum())
         counts = [scheduler.unfinished, decoding, len(scheduler.admitted), reseated]
-        return np.array([*counts, *(int((x < lanes).sum()) for x in rows), int(more)], np.int32)
+        counts += [*(int((x < lanes).sum()) for x in rows), int(more), scheduler.overdue]
+        return np.array([*counts, scheduler.leading, len(scheduler.finished)], np.int32)
 
     # ---- text ----------------------------------------------------------------------------------------------
 
@@ -270,7 +265,7 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What the loop decides by, summed over all shards; the same on every process."""
+    """What the loop decides by, the same on every process: summed over all shards, or the least of any shard."""
 
     unfinished: int  # groups
     decoding: int  # lanes, once the orders are carried out
@@ -282,9 +277,13 @@ class Counts:
     brought_back: int
     appended: int
     more: int  # shards that could order more than a program call takes
+    overdue: int  # running groups that are too old to go on beyond this version
+    leading: int  # the least of any shard: groups that are over before the first, as submitted, that is not
+    finished: int  # the least of any shard: groups that are over and not yet taken
 
 
 COUNTED = tuple(field.name for field in dataclasses.fields(Counts))
+_SUMMED = COUNTED.index("leading")
 
 
 def _fields(orders: Orders) -> tuple[np.ndarray, ...]:
@@ -311,7 +310,8 @@ def make_exchange_program(
         decoding = jax.lax.psum(jnp.sum(status == Lane.DECODING), BATCH_AXES)
         answered = io_callback(serve, shapes, shard, leader, decoding == 0, status, *turn)
         *orders, counts = jax.lax.psum(answered, "tensor")
-        return tuple(orders), jax.lax.psum(counts[0], BATCH_AXES)
+        summed, least = jax.lax.psum(counts[0], BATCH_AXES), jax.lax.pmin(counts[0], BATCH_AXES)
+        return tuple(orders), jnp.where(np.arange(len(COUNTED)) < _SUMMED, summed, least)
 
     manual = jax.shard_map(
         local,

@@ -1,4 +1,4 @@
-"""The compiled programs of a rollout, with parameters in place of the policy; what they change is donated."""
+"""The compiled programs of a rollout, with arrays in place of modules; what they change is donated."""
 
 import dataclasses
 import functools
@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from maestro_jax.parallel.sharding import ShardingRules, gather_over_fsdp
+from maestro_jax.parallel.sharding import ShardingRules
+from maestro_jax.policy.model import DecodingPolicy
 from maestro_jax.rollout import decode, moves
 from maestro_jax.rollout.decode import DecodeConfig
 from maestro_jax.rollout.state import Sizes, empty_lanes, empty_pages
@@ -18,10 +20,10 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class RolloutPrograms:
-    """Jitted functions; those of `rollout/decode.py` take weights as `weights` makes them."""
+    """Jitted functions. What encodes prompts takes the trainer's parameters, what decodes takes `weights` of them."""
 
     weights: Any  # params → weights
-    open: Any  # (weights, root) → (groups, lanes, pages)
+    open: Any  # (params, root) → (groups, lanes, pages)
     with_root: Any
     prefill: Any
     decode: Any
@@ -34,11 +36,14 @@ class RolloutPrograms:
 
 
 def rollout_programs(graph: nnx.GraphDef, sizes: Sizes, config: DecodeConfig) -> RolloutPrograms:
-    def on_policy(function: Callable, **static: object) -> Callable:
-        return lambda weights, *args: function(nnx.merge(graph, weights), *args, **static)
+    def on_policy(function: Callable) -> Callable:
+        return lambda params, *args: function(nnx.merge(graph, params), *args)
 
-    def open_session(weights: nnx.State, root: Array) -> tuple:
-        policy = nnx.merge(graph, weights)
+    def on_decoder(function: Callable, **static: object) -> Callable:
+        return lambda weights, *args: function(decoder_of(graph, weights), *args, **static)
+
+    def open_session(params: nnx.State, root: Array) -> tuple:
+        policy = nnx.merge(graph, params)
         text, dtype = policy.architecture.text, policy.compute_dtype
         groups = decode.open_groups(policy, root, sizes)
         return groups, empty_lanes(sizes, text, dtype), empty_pages(sizes, text, dtype)
@@ -49,8 +54,8 @@ def rollout_programs(graph: nnx.GraphDef, sizes: Sizes, config: DecodeConfig) ->
         open=jax.jit(open_session),
         with_root=jax.jit(on_policy(decode.with_root), donate_argnums=1),
         prefill=jax.jit(on_policy(decode.prefill), donate_argnums=1),
-        decode=jax.jit(on_policy(decode.decode_chunk, sizes=sizes, config=config), donate_argnums=2),
-        append=jax.jit(on_policy(decode.append_observations, sizes=sizes), donate_argnums=2),
+        decode=jax.jit(on_decoder(decode.decode_chunk, sizes=sizes, config=config), donate_argnums=2),
+        append=jax.jit(on_decoder(decode.append_observations, sizes=sizes), donate_argnums=2),
         seat=jax.jit(seat, donate_argnums=1),
         park=jax.jit(moves.park, donate_argnums=1),
         load=jax.jit(moves.load, donate_argnums=0),
@@ -59,30 +64,35 @@ def rollout_programs(graph: nnx.GraphDef, sizes: Sizes, config: DecodeConfig) ->
     )
 
 
-def decoding_weights(graph: nnx.GraphDef, params: nnx.State) -> nnx.State:
-    """The decoder's parameters in the compute dtype, whole but for their `tensor` axis; the vision tower's as they are.
+def decoding_weights(graph: nnx.GraphDef, params: nnx.State) -> DecodingPolicy | nnx.State:
+    """The decoder cut into layers, in the compute dtype, whole but for its `tensor` axis: once for a rollout.
 
-    Cast and gathered once for all programs of a rollout. What needs neither is the trainer's own buffer: nothing is
-    copied. (Through jit it would be: a result is never the buffer of an argument that is not donated.)
+    Programs that cut it themselves would hold and copy the stacked layers once more, each time they are called (6.7 GB
+    of the 4B). They do where nothing is to be cast or gathered: then these are the trainer's own buffers.
     """
-    dtype = nnx.merge(graph, params).compute_dtype
-    shards = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)
-
-    def whole(path: tuple[Any, ...], param: nnx.Variable) -> nnx.Variable:
-        axes = tuple(param.get_metadata("axes"))
-        gathered = shards > 1 and ShardingRules().embed in ShardingRules().spec(axes)
-        if jax.tree_util.keystr(path[:1], simple=True) == "visual" or not (gathered or param[...].dtype != dtype):
-            return param
-        return param.replace(_cast_and_gather(param[...], axes, dtype))
-
-    return jax.tree_util.tree_map_with_path(whole, params, is_leaf=_is_param)
+    return params if _ready(params, nnx.merge(graph, params).compute_dtype) else _cut(graph, params)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _cast_and_gather(value: Array, axes: tuple[str | None, ...], dtype: Any) -> Array:
-    stacked = (None,) * (value.ndim - len(axes))
-    return gather_over_fsdp(value.astype(dtype), (*stacked, *axes))
+def _ready(params: nnx.State, dtype: jnp.dtype) -> bool:
+    """Whether all parameters of the decoder are in this dtype, and whole on their device."""
+    shards, rules = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1), ShardingRules()
+
+    def ready(path: tuple[Any, ...], param: nnx.Variable) -> bool:
+        gathered = shards > 1 and rules.embed in rules.spec(tuple(param.get_metadata("axes")))
+        in_vision = jax.tree_util.keystr(path[:1], simple=True) == "visual"
+        return in_vision or not (gathered or param[...].dtype != dtype)
+
+    return all(jax.tree.leaves(jax.tree_util.tree_map_with_path(ready, params, is_leaf=_is_param)))
 
 
 def _is_param(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
+
+
+def decoder_of(graph: nnx.GraphDef, weights: DecodingPolicy | nnx.State) -> DecodingPolicy:
+    return _cut(graph, weights) if isinstance(weights, nnx.State) else weights
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cut(graph: nnx.GraphDef, params: nnx.State) -> DecodingPolicy:
+    return nnx.merge(graph, params).for_decoding()

@@ -104,7 +104,10 @@ class Scheduler:
         self.returning: collections.deque[Trajectory] = collections.deque()  # parked, their observation has come
         self.free_pages = list(range(capacity.pages))
         self.host_bytes = 0
-        self.finished: list[GroupRecord] = []  # not yet fetched by the engine
+        self.finished: list[GroupRecord] = []  # not yet taken by the session
+        self.in_order: collections.deque[GroupRecord] = collections.deque()  # from the first one that is not over
+        self.leading = 0  # groups before that one
+        self.oldest_allowed = -1  # version: groups admitted before it are overdue
         # What the engine has to carry for the orders that were given last.
         self.admitted: list[GroupRecord] = []
         self.unloaded: list[Trajectory] = []
@@ -116,6 +119,7 @@ class Scheduler:
 
     def submit(self, group: GroupRecord) -> None:
         self.queue.append(group)
+        self.in_order.append(group)
 
     def ready(self, trajectory: Trajectory, observation: list[int]) -> None:
         """An observation has come, as ids."""
@@ -136,6 +140,9 @@ class Scheduler:
         if group is not None and group.finished:
             self.slots[group.slot] = None
             self.finished.append(group)
+            while self.in_order and self.in_order[0].finished:
+                self.in_order.popleft()
+                self.leading += 1
 
     @property
     def unfinished(self) -> int:
@@ -143,15 +150,16 @@ class Scheduler:
         return len(self.queue) + sum(slot is not None for slot in self.slots)
 
     @property
+    def overdue(self) -> int:
+        """Running groups that began under a policy too old to be waited for any longer."""
+        return sum(slot is not None and slot.version < self.oldest_allowed for slot in self.slots)
+
+    @property
     def has_work(self) -> bool:
         """Whether something can be ordered without a further reply of an expert."""
         if any(t is not None and t.stage in (Stage.READY, Stage.DECODING) for t in self.lanes):
             return True
-        if self.queue and None in self.slots:
-            return True
-        if not (self.returning or self.fresh):
-            return False
-        return None in self.lanes or any(self._may_vacate(t) for t in self.lanes if t is not None)
+        return self._may_admit or self._may_seat
 
     # ---- orders ----------------------------------------------------------------------------------------------
 
@@ -161,8 +169,9 @@ class Scheduler:
         self.free_pages += self._vacated
         self._vacated, self.unloaded, self.brought_back = [], [], []
         self._admit(orders, version)
-        more = self._seat_returning(orders, self._append_in_place(orders))
+        self._seat_returning(orders, self._append_in_place(orders))
         self._seat_fresh(orders)
+        more = self._may_seat
         for lane, trajectory in enumerate(self.lanes):
             if trajectory is None:
                 if lane not in self._empty:
@@ -173,8 +182,15 @@ class Scheduler:
                 more |= trajectory.stage is Stage.READY
         return orders, more
 
+    @property
+    def _may_admit(self) -> bool:
+        """Whether a group can be prefilled; the later it is, the newer is the policy that does it."""
+        return bool(self.queue) and None in self.slots and len(self.fresh) < self.capacity.lanes
+
     def _admit(self, orders: Orders, version: int) -> None:
         self.admitted = []
+        if not self._may_admit:
+            return
         for slot, taken in enumerate(self.slots):
             if taken is not None or not self.queue or len(self.admitted) == self.capacity.prefill_groups:
                 continue
@@ -201,14 +217,12 @@ class Scheduler:
         trajectory.observation, trajectory.stage = [], Stage.DECODING
         trajectory.timing.unread += time.monotonic() - trajectory.timing.answered
 
-    def _seat_returning(self, orders: Orders, rows: int) -> bool:
-        """Parked trajectories whose observation has come go back to a lane, which reads it; whether some must wait."""
-        while self.returning:
-            if rows == self.capacity.append_rows:
-                return True
+    def _seat_returning(self, orders: Orders, rows: int) -> None:
+        """Parked trajectories whose observation has come go back to a lane, which reads it."""
+        while self.returning and rows < self.capacity.append_rows:
             lane = self._take_lane(orders)
             if lane is None:
-                return False
+                return
             trajectory = self.returning.popleft()
             parked = trajectory.parked
             assert parked is not None  # only parked ones are returning
@@ -224,7 +238,6 @@ class Scheduler:
             self._release(parked)
             self._append(orders, rows, lane, trajectory)
             rows += 1
-        return False
 
     def _seat_fresh(self, orders: Orders) -> None:
         while self.fresh and (lane := self._take_lane(orders)) is not None:
@@ -244,6 +257,13 @@ class Scheduler:
         # An observation starts the next turn.
         orders.turn[lane] = trajectory.turns - 1 if length else 0
         orders.keys[lane] = trajectory.key
+
+    @property
+    def _may_seat(self) -> bool:
+        """Whether a trajectory that could decode has no lane, and there is one to be had."""
+        if not (self.returning or self.fresh):
+            return False
+        return None in self.lanes or any(self._may_vacate(t) for t in self.lanes if t is not None)
 
     def _take_lane(self, orders: Orders) -> int | None:
         """A free lane, if need be that of a trajectory that waits; None if there is neither."""

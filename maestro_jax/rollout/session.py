@@ -5,7 +5,8 @@ The loop's conditions are replicated device values, so all processes enqueue the
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from maestro_jax.parallel.sharding import over_groups
 from maestro_jax.policy.cascade import LaneKV
 from maestro_jax.policy.model import PrefixBatch
-from maestro_jax.policy.prompts import take_prompts
+from maestro_jax.policy.prompts import join_prompts
 from maestro_jax.rollout.decode import StopTables
 from maestro_jax.rollout.exchange import Counts, Exchange
 from maestro_jax.rollout.moves import Seating
@@ -27,6 +28,7 @@ from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
 from maestro_jax.types import Task
 
 Array = jax.Array
+_SESSIONS = itertools.count()  # numbers of trajectories say which session they belong to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +46,7 @@ class Compiled:
 
 
 class Session:
-    """Groups may be submitted and the policy may change while others run; nothing is drained.
-
-    One at a time: a new session takes over the exchange.
-    """
+    """Groups may be submitted and the policy may change while others run; nothing is drained."""
 
     def __init__(self, compiled: Compiled, exchange: Exchange, local_shards: Sequence[int], greedy: bool):
         self.compiled = compiled
@@ -59,23 +58,30 @@ class Session:
         self._held: tuple[Groups, Lanes, LaneKV] | None = None
         self._filler: tuple[PrefixBatch, int] | None = None  # a prompt for rows of a prefill that have none
         self._placed: Any = None  # how unloaded rows are spread over the devices
-        exchange.begin(self.schedulers)
+        self._number = next(_SESSIONS)
 
     def submit(
-        self, tasks: Sequence[Task], prompts: PrefixBatch, keys: Sequence[Sequence[np.ndarray]]
+        self,
+        tasks: Sequence[Task],
+        prompts: PrefixBatch,
+        keys: Sequence[Sequence[np.ndarray]],
+        only: Container[int] | None = None,
     ) -> list[GroupRecord]:
         """Queues groups; every process passes all tasks and runs those of its own shards.
 
         Args:
           prompts: of these tasks, in their order (more may follow); numpy-valued.
           keys: random key data uint32 `[2]` of each member of each task.
+          only: which of the tasks are run; None runs all.
         """
         sizes = self.compiled.sizes
         spread = max(len(tasks), sizes.shards * sizes.groups)
         self._filler = (prompts, 0)
         records = []
         for row, (task, member_keys) in enumerate(zip(tasks, keys, strict=True)):
-            first = (self.submitted + row) * sizes.members
+            if only is not None and row not in only:
+                continue
+            first = self._number << 32 | (self.submitted + row) * sizes.members
             members = [Trajectory(task, m, first + m, key) for m, key in enumerate(member_keys)]
             records.append(GroupRecord(task, self.submitted + row, members, prompt=(prompts, row)))
             scheduler = self.schedulers.get(row * sizes.shards // spread)
@@ -84,8 +90,21 @@ class Session:
         self.submitted += len(tasks)
         return records
 
-    def run(self, params: nnx.State, version: int) -> Iterator[Counts]:
+    def take_finished(self, each: int) -> list[GroupRecord]:
+        """The oldest `each` groups of every shard of this process that are over, shard by shard."""
+        taken = []
+        for _, scheduler in sorted(self.schedulers.items()):
+            found = sorted(scheduler.finished, key=lambda group: (group.version, group.index))[:each]
+            scheduler.finished = [group for group in scheduler.finished if group not in found]
+            taken += found
+        return taken
+
+    def run(self, params: nnx.State, version: int, oldest_allowed: int = -1) -> Iterator[Counts]:
         """Runs what was submitted, one round of orders and decoding at a time, until all of it is over.
+
+        Args:
+          version: of the policy; recorded with every token.
+          oldest_allowed: groups admitted under an earlier version are counted as overdue.
 
         Yields:
           The counts of each round, before it decodes. Whoever stops listening stops the run; a later one takes it up
@@ -95,14 +114,17 @@ class Session:
         with jax.set_mesh(mesh):
             weights = programs.weights(params)
             if self._held is None:
-                self._held = programs.open(weights, self.compiled.root)
+                self._held = programs.open(params, self.compiled.root)
             elif version != self.version:
                 groups, lanes, pages = self._held
-                self._held = programs.with_root(weights, groups, self.compiled.root), lanes, pages
+                self._held = programs.with_root(params, groups, self.compiled.root), lanes, pages
+        self.exchange.begin(self.schedulers)
         self.version = self.exchange.version = version
+        for scheduler in self.schedulers.values():
+            scheduler.oldest_allowed = oldest_allowed
         while True:
             with jax.set_mesh(mesh):
-                counts, self._held = self._round(weights, *self._held)
+                counts, self._held = self._round(params, weights, *self._held)
             yield counts
             if not counts.unfinished:
                 return
@@ -113,14 +135,14 @@ class Session:
                 self._held = groups, lanes, pages
 
     def _round(
-        self, weights: nnx.State, groups: Groups, lanes: Lanes, pages: LaneKV
+        self, params: nnx.State, weights: Any, groups: Groups, lanes: Lanes, pages: LaneKV
     ) -> tuple[Counts, tuple[Groups, Lanes, LaneKV]]:
         """Exchanges with the experts and carries out the orders."""
         programs = self.compiled.programs
         orders, found = self.compiled.exchange(lanes, self.compiled.shard_numbers)
         counts = Counts(*np.asarray(found).tolist())
         if counts.admitted:
-            groups = programs.prefill(weights, groups, self._prompts(), orders.slots)
+            groups = programs.prefill(params, groups, self._prompts(), orders.slots)
         if counts.parked:
             pages = programs.park(lanes, pages, orders.park_lanes, orders.park_table)
         if counts.unloaded:
@@ -142,9 +164,7 @@ class Session:
         for _, scheduler in sorted(self.schedulers.items()):
             admitted = [record.prompt for record in scheduler.admitted]
             rows += [*admitted, *[self._filler] * (self.compiled.sizes.prefill_groups - len(admitted))]
-        batches = [take_prompts(batch, np.array([row]), batch.tokens.shape[1]) for batch, row in rows]
-        batches = [dataclasses.replace(batch, root=None) for batch in batches]
-        together = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        together = join_prompts(rows, None)
         over = over_groups(self.compiled.mesh)
         on_mesh = jax.tree.map(lambda x: jax.make_array_from_process_local_data(over, x), together)
         return dataclasses.replace(on_mesh, root=self.compiled.root)

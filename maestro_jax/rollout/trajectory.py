@@ -54,7 +54,7 @@ class Trajectory:
 
     task: Task
     member: int
-    number: int = 0  # among all trajectories of a session
+    number: int = 0  # among all trajectories of this process's sessions
     key: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(2, np.uint32))
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)  # under the sampler; 0 for what it was told

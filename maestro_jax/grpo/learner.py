@@ -1,0 +1,77 @@
+"""One step of learning: rewards, advantages and gradients of groups as they come, then one update."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from maestro_jax.grpo.batch import Scored, make_parts, score_rollout
+from maestro_jax.grpo.microbatches import Planner
+from maestro_jax.grpo.update import NOTHING, GroupBatch, Total, TrainState, TrainStep
+from maestro_jax.rewards.reward import RewardConfig
+from maestro_jax.rollout.engine import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What an update is made with.
+
+    Attributes:
+      contrast_only: leaves out groups without contrast; right where the loss is nothing but advantages.
+      parts: in how many rollouts a step's groups come.
+      prepare: fills in what the batch does not know by itself (the reference's log-probabilities).
+    """
+
+    step: TrainStep
+    planner: Planner
+    reward: RewardConfig
+    advantage: str
+    contrast_only: bool
+    parts: int
+    prepare: Callable[[GroupBatch], GroupBatch]
+    mesh: Mesh
+
+    def __call__(
+        self, state: TrainState, rollouts: Iterable[Rollout]
+    ) -> tuple[TrainState, list[tuple[Rollout, Scored]], dict[str, float]]:
+        """One update from the groups of a step.
+
+        Args:
+          rollouts: the step's groups, as a whole or in parts whose gradients are added up as they come.
+
+        Returns:
+          The new state, the rollouts with their rewards, and metrics of batch and update.
+        """
+        seen: list[tuple[Rollout, Scored]] = []
+        found: list[dict[str, float]] = []
+        total: Total | None = None
+        parts: list[GroupBatch] = []
+        left_out = NOTHING
+        for rollout in rollouts:
+            scored = score_rollout(rollout, self.reward)
+            parts, without, metrics = make_parts(
+                rollout, scored, self.advantage, self.contrast_only, self.planner, self.mesh
+            )
+            seen.append((rollout, scored))
+            found.append(metrics)
+            left_out = left_out + without
+            with jax.set_mesh(self.mesh):
+                parts = [self.prepare(part) for part in parts]
+                if self.parts > 1:
+                    total = total or self.step.begin()
+                    for part in parts:
+                        total = self.step.add(state.params, total, part)
+        with jax.set_mesh(self.mesh):
+            if total is None:
+                state, update = self.step(state, parts, left_out)
+            else:
+                state, update = self.step.finish(state, total, left_out)
+        return state, seen, joined(found) | {name: float(value) for name, value in update.items()}
+
+
+def joined(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step's rollouts: numbers of parts are added, all others averaged (rollouts are of equal size)."""
+    means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+    return means | {"parts": float(sum(metrics["parts"] for metrics in found))}

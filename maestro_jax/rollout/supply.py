@@ -1,0 +1,165 @@
+"""Finished groups for every step of training, in the parts in which the update takes them.
+
+On-policy, a step's groups are those of its own tasks; in parts, they come in the order of the tasks while others
+still run, so that gradients fill the time in which experts work. With `ahead`, tasks of later steps are under way as
+well: a step takes the groups that are over, oldest first, the others go on under the next policy, and none is dropped.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from flax import nnx
+
+from maestro_jax.policy.model import PrefixBatch
+from maestro_jax.policy.prompts import join_prompts, take_prompts
+from maestro_jax.rollout.engine import Engine, Rollout, assemble, lane_key
+from maestro_jax.rollout.session import Session
+from maestro_jax.rollout.trajectory import GroupRecord
+from maestro_jax.types import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class SupplyConfig:
+    """How steps get their groups.
+
+    Attributes:
+      groups: of a step.
+      members: of a group.
+      parts: in how many parts a step's groups come; more than one only where `ahead` is 0.
+      ahead: batches of tasks that are under way besides the step's own.
+      staleness: a group is trained at most so many versions after its episodes began.
+    """
+
+    groups: int
+    members: int
+    parts: int
+    ahead: int
+    staleness: int
+
+
+class TaskBatches(Protocol):
+    """A resumable stream of batches of tasks."""
+
+    def __next__(self) -> Sequence[Task]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass
+class Pulled:
+    """A batch of tasks of which some groups are not yet trained."""
+
+    step: int  # that its randomness is keyed by
+    data: dict[str, Any]  # state of the data before it was pulled
+    left: set[int]  # rows of groups that are not yet trained
+
+
+class Supply:
+    """Pulls tasks and runs their episodes, step by step.
+
+    Args:
+      batches: of `config.groups` tasks each.
+    """
+
+    def __init__(self, engine: Engine, batches: TaskBatches, config: SupplyConfig, seed: int):
+        self.engine = engine
+        self.batches = batches
+        self.config = config
+        self.seed = seed
+        self.pulled: dict[int, Pulled] = {}  # by step
+        self.next_step = 1
+        self.session: Session | None = None  # of episodes that outlive a step
+        self._origin: dict[GroupRecord, tuple[int, int]] = {}  # step and row
+        self._done_before: dict[int, set[int]] = {}  # rows trained before the run was interrupted, by step
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able: where the data goes on, and what of it is trained already."""
+        if not self.pulled:
+            return {"data": self.batches.get_state(), "next_step": self.next_step, "done": {}}
+        first = min(self.pulled)
+        rows = set(range(self.config.groups))
+        left = {step: self.pulled[step].left if step in self.pulled else set() for step in range(first, self.next_step)}
+        done = {str(step): sorted(rows - some) for step, some in left.items()}
+        return {"data": self.pulled[first].data, "next_step": first, "done": done}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on there. Groups that were under way begin again, with the same random keys."""
+        self.batches.set_state(state["data"])
+        self.next_step = state["next_step"]
+        self._done_before = {int(step): set(rows) for step, rows in state["done"].items()}
+
+    def step(self, params: nnx.State, step: int) -> Iterator[Rollout]:
+        """The groups of a step, in parts; the policy is the same for all of them."""
+        if self.config.ahead:
+            yield self._oldest(params, step)
+        else:
+            yield from self._own(params, step)
+
+    def _own(self, params: nnx.State, step: int) -> Iterator[Rollout]:
+        """On-policy: the step's own tasks."""
+        config, engine = self.config, self.engine
+        tasks = next(self.batches)
+        self.next_step = step + 1
+        prompts = engine.prompts.batch(tasks)
+        session = engine.session(params, config.groups, config.members, prompts.tokens.shape[1], greedy=False)
+        records = session.submit(tasks, prompts, self._keys(tasks, step))
+        given = 0
+        for counts in session.run(params, version=step):
+            ready = counts.leading * config.parts // session.compiled.sizes.groups
+            # Gradients are taken where the devices would be idle.
+            while given < ready and (not counts.decoding or not counts.unfinished):
+                yield self._part(records, prompts, session, given)
+                given += 1
+            engine.exchange.patient = ready <= given
+
+    def _part(self, records: Sequence[GroupRecord], prompts: PrefixBatch, session: Session, number: int) -> Rollout:
+        """Part `number`: as many groups of each shard, so that none moves."""
+        sizes = session.compiled.sizes
+        each = sizes.groups // self.config.parts
+        rows = [s * sizes.groups + number * each + i for s in range(sizes.shards) for i in range(each)]
+        taken = take_prompts(prompts, np.array(rows), prompts.tokens.shape[1])
+        return assemble([records[row] for row in rows], taken, len(rows), self.config.members, sizes.room)
+
+    def _oldest(self, params: nnx.State, step: int) -> Rollout:
+        """Groups that are over, oldest first, while tasks of later steps are under way."""
+        config, engine = self.config, self.engine
+        if self.session is None:
+            width = max(engine.prompts.config.prefix_buckets)
+            under_way = config.groups * (1 + config.ahead)
+            self.session = engine.session(params, under_way, config.members, width, greedy=False)
+        while self.next_step <= step + config.ahead:
+            self._pull(self.session)
+        each = config.groups // self.session.compiled.sizes.shards
+        for counts in self.session.run(params, step, oldest_allowed=step - config.staleness + 1):
+            if counts.finished >= each and not counts.overdue:
+                break
+        taken = self.session.take_finished(each)
+        for record in taken:
+            self._trained(record)
+        prompts = join_prompts([record.prompt for record in taken], engine.prompts.root)
+        return assemble(taken, prompts, len(taken), config.members, self.session.compiled.sizes.room)
+
+    def _pull(self, session: Session) -> None:
+        step, data = self.next_step, self.batches.get_state()
+        tasks = next(self.batches)
+        self.next_step += 1
+        left = set(range(len(tasks))) - self._done_before.pop(step, set())
+        prompts, keys = self.engine.prompts.batch(tasks, longest=True), self._keys(tasks, step)
+        records = session.submit(tasks, prompts, keys, only=left)
+        self._origin |= {record: (step, record.prompt[1]) for record in records}
+        if left:
+            self.pulled[step] = Pulled(step, data, left)
+
+    def _trained(self, record: GroupRecord) -> None:
+        step, row = self._origin.pop(record)
+        self.pulled[step].left.discard(row)
+        if not self.pulled[step].left:
+            del self.pulled[step]
+
+    def _keys(self, tasks: Sequence[Task], step: int) -> list[list[np.ndarray]]:
+        members = range(self.config.members)
+        return [[lane_key(self.seed, step, task.id, m) for m in members] for task in tasks]

@@ -1,0 +1,85 @@
+"""One step of learning: the same update from a step's groups as a whole and as they come, in parts."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from maestro_jax.grpo.learner import Learner
+from maestro_jax.grpo.losses import LossConfig
+from maestro_jax.grpo.microbatches import Planner
+from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
+from maestro_jax.grpo.update import TrainState, UpdateConfig, grpo_loss, init_train_state, make_train_step
+from maestro_jax.parallel.sharding import replicated
+from maestro_jax.policy.prompts import take_prompts
+from maestro_jax.policy.tokens import Tokens
+from maestro_jax.rewards.reward import RewardConfig
+from maestro_jax.rollout.engine import Rollout
+from maestro_jax.types import Call, Observation, Status
+from tests.rollout import toy
+from tests.rollout.test_engine import EPISODE, Experts, Runner, make_runner, one_device
+
+GROUPS, MEMBERS = 4, 3
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    tokens: Tokens = toy.make_tokens(tmp_path_factory.mktemp("tokens"))
+    graph, params = nnx.split(toy.policy(), nnx.Param)
+    mesh = one_device()
+    made = make_runner(graph, jax.device_put(params, replicated(mesh)), mesh, tokens, Experts(0.0, seed=0))
+    yield made
+    made.dispatcher.close()
+
+
+@pytest.fixture(scope="module")
+def rollout(runner: Runner) -> Rollout:
+    """Episodes of a random policy, some of which are told to have gone well; the third group has no contrast."""
+    tasks = [dataclasses.replace(toy.task(n), source="reading") for n in range(GROUPS)]
+    found = runner.engine.rollout(runner.params, tasks, GROUPS, MEMBERS, seed=0, step=1, greedy=False)
+    for g, group in enumerate(found.trajectories):
+        for m, trajectory in enumerate(group):
+            trajectory.answer, trajectory.well_formed = "seven" if m == 0 or g == 2 else "six", True
+            trajectory.calls = [(Call("Lens", "Charting", "look"), Observation("7", Status.OK))]
+    return found
+
+
+def learner(runner: Runner, parts: int) -> tuple[Learner, TrainState]:
+    engine = runner.engine
+    optimizer = make_optimizer(OptimizerConfig(1e-3, 0, 0, 0.9, 0.95, 1e-8, 0.0, 1.0, "float32", False))
+    params = jax.tree.map(lambda x: x.copy(), runner.params)
+    state = init_train_state(params, optimizer, (), engine.mesh)
+    config = UpdateConfig(LossConfig(0.2, 0.2, "token", 1), 1.0, 128, ())
+    step = make_train_step(engine.graph, optimizer, grpo_loss, config, engine.mesh, state)
+    root = len(engine.prompts.root)
+    planner = Planner(toy.architecture(), root, MEMBERS, GROUPS // parts, 1, 1, (32,), (EPISODE.room,))
+    return Learner(step, planner, RewardConfig(True, 0.0, 0.0), "std", True, parts, lambda p: p, engine.mesh), state
+
+
+def halves(rollout: Rollout) -> Sequence[Rollout]:
+    def some(rows: np.ndarray) -> Rollout:
+        prompts = take_prompts(rollout.prompts, rows, rollout.prompts.tokens.shape[1])
+        arrays = (getattr(rollout, name)[rows] for name in ("tokens", "logprobs", "authored", "length"))
+        return Rollout([rollout.trajectories[row] for row in rows], prompts, *arrays)
+
+    return [some(np.array([0, 1])), some(np.array([2, 3]))]
+
+
+def test_groups_that_come_in_parts_make_the_same_update(runner: Runner, rollout: Rollout) -> None:
+    whole, state = learner(runner, parts=1)
+    _, seen, wanted = whole(state, [rollout])
+    assert len(seen) == 1 and wanted["parts"] == 1.0 and wanted["groups_without_contrast"] == 0.25
+    streamed, state = learner(runner, parts=2)
+    after, seen, found = streamed(state, iter(halves(rollout)))
+    assert len(seen) == 2 and found["parts"] == 2.0 and int(after.step) == 1
+    for name in ("loss", "grad_norm", "entropy", "member_tokens", "groups_without_contrast"):
+        # fp32 sums over the same tokens in another order.
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_the_sampler_and_the_trainer_agree(runner: Runner, rollout: Rollout) -> None:
+    whole, state = learner(runner, parts=1)
+    assert whole(state, [rollout])[2]["logprob_gap"] < 2e-5
