@@ -156,7 +156,7 @@ class OurForward:
 
 
 def _last_logits(policy: Policy, batch: PrefixBatch) -> jax.Array:
-    _, last = policy.encode_prompts(batch)
+    _, last = policy.encode_prompts(batch, policy.encode_root(batch.root))
     return policy.logits(last)[0]
 
 
@@ -216,14 +216,14 @@ class OurLanes:
 
     def _seating(self) -> Seating:
         lanes = (1, self.members)
-        zeros = np.zeros(lanes, np.int32)
+        zeros = jnp.zeros(lanes, jnp.int32)
         return Seating(
-            changed=np.ones(lanes, np.int32),
-            status=np.full(lanes, Lane.DECODING, np.int32),
-            seat=np.arange(self.members, dtype=np.int32)[None],
+            changed=jnp.ones(lanes, jnp.int32),
+            status=jnp.full(lanes, Lane.DECODING, jnp.int32),
+            seat=jnp.arange(self.members, dtype=jnp.int32)[None],
             length=zeros,
             turn=zeros,
-            keys=np.zeros((*lanes, 2), np.uint32),
+            keys=jnp.zeros((*lanes, 2), jnp.uint32),
             waiting=zeros,
         )
 

@@ -134,10 +134,10 @@ def table(results: Mapping[str, Result | Figure], here: Mapping[str, Any]) -> li
     ratios = {name: result for name, result in results.items() if isinstance(result, Result)}
     if ratios:
         lines += [f"{'':<16}{'ours (s)':>10}{'theirs (s)':>12}{'ratio':>8}  {'least-most':<12}", "-" * 60]
-    for name, result in ratios.items():
-        ours, theirs = (statistics.median(side) for side in zip(*result.pairs, strict=True))
-        spread = f"{min(result.ratios):.2f}-{max(result.ratios):.2f}"
-        lines.append(f"{name:<16}{ours:>10.4g}{theirs:>12.4g}{result.ratio:>8.2f}  {spread:<12}")
+    for name, timed_pairs in ratios.items():
+        ours, theirs = (statistics.median(side) for side in zip(*timed_pairs.pairs, strict=True))
+        spread = f"{min(timed_pairs.ratios):.2f}-{max(timed_pairs.ratios):.2f}"
+        lines.append(f"{name:<16}{ours:>10.4g}{theirs:>12.4g}{timed_pairs.ratio:>8.2f}  {spread:<12}")
     if ratios:
         lines += ["-" * 60, "medians; ratio = their seconds / ours, above 1 we are faster"]
     before: Mapping[str, Any] = {}

@@ -308,8 +308,10 @@ class Episodes:
 
     @property
     def architecture(self) -> PolicyArchitecture:
-        ids = (SPECIAL_TOKENS.index(f"<|{name}|>") for name in ("image_pad", "vision_start", "vision_end"))
-        return PolicyArchitecture(self.text, self.vision, *ids, tie_word_embeddings=True)
+        image, start, end = (
+            SPECIAL_TOKENS.index(f"<|{name}|>") for name in ("image_pad", "vision_start", "vision_end")
+        )
+        return PolicyArchitecture(self.text, self.vision, image, start, end, tie_word_embeddings=True)
 
     @property
     def limits(self) -> EpisodeConfig:

@@ -281,7 +281,8 @@ def extend(
     keys, values = [], []
     for index, layer in enumerate(layers):
         # Without the barrier XLA for TPUs has matmuls write heads, and copies the kernels to another layout for that.
-        q, k, v = layer.rotated(*jax.lax.optimization_barrier(layer.project(x)), cos, sin)
+        q, k, v = jax.lax.optimization_barrier(layer.project(x))
+        q, k, v = layer.rotated(q, k, v, cos, sin)
         keys.append(_join(fresh.keys[index], k, at))
         values.append(_join(fresh.values[index], v, at))
         mixed = view.attend(index, q, (keys[-1], values[-1], mask), layer.scale)

@@ -110,7 +110,7 @@ class Scheduler:
         self.oldest_allowed = -1  # version: groups admitted before it are overdue
         # What the engine has to carry for the orders that were given last.
         self.admitted: list[GroupRecord] = []
-        self.unloaded: list[Trajectory] = []
+        self.unloaded: list[tuple[Parked, int]] = []  # where it goes, and how many tokens are of use
         self.brought_back: list[Trajectory] = []
         self._vacated: list[int] = []  # pages that are free once the orders have been carried out
         self._empty = set(range(capacity.lanes))  # lanes that the device knows to be empty
@@ -298,7 +298,8 @@ class Scheduler:
             orders.unload_lanes[len(self.unloaded)] = lane
             trajectory.parked = Parked([], size=self._bytes_of(trajectory))
             self.host_bytes += trajectory.parked.size
-            self.unloaded.append(trajectory)
+            # Not the trajectory: a reply may end it before the orders are carried out.
+            self.unloaded.append((trajectory.parked, len(trajectory.tokens)))
         self.lanes[lane] = None
         return True
 

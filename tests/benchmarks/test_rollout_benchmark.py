@@ -25,7 +25,7 @@ PAIRS = 2
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """The file that one run of the command writes; torch's threads as they were before."""
     threads, path = torch.get_num_threads(), tmp_path_factory.mktemp("rollout") / "found.json"
-    with flagsaver.as_parsed(smoke="true", pairs=str(PAIRS), json=str(path), only="D1,D2,W1,N1"):
+    with flagsaver.as_parsed(smoke="true", pairs=str(PAIRS), json=str(path), only="D1,D2,W1,N1", timeline=""):
         rollout.main([])
     yield json.loads(path.read_text())
     torch.set_num_threads(threads)
@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def two_pairs() -> Iterator[None]:
-    with flagsaver.as_parsed(pairs=str(PAIRS)):
+    with flagsaver.as_parsed(pairs=str(PAIRS), timeline=""):
         yield
 
 
@@ -74,7 +74,7 @@ def test_recorded_logprobs_are_those_of_transformers_and_the_trainer(found: dict
     assert set(entry["turns"]) == {rollout_decode.TOY_TASKS.turns} and set(entry["images"]) == {0, 2}
 
 
-def test_measures_are_taken_by_name() -> None:
+def test_measures_are_taken_by_name(two_pairs: None) -> None:
     known = rollout.measures(smoke=True)
     assert rollout.chosen(known, []) == list(known.values())
     assert rollout.chosen(known, ["N1", "D2"]) == [known["N1"], known["D2"]]

@@ -96,10 +96,22 @@ def test_who_waits_is_parked_on_the_device_then_on_the_host_and_then_held() -> N
     on_device, on_host, held = trajectories[:3]
     assert on_device.parked.pages == [0, 1] and orders.park_table[0].tolist() == [0, 1, 2, 2, 2, 2]
     assert (on_host.parked.pages, on_host.parked.size, scheduler.host_bytes) == ([], 80, 80)
-    assert scheduler.unloaded == [on_host] and held.parked is None
+    assert scheduler.unloaded == [(on_host.parked, 8)] and held.parked is None
     assert rows(orders.park_lanes, 3) == [0] and rows(orders.unload_lanes, 3) == [1]
     assert scheduler.lanes == [trajectories[3], trajectories[4], held] and orders.waiting.tolist() == [0, 0, 1]
     assert scheduler.free_pages == [] and not more and list(scheduler.fresh) == [trajectories[5]]
+
+
+def test_a_reply_may_end_what_is_being_brought_to_the_host() -> None:
+    """Another shard's callback takes replies for this one, between its plan and the loop that carries it out."""
+    scheduler, (first, _) = scheduler_of(1, members=2, lanes=1, pages=0, host_bytes=100)
+    scheduler.plan(0)
+    call_out(first, 6)
+    scheduler.plan(0)
+    ((place, length),) = scheduler.unloaded
+    assert first.parked is place and length == 6
+    scheduler.finish(first)  # its observation had no room
+    assert scheduler.unloaded == [(place, 6)] and first.parked is None and scheduler.host_bytes == 0
 
 
 def test_what_was_parked_comes_back_and_goes_on() -> None:
@@ -297,8 +309,8 @@ class Device:
                 assert self.status[lane] is not Lane.DECODING
                 for part, page in enumerate(rows(table, self.capacity.pages)):
                     self.pages[page] = self.cache[lane][part * self.capacity.page : (part + 1) * self.capacity.page]
-        for lane, trajectory in zip(rows(orders.unload_lanes, lanes), scheduler.unloaded, strict=True):
-            trajectory.parked.rows = self.cache[lane][: len(trajectory.tokens)]
+        for lane, (place, length) in zip(rows(orders.unload_lanes, lanes), scheduler.unloaded, strict=True):
+            place.rows = self.cache[lane][:length]
         self._seat(orders)
         for lane, table in zip(orders.load_lanes, orders.load_table, strict=True):
             if lane < lanes:
