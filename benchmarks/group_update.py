@@ -30,10 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax import nnx
 from safetensors.numpy import save_file
 
 from benchmarks import head, pairs
-from benchmarks.models import OurPolicy
+from benchmarks.models import SPECIAL, OurPolicy, text_only
 from benchmarks.pairs import MismatchError, Result
 from benchmarks.peers import environment
 from benchmarks.peers.worker import Worker
@@ -52,7 +53,7 @@ from maestro_jax.grpo.update import (
     make_train_step,
 )
 from maestro_jax.observe.progress import Progress
-from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
+from maestro_jax.policy.config import PolicyArchitecture, TextConfig
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.prompts import collate_prompts
 
@@ -70,23 +71,8 @@ OPTIMIZER = OptimizerConfig(
 )
 TEMPERATURE = 1.0
 CHUNK = 2048  # entries of the vocabulary
-# Text only: the smallest tower, frozen, sees one empty patch a group. The root is one token, because every policy
-# has one; the groups of U2 share that token.
+# Text only. The tower is frozen; the root is one token, because every policy has one, which the groups of U2 share.
 FREEZE = ("vision",)
-TOWER = VisionConfig(
-    depth=1,
-    hidden_size=4,
-    intermediate_size=4,
-    num_heads=1,
-    in_channels=1,
-    patch_size=1,
-    temporal_patch_size=1,
-    spatial_merge_size=1,
-    out_hidden_size=0,  # the decoder's width
-    num_position_embeddings=1,
-    deepstack_visual_indexes=(),
-)
-SPECIAL = 3  # ids at the end of the vocabulary that stand for images, and no text has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +87,7 @@ class Shape:
 
     @property
     def architecture(self) -> PolicyArchitecture:
-        vision = dataclasses.replace(TOWER, out_hidden_size=self.text.hidden_size)
-        first = self.text.vocab_size - SPECIAL
-        return PolicyArchitecture(self.text, vision, first, first + 1, first + 2, tie_word_embeddings=True)
+        return text_only(self.text, tied=True)
 
 
 # The rotary base is the only one that tunix computes with.
@@ -263,6 +247,11 @@ class OurUpdate:
         """Back to the policy's weights and a fresh optimiser."""
         params = jax.tree.map(jnp.copy, self.policy.params)  # an update donates its state
         self._state = init_train_state(params, make_optimizer(OPTIMIZER), FREEZE, self.policy.mesh)
+
+    @property
+    def params(self) -> nnx.State:
+        """The parameters as the last update left them; the next one donates them."""
+        return self._state.params
 
     def __call__(self) -> Step:
         with jax.set_mesh(self.policy.mesh):

@@ -25,27 +25,55 @@ from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params
 from maestro_jax.policy import preprocess
 from maestro_jax.policy.attention import suited_to
-from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.policy.prompts import collate_prompts
-from maestro_jax.rollout.decode import DecodeConfig, StopTables, decode_chunk, prefill
+from maestro_jax.rollout.decode import DecodeConfig, StopTables
+from maestro_jax.rollout.moves import Seating
+from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
+from maestro_jax.rollout.sampling import SamplingConfig
+from maestro_jax.rollout.state import Lane, Sizes
 
 _LM_HEAD = "lm_head.weight"  # tied with the embedding
+
+# The smallest tower, for policies that read text only: it sees one empty patch a group.
+TOWER = VisionConfig(
+    depth=1,
+    hidden_size=4,
+    intermediate_size=4,
+    num_heads=1,
+    in_channels=1,
+    patch_size=1,
+    temporal_patch_size=1,
+    spatial_merge_size=1,
+    out_hidden_size=0,  # the decoder's width
+    num_position_embeddings=1,
+    deepstack_visual_indexes=(),
+)
+SPECIAL = 3  # ids at the end of the vocabulary that stand for images, and no text has
+
+
+def text_only(text: TextConfig, tied: bool) -> PolicyArchitecture:
+    """A decoder under the smallest tower."""
+    vision = dataclasses.replace(TOWER, out_hidden_size=text.hidden_size)
+    first = text.vocab_size - SPECIAL
+    return PolicyArchitecture(text, vision, first, first + 1, first + 2, tied)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One prompt with one image."""
+    """One prompt with its images."""
 
     ids: np.ndarray  # int32 [T], with one image token per merged patch
     root: int  # how many of them stand in front of what differs between tasks
-    image: preprocess.PreparedImage
+    images: tuple[preprocess.PreparedImage, ...]
 
     @property
     def shape(self) -> dict[str, Any]:
-        """Lengths in tokens, the image in patches."""
-        return {"prompt": len(self.ids), "root": self.root, "patches": [self.image.rows, self.image.columns]}
+        """Lengths in tokens, images in patches."""
+        patches = {"patches": [[image.rows, image.columns] for image in self.images]} if self.images else {}
+        return {"prompt": len(self.ids), "root": self.root} | patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +95,13 @@ def random_prompt(architecture: PolicyArchitecture, length: int, root: int, size
     picture = [architecture.image_token_id] * image.tokens(vision.spatial_merge_size)
     framed = [architecture.vision_start_token_id, *picture, architecture.vision_end_token_id]
     text = rng.integers(0, architecture.vision_start_token_id, length - len(framed))  # ids below the special ones
-    return Prompt(np.concatenate([text[:root], framed, text[root:]]).astype(np.int32), root, image)
+    return Prompt(np.concatenate([text[:root], framed, text[root:]]).astype(np.int32), root, (image,))
+
+
+def random_text(architecture: PolicyArchitecture, length: int, root: int, seed: int) -> Prompt:
+    """Random text of `length` tokens in all."""
+    ids = np.random.default_rng(seed).integers(0, architecture.image_token_id, length)  # the first special one
+    return Prompt(ids.astype(np.int32), root, ())
 
 
 # ---- ours --------------------------------------------------------------------------------------------------
@@ -99,9 +133,15 @@ class OurPolicy:
     def batch(self, prompt: Prompt) -> PrefixBatch:
         """The prompt as one group, with everything that is computed on the host."""
         root, row = prompt.ids[: prompt.root], prompt.ids[prompt.root :]
-        return collate_prompts(
-            root, [row], [(prompt.image,)], self.architecture, len(row), per_group=1, patches=len(prompt.image.patches)
-        )
+        slots, patches = max(len(prompt.images), 1), self.architecture.vision.spatial_merge_size**2
+        patches = max([patches, *(len(image.patches) for image in prompt.images)])
+        return collate_prompts(root, [row], [prompt.images], self.architecture, len(row), slots, patches)
+
+
+@functools.lru_cache(maxsize=1)
+def random_policy(architecture: PolicyArchitecture, seed: int) -> OurPolicy:
+    """The last policy again where the same is asked for: making one takes seconds."""
+    return OurPolicy(architecture, seed)
 
 
 class OurForward:
@@ -116,37 +156,102 @@ class OurForward:
 
 
 def _last_logits(policy: Policy, batch: PrefixBatch) -> jax.Array:
-    _, last = policy.encode_prompts(batch)
+    _, last = policy.encode_prompts(batch, policy.encode_root(batch.root))
     return policy.logits(last)[0]
 
 
-class OurGeneration:
-    """Greedy continuations of a prompt by a group's members: a prefill program, then one program for all tokens."""
+class OurLanes:
+    """The members of one group in lanes of their own: the programs of the rollout engine, without its exchange.
 
-    def __init__(self, policy: OurPolicy, prompt: Prompt, members: int, new_tokens: int):
-        self.policy, self.prompt = policy, prompt
-        self.shape = {"shape": prompt.shape | {"members": members, "new_tokens": new_tokens}}
-        self._keys = np.zeros((1, members, 2), np.uint32)
+    A turn is so many tokens for everybody, greedily chosen. Every method returns when its results are ready; the
+    first calls compile.
+
+    Args:
+      turn: tokens, a program call.
+      room: most tokens of a member, turns and observations together.
+    """
+
+    def __init__(self, policy: OurPolicy, prompt: Prompt, members: int, turn: int, room: int):
+        self.policy, self.prompt, self.members = policy, prompt, members
+        sizes = Sizes(
+            shards=1,
+            lanes=members,
+            groups=1,
+            members=members,
+            prefix=len(prompt.ids) - prompt.root,
+            room=room,
+            turn_budget=turn,
+            pages=0,
+            append_rows=members,
+            prefill_groups=1,
+        )
+        self._programs = _programs(policy.graph, sizes, turn)
         self._tables = _endless(policy.architecture.text.vocab_size)
-        config = DecodeConfig(new_tokens, turn_budget=new_tokens, room=new_tokens, temperature=1.0)
-        self.compile_seconds, (self._prefill, self._decode) = timed(lambda: self._compile(config))
+
+    def begin(self, params: nnx.State) -> None:
+        """Prefills the prompt, once for all members, and seats them; positions and masks are made on the host."""
+        programs, batch = self._programs, self.policy.batch(self.prompt)
+        with jax.set_mesh(self.policy.mesh):
+            self.weights = programs.weights(params)
+            groups, lanes, _ = programs.open(self.weights, batch.root)
+            self._groups = programs.prefill(self.weights, groups, batch, np.zeros((1, 1), np.int32))
+            self._lanes = jax.block_until_ready(programs.seat(self._groups, lanes, self._seating()))
+
+    def decode(self) -> None:
+        """A turn of every member."""
+        args = (self.weights, self._groups, self._lanes, self._tables, np.float32(0))
+        with jax.set_mesh(self.policy.mesh):
+            self._lanes = jax.block_until_ready(self._programs.decode(*args))
+
+    def turn(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 `[G, turn]` of the last turn, and their log-probabilities."""
+        return np.asarray(self._lanes.tokens[0]), np.asarray(self._lanes.logprobs[0])
+
+    def tell(self, observations: np.ndarray) -> None:
+        """Prefills an observation behind every member's tokens: ids int32 `[G, O]`."""
+        everybody, lengths = np.arange(self.members, dtype=np.int32), np.full(self.members, observations.shape[1])
+        told = everybody[None], observations[None], lengths[None].astype(np.int32)
+        with jax.set_mesh(self.policy.mesh):
+            self._lanes = jax.block_until_ready(self._programs.append(self.weights, self._groups, self._lanes, *told))
+
+    def _seating(self) -> Seating:
+        lanes = (1, self.members)
+        zeros = jnp.zeros(lanes, jnp.int32)
+        return Seating(
+            changed=jnp.ones(lanes, jnp.int32),
+            status=jnp.full(lanes, Lane.DECODING, jnp.int32),
+            seat=jnp.arange(self.members, dtype=jnp.int32)[None],
+            length=zeros,
+            turn=zeros,
+            keys=jnp.zeros((*lanes, 2), jnp.uint32),
+            waiting=zeros,
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _programs(graph: nnx.GraphDef, sizes: Sizes, turn: int) -> RolloutPrograms:
+    """The last programs again where the same are asked for: they compile for seconds."""
+    return rollout_programs(graph, sizes, DecodeConfig(turn, SamplingConfig()))
+
+
+class OurGeneration:
+    """Greedy continuations of a prompt by a group's members: a prefill, then one program for all tokens.
+
+    Args:
+      room: tokens that a member's cache has room for, at least `new_tokens`.
+    """
+
+    def __init__(self, policy: OurPolicy, prompt: Prompt, members: int, new_tokens: int, room: int):
+        self.policy = policy
+        self.shape = {"shape": prompt.shape | {"members": members, "new_tokens": new_tokens, "room": room}}
+        self._lanes = OurLanes(policy, prompt, members, new_tokens, room)
+        self.compile_seconds, _ = timed(self)
 
     def __call__(self) -> Generated:
-        prefill_seconds, begun = timed(lambda: self._prefill(*self._start()))
-        decode_seconds, state = timed(lambda: self._decode(*begun, self._tables, np.float32(0)))
-        tokens, logprobs = np.asarray(state.tokens[0]), np.asarray(state.logprobs[0])
+        prefill_seconds, _ = timed(lambda: self._lanes.begin(self.policy.params))
+        decode_seconds, _ = timed(self._lanes.decode)
+        tokens, logprobs = self._lanes.turn()
         return Generated(tokens, prefill_seconds, decode_seconds, logprobs)
-
-    def _start(self) -> tuple[PrefixBatch, np.ndarray, np.ndarray]:
-        return self.policy.batch(self.prompt), self._keys, np.ones(1, bool)
-
-    def _compile(self, config: DecodeConfig) -> tuple[Callable, Callable]:
-        begin, decode = functools.partial(prefill, room=config.room), functools.partial(decode_chunk, config=config)
-        start = self._start()
-        begun = self.policy.shapes(begin, *start)
-        # The state is donated, as in the rollout engine.
-        decode_program = self.policy.compile(decode, *begun, self._tables, np.float32(0), donate=(2,))
-        return self.policy.compile(begin, *start), decode_program
 
 
 def _endless(vocabulary: int) -> StopTables:
@@ -177,13 +282,16 @@ def transformers_model(policy: OurPolicy) -> Any:
 def _inputs(prompt: Prompt, image_token: int, rows: int) -> dict[str, torch.Tensor]:
     """What transformers' processor would hand over for equal rows."""
     ids = torch.tensor(prompt.ids)[None].long().repeat(rows, 1)
-    return {
+    text = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == image_token).int(),
-        "pixel_values": torch.tensor(prompt.image.patches).repeat(rows, 1),
-        "image_grid_thw": torch.tensor([[1, prompt.image.rows, prompt.image.columns]]).repeat(rows, 1),
     }
+    if not prompt.images:
+        return text
+    patches = torch.tensor(np.concatenate([image.patches for image in prompt.images]))
+    grid = torch.tensor([[1, image.rows, image.columns] for image in prompt.images])
+    return text | {"pixel_values": patches.repeat(rows, 1), "image_grid_thw": grid.repeat(rows, 1)}
 
 
 class TheirForward:
@@ -196,6 +304,14 @@ class TheirForward:
     @torch.inference_mode()
     def __call__(self) -> np.ndarray:
         return self.model(**self._inputs, use_cache=False, logits_to_keep=1).logits[0, -1].numpy()
+
+
+@torch.inference_mode()
+def their_logprobs(model: Any, prompt: Prompt, start: int) -> np.ndarray:
+    """Log-probabilities float32 `[T - start]` of a prompt's tokens from `start` on, from one forward over all of it."""
+    logits = model(**_inputs(prompt, model.config.image_token_id, 1), use_cache=False).logits[0, start - 1 : -1]
+    targets = torch.tensor(prompt.ids[start:]).long()[:, None]
+    return torch.gather(torch.log_softmax(logits, dim=-1), -1, targets)[:, 0].numpy()
 
 
 class TheirGeneration:

@@ -56,6 +56,17 @@ class Result:
         return statistics.median(self.ratios)
 
 
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A measure that is no ratio of seconds."""
+
+    what: str
+    value: float
+    unit: str
+    reach: float  # the most that it should be
+    details: Mapping[str, Any]
+
+
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds of one call, and its result (which must be ready when the call returns)."""
     start = time.perf_counter()
@@ -93,16 +104,24 @@ def interleave(
 # ---- results ------------------------------------------------------------------------------------------------
 
 
-def report(results: Mapping[str, Result]) -> None:
+def report(results: Mapping[str, Result | Figure]) -> None:
     """Prints the table, and writes the JSON file if one was asked for."""
+    print("\n".join(table(results, machine())))
+    keep(results)
+
+
+def keep(results: Mapping[str, Result | Figure]) -> None:
+    """Writes the JSON file, if one was asked for, with what has been measured so far."""
     here = machine()
-    print("\n".join(table(results, here)))
     if JSON.value:
         write_json(JSON.value, {name: entry(result) | here for name, result in results.items()})
 
 
-def entry(result: Result) -> dict[str, Any]:
+def entry(result: Result | Figure) -> dict[str, Any]:
     """A result as JSON, without the machine."""
+    if isinstance(result, Figure):
+        found = {"value": result.value, "unit": result.unit, "reach": result.reach, "what": result.what}
+        return found | dict(result.details)
     return {
         "ratio": result.ratio,
         "ratio_range": [min(result.ratios), max(result.ratios)],
@@ -114,21 +133,31 @@ def entry(result: Result) -> dict[str, Any]:
     }
 
 
-def table(results: Mapping[str, Result], here: Mapping[str, Any]) -> list[str]:
-    """Lines: medians of seconds and ratios, what they hold, the machine."""
-    lines = [f"{'':<16}{'ours (s)':>10}{'theirs (s)':>12}{'ratio':>8}  {'least-most':<12}", "-" * 60]
-    for name, result in results.items():
-        ours, theirs = (statistics.median(side) for side in zip(*result.pairs, strict=True))
-        spread = f"{min(result.ratios):.2f}-{max(result.ratios):.2f}"
-        lines.append(f"{name:<16}{ours:>10.4g}{theirs:>12.4g}{result.ratio:>8.2f}  {spread:<12}")
-    lines += ["-" * 60, "medians; ratio = their seconds / ours, above 1 we are faster"]
+def table(results: Mapping[str, Result | Figure], here: Mapping[str, Any]) -> list[str]:
+    """Lines: medians of seconds and ratios, figures, what they hold, the machine."""
+    lines = []
+    ratios = {name: result for name, result in results.items() if isinstance(result, Result)}
+    if ratios:
+        lines += [f"{'':<16}{'ours (s)':>10}{'theirs (s)':>12}{'ratio':>8}  {'least-most':<12}", "-" * 60]
+    for name, timed_pairs in ratios.items():
+        ours, theirs = (statistics.median(side) for side in zip(*timed_pairs.pairs, strict=True))
+        spread = f"{min(timed_pairs.ratios):.2f}-{max(timed_pairs.ratios):.2f}"
+        lines.append(f"{name:<16}{ours:>10.4g}{theirs:>12.4g}{timed_pairs.ratio:>8.2f}  {spread:<12}")
+    if ratios:
+        lines += ["-" * 60, "medians; ratio = their seconds / ours, above 1 we are faster"]
     before: Mapping[str, Any] = {}
     for name, result in results.items():
-        lines += ["", f"{name}", f"  ours:   {result.ours}", f"  theirs: {result.theirs}"]
+        lines += ["", *_explained(name, result)]
         # Measures of one run share their details.
         lines += [f"  {key}: {_text(value)}" for key, value in result.details.items() if before.get(key) != value]
         before = result.details
     return [*lines, "", *(f"{key}: {_text(value)}" for key, value in here.items())]
+
+
+def _explained(name: str, result: Result | Figure) -> list[str]:
+    if isinstance(result, Result):
+        return [name, f"  ours:   {result.ours}", f"  theirs: {result.theirs}"]
+    return [f"{name}: {_text(result.value)} {result.unit} (to reach: {_text(result.reach)})", f"  {result.what}"]
 
 
 def _text(value: Any) -> str:

@@ -27,8 +27,8 @@ TOLERANCE = 2e-5  # of logits and log-probabilities: fp32, sums are taken in ano
 # What the seconds of each part of a generation hold: ours, theirs.
 SPANS = {
     "prefill": (
-        "inputs made on the host; root, then image and the rest of the prompt, once for all members; empty caches",
-        "generate up to its first token: every member's row holds the whole prompt, image included",
+        "inputs made on the host; root, then the rest of the prompt and its images, once for everybody; empty caches",
+        "generate up to its first token: every member's row holds the whole prompt, images included",
     ),
     "decode": (
         "one step of all members (head, choice, decoder): the program for all tokens / tokens",
@@ -95,14 +95,14 @@ def main(argv: Sequence[str]) -> None:
         progress.update(1, forward.figures)
         generations: dict[str, Compared] = {}
         for done, (suffix, members) in enumerate((("", 1), ("_group", shape.members)), start=2):
-            ours = OurGeneration(policy, prompt, members, shape.new_tokens)
+            ours = OurGeneration(policy, prompt, members, shape.new_tokens, shape.new_tokens)
             generations[suffix] = compare_generation(ours, TheirGeneration(model, prompt, members, shape.new_tokens))
             progress.update(done, generations[suffix].figures)
 
         # ---- Pairs -----------------------------------------------------------------------------
         results = {"forward": time_forward(forward, progress)}
         for suffix, generation in generations.items():
-            results |= time_generation(generation, suffix, shape, progress)
+            results |= time_generation(generation, suffix, shape.new_tokens, progress)
     pairs.report(results)
 
 
@@ -185,9 +185,8 @@ def time_forward(forward: Compared, progress: Progress) -> Result:
     return Result(ours, theirs, timed["forward"], forward.details)
 
 
-def time_generation(generation: Compared, suffix: str, shape: Shape, progress: Progress) -> dict[str, Result]:
+def time_generation(generation: Compared, suffix: str, new_tokens: int, progress: Progress) -> dict[str, Result]:
     """Results of prefill, of decoding (seconds a step) and of both together."""
-    new_tokens = shape.new_tokens
 
     def seconds(side: OurGeneration | TheirGeneration, steps: int) -> dict[str, float]:
         run = side()

@@ -110,7 +110,7 @@ class Scheduler:
         self.oldest_allowed = -1  # version: groups admitted before it are overdue
         # What the engine has to carry for the orders that were given last.
         self.admitted: list[GroupRecord] = []
-        self.unloaded: list[Trajectory] = []
+        self.unloaded: list[tuple[Parked, int]] = []  # where it goes, and how many tokens are of use
         self.brought_back: list[Trajectory] = []
         self._vacated: list[int] = []  # pages that are free once the orders have been carried out
         self._empty = set(range(capacity.lanes))  # lanes that the device knows to be empty
@@ -159,11 +159,7 @@ class Scheduler:
         """Whether something can be ordered without a further reply of an expert."""
         if any(t is not None and t.stage in (Stage.READY, Stage.DECODING) for t in self.lanes):
             return True
-        if self.queue and None in self.slots:
-            return True
-        if not (self.returning or self.fresh):
-            return False
-        return None in self.lanes or any(self._may_vacate(t) for t in self.lanes if t is not None)
+        return self._may_admit or self._may_seat
 
     # ---- orders ----------------------------------------------------------------------------------------------
 
@@ -173,8 +169,9 @@ class Scheduler:
         self.free_pages += self._vacated
         self._vacated, self.unloaded, self.brought_back = [], [], []
         self._admit(orders, version)
-        more = self._seat_returning(orders, self._append_in_place(orders))
+        self._seat_returning(orders, self._append_in_place(orders))
         self._seat_fresh(orders)
+        more = self._may_seat
         for lane, trajectory in enumerate(self.lanes):
             if trajectory is None:
                 if lane not in self._empty:
@@ -185,10 +182,15 @@ class Scheduler:
                 more |= trajectory.stage is Stage.READY
         return orders, more
 
+    @property
+    def _may_admit(self) -> bool:
+        """Whether a group can be prefilled; the later it is, the newer is the policy that does it."""
+        return bool(self.queue) and None in self.slots and len(self.fresh) < self.capacity.lanes
+
     def _admit(self, orders: Orders, version: int) -> None:
         self.admitted = []
-        if len(self.fresh) >= self.capacity.lanes:
-            return  # the later a group is prefilled, the newer is the policy that does it
+        if not self._may_admit:
+            return
         for slot, taken in enumerate(self.slots):
             if taken is not None or not self.queue or len(self.admitted) == self.capacity.prefill_groups:
                 continue
@@ -215,14 +217,12 @@ class Scheduler:
         trajectory.observation, trajectory.stage = [], Stage.DECODING
         trajectory.timing.unread += time.monotonic() - trajectory.timing.answered
 
-    def _seat_returning(self, orders: Orders, rows: int) -> bool:
-        """Parked trajectories whose observation has come go back to a lane, which reads it; whether some must wait."""
-        while self.returning:
-            if rows == self.capacity.append_rows:
-                return True
+    def _seat_returning(self, orders: Orders, rows: int) -> None:
+        """Parked trajectories whose observation has come go back to a lane, which reads it."""
+        while self.returning and rows < self.capacity.append_rows:
             lane = self._take_lane(orders)
             if lane is None:
-                return False
+                return
             trajectory = self.returning.popleft()
             parked = trajectory.parked
             assert parked is not None  # only parked ones are returning
@@ -238,7 +238,6 @@ class Scheduler:
             self._release(parked)
             self._append(orders, rows, lane, trajectory)
             rows += 1
-        return False
 
     def _seat_fresh(self, orders: Orders) -> None:
         while self.fresh and (lane := self._take_lane(orders)) is not None:
@@ -258,6 +257,13 @@ class Scheduler:
         # An observation starts the next turn.
         orders.turn[lane] = trajectory.turns - 1 if length else 0
         orders.keys[lane] = trajectory.key
+
+    @property
+    def _may_seat(self) -> bool:
+        """Whether a trajectory that could decode has no lane, and there is one to be had."""
+        if not (self.returning or self.fresh):
+            return False
+        return None in self.lanes or any(self._may_vacate(t) for t in self.lanes if t is not None)
 
     def _take_lane(self, orders: Orders) -> int | None:
         """A free lane, if need be that of a trajectory that waits; None if there is neither."""
@@ -292,7 +298,8 @@ class Scheduler:
             orders.unload_lanes[len(self.unloaded)] = lane
             trajectory.parked = Parked([], size=self._bytes_of(trajectory))
             self.host_bytes += trajectory.parked.size
-            self.unloaded.append(trajectory)
+            # Not the trajectory: a reply may end it before the orders are carried out.
+            self.unloaded.append((trajectory.parked, len(trajectory.tokens)))
         self.lanes[lane] = None
         return True
 

@@ -175,11 +175,9 @@ class Session:
         """Brings unloaded keys and values `[D, A, K, R, H]` to the host, as far as they are used."""
         self._placed = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), rows)
         for shard, scheduler in self.schedulers.items():
-            parked = [(t.parked, len(t.tokens)) for t in scheduler.unloaded]
-            for leaf in jax.tree.leaves(rows) if parked else ():
+            for leaf in jax.tree.leaves(rows) if scheduler.unloaded else ():
                 whole = rows_of_shard(leaf, shard)
-                for row, (place, length) in enumerate(parked):
-                    assert place is not None  # the scheduler has just parked it there
+                for row, (place, length) in enumerate(scheduler.unloaded):
                     place.rows.append(whole[row, :, :length].copy())
 
     def _from_host(self) -> LaneKV:

@@ -11,7 +11,7 @@ import pytest
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
 from maestro_jax.rewards.reward import RewardConfig
 from maestro_jax.rollout.engine import Rollout
-from maestro_jax.rollout.exchange import Trajectory
+from maestro_jax.rollout.trajectory import Stage, Trajectory
 from maestro_jax.types import Call, Observation, Status, Task
 
 TALLY, READER = Call("Tally", "Counting", "look"), Call("Reader", "Reading", "look")
@@ -44,7 +44,7 @@ class Engine:
 
 def trajectory(number: int, source: str, answer: str | None, calls: Sequence[tuple[Call, Status]]) -> Trajectory:
     made = [(call, Observation("4", status)) for call, status in calls]
-    return Trajectory(task(number, source), 0, calls=made, answer=answer, finished=True)
+    return Trajectory(task(number, source), 0, calls=made, answer=answer, stage=Stage.FINISHED)
 
 
 TRAJECTORIES = [

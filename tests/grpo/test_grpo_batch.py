@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maestro_jax.errors import DataError
-from maestro_jax.grpo.batch import Scored, make_parts, score_rollout, summary, take_part, take_prompts
+from maestro_jax.grpo.batch import Scored, make_parts, score_rollout, summary, take_part
 from maestro_jax.grpo.losses import LossCount
 from maestro_jax.grpo.microbatches import Part, Planner
 from maestro_jax.grpo.update import GroupBatch
@@ -15,7 +15,7 @@ from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig
 from maestro_jax.rollout.engine import Rollout
-from maestro_jax.rollout.exchange import Trajectory
+from maestro_jax.rollout.trajectory import Trajectory
 from maestro_jax.types import Call, Observation, Status, Task, Usage
 from tests.policy import reference
 
@@ -118,15 +118,6 @@ def test_padding_of_a_part_is_out_of_the_loss(rollout: Rollout) -> None:
     np.testing.assert_array_equal(part.tokens, rollout.tokens[[1, 1], :, :8])
     np.testing.assert_array_equal(part.mask[0], mask[1, :, :8])
     assert not part.mask[1].any() and not part.advantages[1].any() and part.advantages[0].all()
-
-
-def test_prompts_are_taken_with_all_their_images() -> None:
-    rows = reference.three_rows()
-    prompts = jax.tree.map(np.asarray, reference.collate([1, 2], rows, width=24, per_group=2, patches=24))
-    taken = take_prompts(prompts, np.array([2, 0]), 20)
-    assert len(rows[2].ids) <= 20
-    wanted = reference.collate([1, 2], [rows[2], rows[0]], width=20, per_group=2, patches=24)
-    jax.tree.map(np.testing.assert_array_equal, taken, wanted)
 
 
 def test_statistics_leave_padding_groups_out(rollout: Rollout) -> None:

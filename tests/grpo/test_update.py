@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.errors import ConfigError
-from maestro_jax.grpo.batch import take_prompts
 from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.losses import LossConfig, LossCount, count_loss, loss_denominator
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
@@ -36,6 +35,7 @@ from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import Policy
+from maestro_jax.policy.prompts import take_prompts
 from tests.policy import reference
 from tests.policy.reference import ROOT
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from maestro_jax.policy.cascade import LaneKV, Seats, View
 from maestro_jax.policy.model import Policy, PrefixBatch
-from maestro_jax.policy.text import Context, LayerKV
+from maestro_jax.rollout.decode import open_groups, prefill, write
+from maestro_jax.rollout.state import Groups, Sizes, empty_kv
 from tests.policy import reference
 from tests.policy.reference import ROOT, assert_near
 
@@ -17,13 +19,27 @@ from tests.policy.reference import ROOT, assert_near
 TOLERANCE = 1e-5
 G, R = 3, 6
 LENGTH = np.array([[6, 4, 1], [2, 6, 5], [6, 1, 3]], np.int32)
+# For decoding: a lane for every member, in another order; no turns, no parking.
+SIZES = Sizes(
+    shards=1,
+    lanes=3 * G,
+    groups=3,
+    members=G,
+    prefix=31,
+    room=R,
+    turn_budget=R,
+    pages=0,
+    append_rows=3 * G,
+    prefill_groups=3,
+)
+SEAT = np.random.default_rng(2).permutation(3 * G).astype(np.int32)[None]
 
 
 def encode(policy: Policy, batch: PrefixBatch, members: jax.Array, length: jax.Array) -> tuple[Any, ...]:
-    """Logits of prefixes' last tokens `[B, V]`, states of members `[B, G, R, D]`, contexts, the logits again."""
+    """Logits behind prefixes `[B, V]`, states of members `[B, G, R, D]`, what members decode on, the logits again."""
     last, hidden = policy.encode_groups(batch, members, length)
-    contexts, last_of_prompts = policy.encode_prompts(batch)
-    return policy.logits(last), hidden, contexts, policy.logits(last_of_prompts)
+    groups = prefill(policy, open_groups(policy, batch.root, SIZES), batch, jnp.arange(3)[None])
+    return policy.logits(last), hidden, groups, policy.logits(groups.hidden[0])
 
 
 jitted_encode = nnx.jit(encode)
@@ -96,46 +112,53 @@ def test_deepstack_reaches_the_logits(policy: Policy, batch: PrefixBatch) -> Non
 # ---- decoding ----------------------------------------------------------------------------------------------
 
 
-def empty_cache(policy: Policy, room: int) -> LayerKV:
+def empty_cache(policy: Policy) -> LaneKV:
     text = policy.architecture.text
-    shape = (3, G, room, text.num_key_value_heads, text.head_dim)
-    zeros = [jnp.zeros(shape)] * text.num_hidden_layers
-    return LayerKV(zeros, zeros)
+    return empty_kv((1, 3 * G, text.num_key_value_heads, R, text.head_dim), text, jnp.float32)
 
 
 @nnx.jit
 def jitted_extend(
-    policy: Policy, tokens: jax.Array, slots: jax.Array, after: jax.Array, contexts: tuple[Context, ...], cache: LayerKV
-) -> tuple[jax.Array, LayerKV]:
-    return policy.for_decoding().extend(tokens, slots, after, contexts, cache)
+    policy: Policy, groups: Groups, cache: LaneKV, length: jax.Array, tokens: jax.Array, count: jax.Array
+) -> tuple[jax.Array, LaneKV]:
+    """Runs tokens `[1, S, T]` behind `length [1, S]` others and keeps the first `count [1, S]` of each lane."""
+    text, width = policy.architecture.text, tokens.shape[-1]
+    view = View.of_all(groups.shared, cache, length, Seats.of(jnp.asarray(SEAT), 3, G))
+    fresh = empty_kv((1, 3 * G, text.num_key_value_heads, width, text.head_dim), text, jnp.float32)
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (*tokens.shape, width))
+    steps = length[..., None] + jnp.arange(width)
+    hidden, fresh = policy.for_decoding().extend(tokens, steps, view, fresh, 0, causal)
+    return hidden, write(cache, jnp.arange(3 * G)[None], fresh, length, count)
 
 
-def test_extend_equals_encoding_at_once(policy: Policy, batch: PrefixBatch, encoded: tuple[Any, ...]) -> None:
+def in_lanes(x: np.ndarray) -> np.ndarray:
+    """Members `[3, G, ...]` as lanes `[S, ...]`."""
+    return x.reshape(3 * G, *x.shape[2:])[SEAT[0]]
+
+
+def test_extend_equals_encoding_at_once(policy: Policy, encoded: tuple[Any, ...]) -> None:
     """Chunks of three and single tokens; lanes start apart, stand still in between and end at different lengths."""
-    tokens, contexts = reference.members(3, G, R), encoded[2]
-    hidden, cache = np.zeros(encoded[1].shape, np.float32), empty_cache(policy, R)
-    filled = np.zeros((3, G), np.int32)
+    tokens, length, wanted = (in_lanes(np.asarray(x)) for x in (reference.members(3, G, R), LENGTH, encoded[1]))
+    hidden, cache = np.zeros(wanted.shape, np.float32), empty_cache(policy)
+    filled = np.zeros(3 * G, np.int32)
     rng = np.random.default_rng(5)
-    widths = [3, 1, 1, 3, 1, *[1] * 16]
-    for width in widths:
-        most = np.minimum(LENGTH - filled, width)
-        count = np.where(rng.random((3, G)) < 0.7, rng.integers(0, most + 1), 0)  # 0: the lane stands still
-        steps = filled[..., None] + np.arange(width)
-        slots = np.where(np.arange(width) < count[..., None], steps, R)  # R: dropped
+    for width in [3, 1, 1, 3, 1, *[1] * 16]:
+        most = np.minimum(length - filled, width)
+        count = np.where(rng.random(3 * G) < 0.7, rng.integers(0, most + 1), 0)  # 0: the lane stands still
+        steps = filled[:, None] + np.arange(width)
         chosen = np.take_along_axis(tokens, np.minimum(steps, R - 1), axis=-1)
-        states, cache = jitted_extend(
-            policy, jnp.asarray(chosen), jnp.asarray(slots), batch.next_position, contexts, cache
-        )
-        for at in np.argwhere(slots < R):
-            hidden[at[0], at[1], slots[tuple(at)]] = states[tuple(at)]
-        filled += count
-    real = np.arange(R) < LENGTH[..., None]
-    assert (filled == LENGTH).all()
-    assert_near(hidden[real], np.asarray(encoded[1])[real], TOLERANCE)
+        states, cache = jitted_extend(policy, encoded[2], cache, filled[None], chosen[None], count[None])
+        for lane, n in enumerate(count):
+            hidden[lane, filled[lane] : filled[lane] + n] = states[0, lane, :n]
+        filled += count.astype(np.int32)
+    assert (filled == length).all()
+    real = np.arange(R) < length[:, None]
+    assert_near(hidden[real], wanted[real], TOLERANCE)
 
 
-def test_a_dropped_token_leaves_the_cache_alone(policy: Policy, batch: PrefixBatch, encoded: tuple[Any, ...]) -> None:
-    tokens, slots = jnp.asarray(np.full((3, G, 1), 9)), jnp.asarray(np.full((3, G, 1), R))
-    before = empty_cache(policy, R)
-    _, after = jitted_extend(policy, tokens, slots, batch.next_position, encoded[2], before)
+def test_tokens_that_are_not_kept_leave_the_cache_alone(policy: Policy, encoded: tuple[Any, ...]) -> None:
+    rng = np.random.default_rng(0)
+    before = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), empty_cache(policy))
+    nothing, tokens = np.zeros((1, 3 * G), np.int32), np.full((1, 3 * G, 3), 9)
+    _, after = jitted_extend(policy, encoded[2], before, nothing, tokens, nothing)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True))

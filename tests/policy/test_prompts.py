@@ -3,12 +3,13 @@
 import dataclasses
 import io
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from maestro_jax.errors import ConfigError, DataError
-from maestro_jax.policy.prompts import PromptConfig, Prompts
+from maestro_jax.policy.prompts import PromptConfig, Prompts, take_prompts
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.types import Task
 from tests.policy import reference
@@ -128,3 +129,12 @@ def test_another_image_token_than_the_tokenizers_is_refused(tokens: Tokens) -> N
     other = dataclasses.replace(reference.architecture_for(tokens), image_token_id=7)
     with pytest.raises(ConfigError, match="image_token_id is 7"):
         Prompts(tokens, other, SYSTEM, CONFIG)
+
+
+def test_prompts_are_taken_with_all_their_images() -> None:
+    rows = reference.three_rows()
+    prompts = jax.tree.map(np.asarray, reference.collate([1, 2], rows, width=24, per_group=2, patches=24))
+    taken = take_prompts(prompts, np.array([2, 0]), 20)
+    assert len(rows[2].ids) <= 20
+    wanted = reference.collate([1, 2], [rows[2], rows[0]], width=20, per_group=2, patches=24)
+    jax.tree.map(np.testing.assert_array_equal, taken, wanted)

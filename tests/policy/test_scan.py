@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from maestro_jax.policy.layers import Linear, RMSNorm
-from maestro_jax.policy.model import Policy
+from maestro_jax.policy.model import Policy, PrefixBatch
+from maestro_jax.policy.text import Context
 from tests.policy import reference
 from tests.policy.reference import ROOT, assert_near
 
@@ -64,13 +65,18 @@ def test_recomputing_layers_keeps_less(programs: dict[bool, tuple[Any, nnx.State
     assert again < 0.6 * kept
 
 
+@nnx.jit
+def encode(policy: Policy, batch: PrefixBatch) -> tuple[Context, jax.Array]:
+    return policy.encode_prompts(batch, policy.encode_root(batch.root))
+
+
 def test_bfloat16_stays_near_float32() -> None:
     """bf16 keeps 8 bits: 0.4 % a rounding, some tens of roundings deep; norms, softmax and logits are fp32."""
     batch = reference.collate(ROOT, reference.three_rows(), width=24, per_group=2, patches=24)
     found = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         policy = Policy(reference.architecture(), nnx.Rngs(0), jnp.float32, dtype)
-        _, last = nnx.jit(Policy.encode_prompts)(policy, batch)
+        _, last = encode(policy, batch)
         assert last.dtype == dtype
         logits = policy.logits(last)
         assert logits.dtype == jnp.float32

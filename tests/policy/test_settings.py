@@ -19,7 +19,10 @@ from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.policy.preprocess import block_order
 from maestro_jax.rollout.automaton import build_automaton
-from maestro_jax.rollout.decode import DecodeConfig, StopTables, decode_chunk, prefill
+from maestro_jax.rollout.decode import DecodeConfig, StopTables, decode_chunk, open_groups, prefill
+from maestro_jax.rollout.moves import Seating, seat_lanes
+from maestro_jax.rollout.sampling import SamplingConfig
+from maestro_jax.rollout.state import Sizes, empty_lanes
 from tests.policy import reference
 from tests.policy.reference import CONFIG, ROOT, Config, assert_near
 
@@ -110,9 +113,14 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 def states(policy: Policy, batch: PrefixBatch) -> jax.Array:
-    """Final hidden states of every prefix token `[B, P, D]`."""
-    hidden, _ = policy.language_model(*policy.prompt_rows(batch), keep_kv=False)
-    return hidden
+    """Final hidden states of every prefix token `[B, P, D]`, of the pass that trains."""
+    rows, width = batch.tokens.shape
+    member = jnp.zeros((rows, 1, 1), jnp.int32)
+
+    def at(last: jax.Array) -> jax.Array:
+        return policy.encode_groups(dataclasses.replace(batch, last=last), member, member[..., 0])[0]
+
+    return jax.vmap(at, out_axes=1)(jnp.broadcast_to(jnp.arange(width)[:, None], (width, rows)))
 
 
 # ---- vision ------------------------------------------------------------------------------------------------
@@ -253,13 +261,27 @@ def test_greedy_tokens_with_the_cache(pair: Pair) -> None:
 
     vocabulary = pair.config["text_config"]["vocab_size"]
     tables = StopTables(*build_automaton([b"y"] * vocabulary), np.int32(-1))  # nothing stops
-    limits = DecodeConfig(decode_chunk=NEW, turn_budget=NEW + 1, room=NEW, temperature=1.0)
+    sizes = Sizes(
+        shards=1,
+        lanes=3,
+        groups=3,
+        members=1,
+        prefix=pair.batch.tokens.shape[1],
+        room=NEW,
+        turn_budget=NEW,
+        pages=0,
+        append_rows=3,
+        prefill_groups=3,
+    )
+    nothing, ones, seat = jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.int32), jnp.arange(3)[None]
+    start = Seating(ones, ones, seat, nothing, nothing, jnp.zeros((1, 3, 2), jnp.uint32), nothing)
 
     def decode(policy: Policy, batch: PrefixBatch) -> jax.Array:
-        prefilled, state = prefill(policy, batch, jnp.zeros((3, 1, 2), jnp.uint32), jnp.ones(3, bool), NEW)
-        return decode_chunk(policy, prefilled, state, jax.tree.map(jnp.asarray, tables), jnp.zeros(()), limits).tokens[
-            :, 0
-        ]
+        groups = prefill(policy, open_groups(policy, batch.root, sizes), batch, seat)
+        lanes = seat_lanes(groups, empty_lanes(sizes, policy.architecture.text, jnp.float32), start, sizes)
+        config = DecodeConfig(NEW, SamplingConfig())
+        device_tables = jax.tree.map(jnp.asarray, tables)
+        return decode_chunk(policy, groups, lanes, device_tables, jnp.zeros(()), sizes, config).tokens[0]
 
     found = np.asarray(nnx.jit(decode)(pair.policy, pair.batch))
     for group, row in enumerate(pair.rows):
