@@ -74,24 +74,39 @@ class Exchange:
         self.version = 0  # of the policy that decodes
         self.patient = True  # whether an idle engine waits for replies; False while it has something else to do
         self.history: list[tuple[float, int, np.ndarray]] = []  # time, shard, what its lanes had been doing until then
+        self._written: dict[int, np.ndarray] = {}  # tokens of each lane's turn at the last exchange, by shard
         self._waiting: dict[int, tuple[Scheduler, Trajectory]] = {}  # by ticket, the trajectory's number
         self._rounds: dict[int, int] = {}  # of each shard
         self._last_news = 0  # round in which a shard of this process last found something to do
         self.before = tokens.encode(_BEFORE)
         self.after = tokens.encode(_AFTER)
         self.filler = tokens.encode("\n")[:1]
+        self.opening = tokens.encode(protocol.OBSERVATION_OPEN)
+        self.closing = tokens.encode(f" {protocol.OBSERVATION_CLOSE}")
+        self.no_calls_left = tokens.encode(_NO_CALLS_LEFT)
+        self.cut = tokens.encode(" ...")
         # O: the longest observation with everything around it.
         longest = Observation("0 " * (config.observation_tokens + config.observation_multiple), Status.OK)
         self.observation_bucket = len(self.observation_ids(longest, last=True))
 
-    def begin(self, schedulers: dict[int, Scheduler]) -> None:
-        """Serves these shards from now on. Replies to calls of others still find their trajectories."""
+    def begin(self, schedulers: dict[int, Scheduler], version: int) -> None:
+        """Serves these shards from now on, under a policy of this version. Replies to others' calls are kept."""
         with self.lock:
-            self.schedulers = schedulers
+            self._end_version()
+            self._written = {}
+            self.schedulers, self.version = schedulers, version
             self.patient = True
             self.history = []
             self._rounds = dict.fromkeys(schedulers, 0)
             self._last_news = 0
+
+    def _end_version(self) -> None:
+        """Turns that are being written know which version wrote them so far."""
+        for shard, written in self._written.items():
+            for lane, trajectory in enumerate(self.schedulers[shard].lanes):
+                if trajectory is not None and trajectory.stage is Stage.DECODING:
+                    new = int(written[lane]) - len(trajectory.turn_versions)
+                    trajectory.turn_versions += [self.version] * new
 
     # ---- the callback --------------------------------------------------------------------------------------
 
@@ -117,32 +132,35 @@ class Exchange:
           status, stop, written: int32 `[1, S]`; tokens, logprobs: `[1, S, T]`, of the current turns.
 
         Returns:
-          The fields of `Orders` with a leading axis of 1, and counts int32 `[1, len(COUNTED)]`.
+          The fields of `Orders`, and counts int32 `[len(COUNTED)]`.
         """
         number = int(shard[0])
         silent = Orders.none(capacity)
         if not leader:
-            return tuple(np.zeros_like(x)[None] for x in (*_fields(silent), np.zeros(len(COUNTED), np.int32)))
+            return tuple(np.zeros_like(x) for x in (*_fields(silent), np.zeros(len(COUNTED), np.int32)))
         scheduler = self.schedulers[number]
         try:
             with self.lock:
                 self.history.append((time.monotonic(), number, np.array(status[0])))
-                self._hear(scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
+                self._hear(number, scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
                 self._collect()
             if idle:
                 self._wait_for_news(number)
             with self.lock:
                 self._rounds[number] += 1
                 orders, more = scheduler.plan(self.version)
+                begun = np.append(np.flatnonzero(orders.changed), orders.append_lanes)
+                self._written[number][begun[begun < capacity.lanes]] = 0
         except Exception:  # an exception in a callback would hang or abort the device program
             log.exception("the exchange failed; the trajectories of its shard are marked and end here")
             with self.lock:
                 self._abandon(scheduler)
                 orders, more = scheduler.plan(self.version)
-        return tuple(x[None] for x in (*_fields(orders), self._count(scheduler, orders, more)))
+        return *_fields(orders), self._count(scheduler, orders, more)
 
     def _hear(
         self,
+        shard: int,
         scheduler: Scheduler,
         status: np.ndarray,
         stop: np.ndarray,
@@ -150,15 +168,16 @@ class Exchange:
         logprobs: np.ndarray,
         written: np.ndarray,
     ) -> None:
-        """Records what lanes wrote; turns that have ended are acted on."""
-        for lane, trajectory in enumerate(scheduler.lanes):
+        """Records turns that have ended, and acts on them."""
+        self._written[shard] = np.array(written)
+        for lane in np.flatnonzero(status == Lane.STOPPED).tolist():
+            trajectory, n = scheduler.lanes[lane], int(written[lane])
             if trajectory is None or trajectory.stage is not Stage.DECODING:
-                continue
-            n = int(written[lane])
+                continue  # seen before: it waits in its lane
             trajectory.turn_versions += [self.version] * (n - len(trajectory.turn_versions))
-            if status[lane] == Lane.STOPPED:
-                trajectory.wrote(tokens[lane, :n].tolist(), logprobs[lane, :n].tolist())
-                self._act(scheduler, trajectory, tokens[lane, :n], StopReason(int(stop[lane])))
+            trajectory.timing.decoding += time.monotonic() - trajectory.timing.begun
+            trajectory.wrote(tokens[lane, :n].tolist(), logprobs[lane, :n].tolist())
+            self._act(scheduler, trajectory, tokens[lane, :n], StopReason(int(stop[lane])))
 
     def _act(self, scheduler: Scheduler, trajectory: Trajectory, turn: np.ndarray, stop: StopReason) -> None:
         """Parses a turn that has ended: a call goes out, an answer ends the episode."""
@@ -252,15 +271,13 @@ class Exchange:
         """A whole user turn with the neutralised, capped observation, and the next assistant header."""
         body = self.body_ids(observation.text)
         body += self.filler * (-len(body) % self.config.observation_multiple)
-        note = self.tokens.encode(_NO_CALLS_LEFT) if last else []
-        opening = self.tokens.encode(protocol.OBSERVATION_OPEN)
-        closing = self.tokens.encode(f" {protocol.OBSERVATION_CLOSE}")
-        return [*self.before, *opening, *body, *closing, *note, *self.after]
+        note = self.no_calls_left if last else []
+        return [*self.before, *self.opening, *body, *self.closing, *note, *self.after]
 
     def body_ids(self, text: str) -> list[int]:
         """Foreign text, neutralised and capped; with its leading space, so that a quote has the same tokens."""
         ids = self.tokens.encode_foreign(f" {protocol.neutralise(text, self.tokens.special_texts)}")
-        return protocol.cap_ids(ids, self.config.observation_tokens, self.tokens.encode(" ..."))
+        return protocol.cap_ids(ids, self.config.observation_tokens, self.cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,16 +317,23 @@ def make_exchange_program(
     """
     shards = PartitionSpec(BATCH_AXES)
     blank = (*_fields(Orders.none(capacity)), np.zeros(len(COUNTED), np.int32))
-    shapes = tuple(jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for x in blank)
+    # One array: what a callback gives back costs time by the piece.
+    packed = jax.ShapeDtypeStruct((1, sum(x.size for x in blank)), np.int32)
 
-    def serve(*args: np.ndarray) -> tuple[np.ndarray, ...]:
-        return exchange.serve(capacity, *(np.asarray(x) for x in args))
+    def serve(*args: np.ndarray) -> np.ndarray:
+        given = exchange.serve(capacity, *(np.asarray(x) for x in args))
+        return np.concatenate([np.ravel(x).view(np.int32) for x in given])[None]
+
+    def unpack(row: Array) -> list[Array]:
+        pieces = jnp.split(row, np.cumsum([x.size for x in blank])[:-1])
+        cast = (jax.lax.bitcast_convert_type(piece, x.dtype) for piece, x in zip(pieces, blank, strict=True))
+        return [piece.reshape(1, *x.shape) for piece, x in zip(cast, blank, strict=True)]
 
     def local(shard: Array, status: Array, *turn: Array) -> tuple[tuple[Array, ...], Array]:
         leader = jax.lax.axis_index("tensor") == 0
         decoding = jax.lax.psum(jnp.sum(status == Lane.DECODING), BATCH_AXES)
-        answered = io_callback(serve, shapes, shard, leader, decoding == 0, status, *turn)
-        *orders, counts = jax.lax.psum(answered, "tensor")
+        answered = io_callback(serve, packed, shard, leader, decoding == 0, status, *turn)
+        *orders, counts = unpack(jax.lax.psum(answered, "tensor")[0])
         summed, least = jax.lax.psum(counts[0], BATCH_AXES), jax.lax.pmin(counts[0], BATCH_AXES)
         return tuple(orders), jnp.where(np.arange(len(COUNTED)) < _SUMMED, summed, least)
 

@@ -114,6 +114,7 @@ class Scheduler:
         self.brought_back: list[Trajectory] = []
         self._vacated: list[int] = []  # pages that are free once the orders have been carried out
         self._empty = set(range(capacity.lanes))  # lanes that the device knows to be empty
+        self._resting: set[int] = set()  # lanes that the device knows to wait
 
     # ---- what happens to trajectories ----------------------------------------------------------------------
 
@@ -174,11 +175,14 @@ class Scheduler:
         more = self._may_seat
         for lane, trajectory in enumerate(self.lanes):
             if trajectory is None:
+                self._resting.discard(lane)
                 if lane not in self._empty:
                     self._empty.add(lane)
                     orders.changed[lane] = 1  # seat and status say already that it is empty
             elif trajectory.stage is not Stage.DECODING:
-                orders.waiting[lane] = 1
+                if lane not in self._resting:
+                    self._resting.add(lane)
+                    orders.waiting[lane] = 1
                 more |= trajectory.stage is Stage.READY
         return orders, more
 
@@ -211,11 +215,13 @@ class Scheduler:
 
     def _append(self, orders: Orders, row: int, lane: int, trajectory: Trajectory) -> None:
         ids = trajectory.observation
+        self._resting.discard(lane)
         orders.append_lanes[row], orders.observation_length[row] = lane, len(ids)
         orders.observation[row, : len(ids)] = ids
         trajectory.was_told(ids)
         trajectory.observation, trajectory.stage = [], Stage.DECODING
-        trajectory.timing.unread += time.monotonic() - trajectory.timing.answered
+        trajectory.timing.begun = time.monotonic()
+        trajectory.timing.unread += trajectory.timing.begun - trajectory.timing.answered
 
     def _seat_returning(self, orders: Orders, rows: int) -> None:
         """Parked trajectories whose observation has come go back to a lane, which reads it."""
@@ -244,13 +250,14 @@ class Scheduler:
             trajectory = self.fresh.popleft()
             self._seat(orders, lane, trajectory, 0)
             trajectory.stage = Stage.DECODING
-            trajectory.timing.seated = time.monotonic()
+            trajectory.timing.seated = trajectory.timing.begun = time.monotonic()
 
     def _seat(self, orders: Orders, lane: int, trajectory: Trajectory, length: int) -> None:
         group = trajectory.group
         assert group is not None
         self.lanes[lane] = trajectory
         self._empty.discard(lane)
+        self._resting.discard(lane)
         orders.changed[lane] = orders.status[lane] = 1
         orders.seat[lane] = group.slot * self.capacity.members + trajectory.member
         orders.length[lane] = length

@@ -118,8 +118,8 @@ class Session:
             elif version != self.version:
                 groups, lanes, pages = self._held
                 self._held = programs.with_root(params, groups, self.compiled.root), lanes, pages
-        self.exchange.begin(self.schedulers)
-        self.version = self.exchange.version = version
+        self.exchange.begin(self.schedulers, version)
+        self.version = version
         for scheduler in self.schedulers.values():
             scheduler.oldest_allowed = oldest_allowed
         while True:

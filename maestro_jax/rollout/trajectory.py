@@ -27,6 +27,7 @@ class Timing:
     submitted: float = dataclasses.field(default_factory=time.monotonic)  # a point in time, as are the others below
     seated: float = 0.0  # when it got its first lane
     finished: float = 0.0
+    begun: float = 0.0  # when the turn that is being written began
     called: float = 0.0  # when the call that is out went out
     answered: float = 0.0  # when the observation that is not yet read came
     decoding: float = 0.0  # seconds

@@ -97,7 +97,7 @@ class Bench:
                 schedulers[index * self.shards // GROUPS].submit(self.records[index])
         for scheduler in schedulers.values():
             scheduler.plan(version=0)
-        self.exchange.begin(schedulers)
+        self.exchange.begin(schedulers, version=0)
 
     def run(
         self,
