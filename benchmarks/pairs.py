@@ -106,8 +106,13 @@ def interleave(
 
 def report(results: Mapping[str, Result | Figure]) -> None:
     """Prints the table, and writes the JSON file if one was asked for."""
+    print("\n".join(table(results, machine())))
+    keep(results)
+
+
+def keep(results: Mapping[str, Result | Figure]) -> None:
+    """Writes the JSON file, if one was asked for, with what has been measured so far."""
     here = machine()
-    print("\n".join(table(results, here)))
     if JSON.value:
         write_json(JSON.value, {name: entry(result) | here for name, result in results.items()})
 

@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     with Progress(sys.stderr) as progress:
         for measure in chosen(measures(pairs.SMOKE.value), ONLY.value):
             results |= measure(progress)
+            pairs.keep(results)
     pairs.report(results)
 
 

@@ -51,7 +51,7 @@ WARM_UP = 2  # runs of every side, with experts that answer almost at once
 _CALLS = (0.37, 0.31, 0.19, 0.13)  # probabilities of 1 to 4
 FULL = Load(groups=8, members=8, calls=_CALLS, turn_tokens=(32, 104), latency=Latency(mean=0.15, p99=0.75))
 TOY = dataclasses.replace(FULL, groups=2, members=2, latency=Latency(mean=0.02, p99=0.1))
-_AT_ONCE = Latency(mean=0.002, p99=0.004)
+AT_ONCE = Latency(mean=0.002, p99=0.004)
 _OBSERVATION = 48  # tokens that an observation takes at most, frame included
 _PAGE = 128  # the room is a multiple, so that pages are as large as they get
 
@@ -126,7 +126,7 @@ class Sides:
         )
         progress.update(1, {})
         for run in range(WARM_UP):
-            self.run_all(draw_trace(dataclasses.replace(load, latency=_AT_ONCE), seed=1000 + run))
+            self.run_all(draw_trace(dataclasses.replace(load, latency=AT_ONCE), seed=1000 + run))
             progress.update(2 + run, {})
 
     def run_all(self, trace: Trace) -> dict[str, float]:

@@ -8,7 +8,8 @@ park what 3.4 times as many trajectories hold. The experts are those of `rollout
 | steady | those of a run divided by 20: steps of 0.6 ms, experts of 0.15 s and 0.75 s (mean, 99th percentile) |
 | steady_real_time | those of a run: steps of 12 ms, experts of 3 s and 15 s |
 
-Theirs is the same engine with the same groups and no room to park. Utilisation is tokens decoded over what the lanes
+Theirs is the same engine with the same groups and no room to park. The ceiling is ours with experts that answer almost
+at once: what this engine does when nobody waits. Utilisation is tokens decoded over what the lanes
 could have decoded in the same time; seconds are those per 1,000 tokens. What keeps it below 1 with released lanes: a
 lane that stops within a chunk idles to its end (`chunk_fill`), and no lane decodes while the host exchanges with the
 experts, which takes its own time however the others are divided.
@@ -28,7 +29,7 @@ import numpy as np
 from benchmarks import scripted
 from benchmarks.expert_server import ServerProcess
 from benchmarks.pairs import Result
-from benchmarks.rollout_schedule import FULL, STEP_SECONDS, TOY, engine_config
+from benchmarks.rollout_schedule import AT_ONCE, FULL, STEP_SECONDS, TOY, engine_config
 from benchmarks.scripted import Chunk, ScriptedRollouts
 from benchmarks.traces import Latency, Load, Trace, draw_trace, latency_table
 from maestro_jax.observe.progress import Progress
@@ -82,7 +83,8 @@ REAL_TIME = dataclasses.replace(
     load=dataclasses.replace(_LOAD, groups=120, latency=Latency(mean=3.0, p99=15.0)),
     step_seconds=20 * STEP_SECONDS,
     decode_chunk=4,  # a lane that stops idles for half of it, on average
-    seconds=45.0,
+    warm_in=120,
+    seconds=25.0,
 )
 _TOY_LOAD = dataclasses.replace(TOY, groups=60)
 SMALL = Steady(_TOY_LOAD, STEP_SECONDS, 8, lanes=4, slots=8, in_flight=4.4, warm_in=30, seconds=0.3)
@@ -100,7 +102,7 @@ def run_steady(progress: Progress, pairs: int, smoke: bool, picture: Path | None
     """
     timed = {"steady": _take_turns("steady", SMALL if smoke else SCALED, pairs, progress)}
     if picture is not None:
-        released, held = timed["steady"][-1]
+        released, held, _ = timed["steady"][-1]
         plot_timeline({"lanes released": released, "lanes held": held}, picture)
     if not smoke:
         timed["steady_real_time"] = _take_turns("steady_real_time", REAL_TIME, 1, progress)
@@ -137,8 +139,11 @@ class Stretch:
         return self.tokens * self.shape.step_seconds / (self.shape.lanes * self.seconds)
 
 
-def _take_turns(name: str, shape: Steady, pairs: int, progress: Progress) -> list[tuple[Stretch, Stretch]]:
-    """Lanes released and lanes held, warmed up; every second pair runs in the other order."""
+Turn = tuple[Stretch, Stretch, Stretch]  # lanes released, lanes held, lanes whose experts answer at once
+
+
+def _take_turns(name: str, shape: Steady, pairs: int, progress: Progress) -> list[Turn]:
+    """Lanes released, held and never waiting, warmed up; every second pair runs in the other order."""
     rooms = int((shape.in_flight - 1) * shape.lanes * shape.config.room), 0
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory())
@@ -158,8 +163,11 @@ def _take_turns(name: str, shape: Steady, pairs: int, progress: Progress) -> lis
             trace, found = draw_trace(shape.load, number), {}
             for at in (0, 1) if number % 2 else (1, 0):
                 found[at] = measure(sides[at], server, trace, shape)
-            timed.append((found[0], found[1]))
-            progress.update(number + 1, {"utilisation": found[0].utilisation, "held": found[1].utilisation})
+            at_once = draw_trace(dataclasses.replace(shape.load, latency=AT_ONCE), number)
+            ceiling = measure(sides[0], server, at_once, shape)
+            timed.append((found[0], found[1], ceiling))
+            own, other, most = (stretch.utilisation for stretch in timed[-1])
+            progress.update(number + 1, {"utilisation": own, "held": other, "ceiling": most})
     return timed
 
 
@@ -208,15 +216,21 @@ def _mean_in_flight(records: Sequence[GroupRecord], start: float, end: float) ->
     return sum(max(0.0, overlap) for overlap in overlaps) / (end - start)
 
 
-def _result(timed: Sequence[tuple[Stretch, Stretch]]) -> Result:
+def _result(timed: Sequence[Turn]) -> Result:
     def each(name: str) -> dict[str, list[float]]:
-        """A figure of both sides, in every pair."""
-        return {side: [getattr(pair[at], name) for pair in timed] for at, side in enumerate(("released", "held"))}
+        """A figure of all sides, in every turn."""
+        return {
+            side: [getattr(turn[at], name) for turn in timed] for at, side in enumerate(("released", "held", "ceiling"))
+        }
+
+    def of_ceiling(at: int) -> float:
+        return statistics.median(turn[at].utilisation / turn[2].utilisation for turn in timed)
 
     shape = timed[0][0].shape
     details = {
         "utilisation": {side: statistics.median(found) for side, found in each("utilisation").items()},
         "utilisation_pairs": each("utilisation"),
+        "of_ceiling": {"released": of_ceiling(0), "held": of_ceiling(1)},
         "chunk_fill": each("fill"),
         "in_flight": each("in_flight"),
         "step_seconds": shape.step_seconds,
@@ -224,7 +238,7 @@ def _result(timed: Sequence[tuple[Stretch, Stretch]]) -> Result:
         "engine": dataclasses.asdict(shape.config),
         "in_flight_room": shape.in_flight * shape.lanes,
     }
-    thousands = [(1000 * ours.seconds / ours.tokens, 1000 * held.seconds / held.tokens) for ours, held in timed]
+    thousands = [(1000 * ours.seconds / ours.tokens, 1000 * held.seconds / held.tokens) for ours, held, _ in timed]
     return Result(_RELEASED, _HELD, thousands, details)
 
 

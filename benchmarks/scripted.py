@@ -21,11 +21,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.expert_server import OBSERVATION, AsyncExpertClient
+from benchmarks.models import TOWER
 from benchmarks.pairs import MismatchError
 from benchmarks.traces import FIRST_TASK, NAME_LENGTH, NAME_MARK, OPENING, Trace, call_name, task_name, write_turn
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.cascade import LaneKV, View, take
-from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
+from maestro_jax.policy.config import PolicyArchitecture, TextConfig
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.text import Context, LayerKV
@@ -139,19 +140,7 @@ class ScriptedPolicy(nnx.Module):
 def architecture(tokens: Tokens) -> PolicyArchitecture:
     """One layer with keys and values of one number; hidden states as wide as the vocabulary."""
     text = TextConfig(VOCABULARY, VOCABULARY, 1, 1, 1, 1, 1, 1e-6, 1e6, (1, 0, 0))
-    vision = VisionConfig(
-        depth=1,
-        hidden_size=4,
-        intermediate_size=4,
-        num_heads=1,
-        in_channels=1,
-        patch_size=1,
-        temporal_patch_size=1,
-        spatial_merge_size=1,
-        out_hidden_size=VOCABULARY,
-        num_position_embeddings=1,
-        deepstack_visual_indexes=(),
-    )
+    vision = dataclasses.replace(TOWER, out_hidden_size=VOCABULARY)
     start, end, image = (tokens.special_id(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad"))
     assert start is not None and end is not None and image is not None
     return PolicyArchitecture(text, vision, image, start, end, tie_word_embeddings=True)

@@ -20,9 +20,12 @@ from ml_collections import ConfigDict, config_flags
 from maestro_jax import command
 from maestro_jax.aot.estimate import estimate_update, gpu_target
 from maestro_jax.aot.nearest import changes
-from maestro_jax.aot.programs import QUICK, Program, Programs, Sizes
+from maestro_jax.aot.program import QUICK, Program
 from maestro_jax.aot.report import as_json, table, verdict
+from maestro_jax.aot.rollouts import Rollouts
+from maestro_jax.aot.run import Run, Sizes
 from maestro_jax.aot.topology import Target, present_target, tpu_target
+from maestro_jax.aot.updates import update_programs
 from maestro_jax.assemble import check_batches
 from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
@@ -32,6 +35,7 @@ from maestro_jax.parallel.mesh import make_mesh
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
 from maestro_jax.policy.tokens import load_tokens
 from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.rollout.exchange import observation_frames
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:8x8, v5p:2x2x2, v6e:4x4, ..., or h100:8; empty: devices at hand.")
@@ -96,7 +100,17 @@ def root_tokens(config: Config) -> tuple[int, bool]:
     """Tokens of the registry's prompt, and whether they were counted or given rather than estimated."""
     if ROOT.value:
         return ROOT.value, True
-    text = render_system_prompt(config.registry, config.rollout.max_calls)
+    return count_tokens(config, render_system_prompt(config.registry, config.rollout.max_calls))
+
+
+def observation_tokens(config: Config) -> int:
+    """Most tokens of an observation with the frame around it."""
+    text, multiple = config.rollout.observation_tokens, config.rollout.observation_multiple
+    return -(-text // multiple) * multiple + count_tokens(config, max(observation_frames(), key=len))[0]
+
+
+def count_tokens(config: Config, text: str) -> tuple[int, bool]:
+    """Tokens of a text, and whether they were counted rather than estimated."""
     source = config.policy.tokenizer or config.policy.init_from
     if source and Path(source).is_dir():
         return len(load_tokens(source).encode(text)), True
@@ -107,16 +121,17 @@ def compile_programs(
     config: Config, architecture: PolicyArchitecture, root: int, target: Target, everything: bool, progress: Progress
 ) -> list[Program] | str:
     """The programs, or why there are none."""
-    sizes = Sizes.of(config, root)
+    sizes = Sizes.of(config, root, observation_tokens(config))
     try:
         if not target.devices:
             return [estimate_update(config, architecture, sizes, target)]
         mesh = make_mesh(config.mesh, list(target.devices))
         check_batches(config, mesh)
-        programs = Programs(config, architecture, sizes, mesh, QUICK if target.is_tpu and not OPTIMISED.value else {})
+        run = Run(config, architecture, sizes, mesh, QUICK if target.is_tpu and not OPTIMISED.value else {})
+        rollouts = Rollouts(run)
     except ConfigError as error:
         return str(error)
-    jobs = [programs.update, programs.rollout] if everything else [programs.update]
+    jobs = [lambda: update_programs(run, rollouts), *([rollouts.programs] if everything else [])]
     progress.phase(f"compiling for {target.name}", len(jobs))
     found = []
     for done, job in enumerate(jobs, start=1):

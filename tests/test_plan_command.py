@@ -11,7 +11,7 @@ import pytest
 
 from configs import quickstart, qwen3_vl_4b
 from maestro_jax.aot.nearest import changes
-from maestro_jax.aot.programs import Program
+from maestro_jax.aot.program import Program
 from maestro_jax.aot.report import verdict
 from maestro_jax.aot.topology import GIB, Target
 

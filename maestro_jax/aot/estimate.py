@@ -9,7 +9,8 @@ import math
 
 import jax.numpy as jnp
 
-from maestro_jax.aot.programs import Program, Sizes
+from maestro_jax.aot.program import Program
+from maestro_jax.aot.run import Sizes
 from maestro_jax.aot.topology import GIB, Rates, Target
 from maestro_jax.config import Config
 from maestro_jax.errors import ConfigError

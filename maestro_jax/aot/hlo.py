@@ -6,11 +6,13 @@ import re
 from collections import defaultdict
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\(")
-_CALLED = re.compile(r"(?:calls|body|to_apply|called_computation|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+CALLED = re.compile(
+    r"(?:calls|condition|body|to_apply|called_computation|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
+)
 _CONDITION = re.compile(r" while\(.* condition=%([\w.\-]+)")
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
@@ -32,12 +34,12 @@ class Collective:
     @property
     def bytes(self) -> int:
         """Of its results, each time."""
-        return sum(_BYTES.get(dtype, 4) * math.prod(dimensions) for dtype, dimensions in self.shapes)
+        return sum(BYTES.get(dtype, 4) * math.prod(dimensions) for dtype, dimensions in self.shapes)
 
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of an optimised HLO module; loops of unknown length count once."""
-    computations, entry = _computations(text)
+    computations, entry = parse_computations(text)
     times = _times(computations, entry)
     found = []
     for name, lines in computations.items():
@@ -52,7 +54,8 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of each computation, and the name of the one that a call of the program runs."""
     computations: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -73,11 +76,11 @@ def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     def visit(name: str, count: int) -> None:
         times[name] += count
         for line in computations.get(name, ()):
-            called = _CALLED.findall(line)
+            called = CALLED.findall(line)
             if not called:
                 continue
             condition = _CONDITION.search(line)
-            inner = count * (_trips(computations.get(condition[1], [])) if condition else 1)
+            inner = count * (trips(computations.get(condition[1], [])) if condition else 1)
             for names in called:
                 for each in names.split(", "):
                     visit(each.removeprefix("%"), inner)
@@ -86,8 +89,8 @@ def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     return times
 
 
-def _trips(condition: list[str]) -> int:
-    """How often a loop runs that counts from 0 to a constant, as `jax.lax.scan` does; else 1."""
+def trips(condition: list[str]) -> int:
+    """How often a loop runs that counts from 0 to a constant, as `jax.lax.scan` does (or less); else 1."""
     bounds = [int(n) for line in condition for n in _BOUND.findall(line)]
     compares = any("direction=LT" in line for line in condition)
     return bounds[0] if len(bounds) == 1 and compares else 1

@@ -3,23 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maestro_jax.aot.programs import Program
+from maestro_jax.aot.program import Program
 from maestro_jax.aot.topology import GIB, Target
 
 
 def seconds_of(program: Program, target: Target) -> dict[str, float]:
     """Seconds that a program cannot go below, by what bounds it: the roofline. Empty where rates are not known.
 
-    memory: every argument is read once, every temporary written and read once. links: results of all-reduces travel
+    memory: every argument is read once, every temporary written and read once; where tokens are decoded, what the
+    program's text says of one. links: results of all-reduces travel
     twice, of other collectives once.
     """
     if target.rates is None:
         return {}
     rates = target.rates
+    once = program.arguments + 2 * program.temporaries
     travelled = sum(size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in program.collectives.items())
     return {
         "matmuls": program.flops / rates.flops,
-        "memory": (program.arguments + 2 * program.temporaries) / rates.memory,
+        "memory": (program.token_bytes or once) / rates.memory,
         "links": travelled / rates.links,
     }
 
@@ -34,7 +36,16 @@ def table(target: Target, programs: Sequence[Program]) -> str:
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
+    lines += [_of_a_token(program) for program in programs if program.token_bytes]
     return "\n".join(lines) + "\n"
+
+
+def _of_a_token(program: Program) -> str:
+    moved, least = program.token_bytes, program.least_token_bytes
+    return (
+        f"{program.name}: {moved / GIB:.2f} GiB to and from memory for a token in every lane, "
+        f"{moved / least:.2f} times the least (weights, keys and values once: {least / GIB:.2f} GiB)"
+    )
 
 
 def _row(program: Program, target: Target) -> tuple[str, ...]:
@@ -96,6 +107,8 @@ def _program(program: Program, target: Target) -> dict[str, Any]:
         "flops": program.flops,
         "collectives": _collectives(program),
         "largest_all_gather": program.largest_gather,
+        "token_bytes": program.token_bytes,
+        "least_token_bytes": program.least_token_bytes,
         "splash_attention": program.kernels,
         "least_seconds": seconds_of(program, target),
         "compile_seconds": round(program.seconds, 1),

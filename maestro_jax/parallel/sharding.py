@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.mesh import BATCH_AXES, batch_shards
@@ -89,6 +89,26 @@ def keep_over_groups(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def keep_over_heads(x: jax.Array, axis: int) -> jax.Array:
+    """Holds keys or values with their heads, axis `axis`, on `tensor`, and the axis of shards D before them, if any.
+
+    As the projections that make them: every device keeps and reads the heads that it computes. Outside `jax.set_mesh`
+    nothing is done; heads that do not divide over `tensor` are whole everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, heads_spec(mesh, x.shape, axis))
+
+
+def heads_spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], axis: int) -> PartitionSpec:
+    """Where `keep_over_heads` puts an array of this shape."""
+    spec: list[Any] = [None] * len(shape)
+    spec[0] = BATCH_AXES
+    spec[axis] = "tensor" if shape[axis] % mesh.shape["tensor"] == 0 else None
+    return PartitionSpec(*spec)
+
+
 def gather_over_fsdp(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """A parameter with these logical axes, whole but for its `tensor` axis; its gradient goes back into the shards.
 
@@ -99,8 +119,12 @@ def gather_over_fsdp(kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Arr
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.shape["fsdp"] == 1:
         return kernel
-    spec = ShardingRules().spec(axes)
-    return _gather(kernel, spec, PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)))
+    return _gather(kernel, ShardingRules().spec(axes), gathered_spec(axes))
+
+
+def gathered_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """Where a parameter with these logical axes lies once it is gathered over `fsdp`."""
+    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in ShardingRules().spec(axes)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -130,12 +130,12 @@ class View:
 
 
 def take(x: Array, at: Array) -> Array:
-    """Rows `at [D, A]` of `x [D, S, ...]`, shard by shard; an index beyond the last takes the last."""
+    """Rows `at [D, A]` (or `[D, A, n]`) of `x [D, S, ...]`, shard by shard; one beyond the last takes the last."""
     return jax.vmap(lambda rows, i: rows.at[i].get(mode="clip"))(x, at)
 
 
 def put(x: Array, at: Array, rows: Array) -> Array:
-    """`x [D, S, ...]` with `rows [D, A, ...]` at `at [D, A]`; an index beyond the last is dropped."""
+    """`x [D, S, ...]` with `rows [D, A, ...]` at `at [D, A]` (or `[D, A, n]`); one beyond the last is dropped."""
     return jax.vmap(lambda all_rows, i, new: all_rows.at[i].set(new.astype(all_rows.dtype), mode="drop"))(x, at, rows)
 
 

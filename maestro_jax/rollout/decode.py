@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from maestro_jax.parallel.sharding import keep_over_heads
 from maestro_jax.policy.cascade import LaneKV, Seats, Shared, View, put, take
 from maestro_jax.policy.model import DecodingPolicy, Policy, PrefixBatch
 from maestro_jax.policy.text import Context, LayerKV
@@ -49,7 +50,8 @@ def open_groups(policy: Policy, root: Array, sizes: Sizes) -> Groups:
 def with_root(policy: Policy, groups: Groups, root: Array) -> Groups:
     """The same prefixes behind a root of this policy: what running trajectories see once the policy has changed."""
     kv = policy.encode_root(root).kv
-    keys, values = [jnp.transpose(x, (1, 2, 0)) for x in kv.keys], [jnp.swapaxes(x, 0, 1) for x in kv.values]
+    keys = [keep_over_heads(jnp.transpose(x, (1, 2, 0)), axis=0) for x in kv.keys]
+    values = [keep_over_heads(jnp.swapaxes(x, 0, 1), axis=0) for x in kv.values]
     return dataclasses.replace(groups, shared=dataclasses.replace(groups.shared, root_keys=keys, root_values=values))
 
 

@@ -56,6 +56,10 @@ class EngineConfig:
     parked_on_host: int
     temperature: float
 
+    @property
+    def decoding(self) -> DecodeConfig:
+        return DecodeConfig(self.decode_chunk, SamplingConfig(temperature=self.temperature))
+
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
@@ -111,46 +115,16 @@ class Engine:
 
     def session(self, params: nnx.State, groups: int, members: int, prefix: int, greedy: bool) -> "Session":
         """Room for so many groups at a time, with prefixes of at most `prefix` tokens."""
-        sizes = self.sizes(groups, members, prefix)
+        sizes = rollout_sizes(self.config, batch_shards(self.mesh), groups, members, prefix)
         if sizes not in self._compiled:
             self._compiled[sizes] = self._compile(params, sizes)
         return Session(self._compiled[sizes], self.exchange, self.local_shards, greedy)
 
     def _compile(self, params: nnx.State, sizes: Sizes) -> Compiled:
-        sampling = SamplingConfig(temperature=self.config.temperature)
-        programs = rollout_programs(self.graph, sizes, DecodeConfig(self.config.decode_chunk, sampling))
+        programs = rollout_programs(self.graph, sizes, self.config.decoding)
         capacity = self._capacity(programs, params, sizes)
         exchange = make_exchange_program(self.exchange, self.mesh, capacity)
         return Compiled(self.mesh, sizes, capacity, programs, exchange, self.tables, self.root, self.shard_numbers)
-
-    def sizes(self, groups: int, members: int, prefix: int) -> Sizes:
-        """Static shapes of a shard.
-
-        Raises:
-          ValueError: something does not divide over the shards.
-        """
-        config, shards = self.config, batch_shards(self.mesh)
-        lanes = min(config.lanes or groups * members, groups * members)
-        rows, prefill = min(config.append_rows or lanes, lanes), min(config.prefill_groups or groups, groups)
-        named = {"groups": groups, "lanes": lanes, "rows of observations": rows, "groups a prefill": prefill}
-        for what, number in named.items():
-            if number % shards:
-                raise ValueError(f"{number} {what} do not divide over {shards} batch shards")
-        made = Sizes(
-            shards=shards,
-            lanes=lanes // shards,
-            groups=groups // shards,
-            members=members,
-            prefix=prefix,
-            room=config.room,
-            turn_budget=config.turn_budget,
-            pages=0,
-            append_rows=rows // shards,
-            prefill_groups=prefill // shards,
-        )
-        # More pages than all trajectories without a lane can fill would never be used.
-        most = (groups * members // shards - made.lanes) * made.pages_of_lane
-        return dataclasses.replace(made, pages=min(config.parked_tokens // made.page, most))
 
     def _capacity(self, programs: RolloutPrograms, params: nnx.State, sizes: Sizes) -> Capacity:
         with jax.set_mesh(self.mesh):
@@ -169,6 +143,39 @@ class Engine:
             token_bytes=bytes_of_lanes // (sizes.shards * sizes.lanes * sizes.room),
             host_bytes=self.config.parked_on_host // len(self.local_shards),
         )
+
+
+def rollout_sizes(config: EngineConfig, shards: int, groups: int, members: int, prefix: int) -> Sizes:
+    """Static shapes of a shard, with `groups` in flight over all of them and prefixes of at most `prefix` tokens.
+
+    Raises:
+      ConfigError: something does not divide over the shards.
+    """
+    lanes = min(config.lanes or groups * members, groups * members)
+    rows, prefill = min(config.append_rows or lanes, lanes), min(config.prefill_groups or groups, groups)
+    named = {"grpo.groups": groups, "rollout.lanes": lanes}
+    named |= {"rollout.append_rows": rows, "rollout.prefill_groups": prefill}
+    for key, number in named.items():
+        if number % shards:
+            raise ConfigError(
+                f"config.{key}={number} does not divide over {shards} batch shards (mesh axes data x fsdp); "
+                f"set it to a multiple of {shards}"
+            )
+    made = Sizes(
+        shards=shards,
+        lanes=lanes // shards,
+        groups=groups // shards,
+        members=members,
+        prefix=prefix,
+        room=config.room,
+        turn_budget=config.turn_budget,
+        pages=0,
+        append_rows=rows // shards,
+        prefill_groups=prefill // shards,
+    )
+    # More pages than all trajectories without a lane can fill would never be used.
+    most = (groups * members // shards - made.lanes) * made.pages_of_lane
+    return dataclasses.replace(made, pages=min(config.parked_tokens // made.page, most))
 
 
 def assemble(records: Sequence[GroupRecord], prompts: PrefixBatch, groups: int, members: int, room: int) -> Rollout:

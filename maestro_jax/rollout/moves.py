@@ -56,10 +56,9 @@ def park(lanes: Lanes, pages: LaneKV, at: Array, table: Array) -> LaneKV:
     """Pages with what stands in lanes `at [D, A]` copied to pages `table [D, A, n]`; M leaves a page out."""
 
     def one(pages: Array, cache: Array) -> Array:
-        d, _, k, page, h = pages.shape
-        a, n = table.shape[1:]
-        rows = take(cache, at).reshape(d, a, k, n, page, h)
-        return put(pages, table.reshape(d, a * n), jnp.moveaxis(rows, 3, 2).reshape(d, a * n, k, page, h))
+        page, h = pages.shape[3:]
+        rows = take(cache, at)  # [D, A, K, R, H]
+        return put(pages, table, jnp.moveaxis(rows.reshape(*rows.shape[:3], -1, page, h), 3, 2))
 
     return jax.tree.map(one, pages, lanes.cache)
 
@@ -68,10 +67,8 @@ def load(lanes: Lanes, pages: LaneKV, at: Array, table: Array) -> Lanes:
     """Lanes `at [D, A]` (S: none) with what stands in pages `table [D, A, n]`; whatever M stands for, nobody reads."""
 
     def one(cache: Array, pages: Array) -> Array:
-        d, _, k, page, h = pages.shape
-        a, n = table.shape[1:]
-        rows = take(pages, table.reshape(d, a * n)).reshape(d, a, n, k, page, h)
-        return put(cache, at, jnp.moveaxis(rows, 2, 3).reshape(d, a, k, n * page, h))
+        rows = jnp.moveaxis(take(pages, table), 2, 3)  # [D, A, K, n, page, H]
+        return put(cache, at, rows.reshape(*rows.shape[:3], *cache.shape[3:]))
 
     return dataclasses.replace(lanes, cache=jax.tree.map(one, lanes.cache, pages))
 

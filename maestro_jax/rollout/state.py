@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from maestro_jax.parallel.sharding import keep_over_groups
+from maestro_jax.parallel.sharding import keep_over_groups, keep_over_heads
 from maestro_jax.policy.cascade import LaneKV, Shared
 from maestro_jax.policy.config import TextConfig
 
@@ -96,36 +96,41 @@ def empty_lanes(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> Lanes:
         hidden=jnp.zeros((*lanes, config.hidden_size), dtype),
         keys=jnp.zeros((*lanes, 2), jnp.uint32),
         seat=jnp.full(lanes, sizes.groups * sizes.members, jnp.int32),
-        cache=empty_kv((*lanes, config.num_key_value_heads, sizes.room, config.head_dim), config, dtype),
+        cache=LaneKV([], []),
     )
     # Constants depend on nothing that is sharded: without this every device would hold every lane.
-    return jax.tree.map(keep_over_groups, made)
+    made = jax.tree.map(keep_over_groups, made)
+    cache = empty_kv((*lanes, config.num_key_value_heads, sizes.room, config.head_dim), config, dtype)
+    return dataclasses.replace(made, cache=cache)
 
 
 def empty_pages(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> LaneKV:
     """Room for parked keys and values: L x `[D, M, K, page, H]`."""
     shape = (sizes.shards, sizes.pages, config.num_key_value_heads, sizes.page, config.head_dim)
-    return jax.tree.map(keep_over_groups, empty_kv(shape, config, dtype))
+    return empty_kv(shape, config, dtype)
 
 
 def empty_groups(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> Groups:
     """Groups without a root and without prefixes."""
     rows, heads, size = (sizes.shards, sizes.groups), config.num_key_value_heads, config.head_dim
     layers = range(config.num_hidden_layers)
-    made = Groups(
+    return Groups(
         Shared(
             root_keys=[],
             root_values=[],
-            keys=[jnp.zeros((*rows, heads, size, sizes.prefix), dtype) for _ in layers],
-            values=[jnp.zeros((*rows, heads, sizes.prefix, size), dtype) for _ in layers],
-            mask=jnp.zeros((*rows, sizes.prefix), bool),
-            next_position=jnp.zeros(rows, jnp.int32),
+            keys=[_no_kv((*rows, heads, size, sizes.prefix), dtype) for _ in layers],
+            values=[_no_kv((*rows, heads, sizes.prefix, size), dtype) for _ in layers],
+            mask=keep_over_groups(jnp.zeros((*rows, sizes.prefix), bool)),
+            next_position=keep_over_groups(jnp.zeros(rows, jnp.int32)),
         ),
-        hidden=jnp.zeros((*rows, config.hidden_size), dtype),
+        hidden=keep_over_groups(jnp.zeros((*rows, config.hidden_size), dtype)),
     )
-    return jax.tree.map(keep_over_groups, made)
 
 
 def empty_kv(shape: tuple[int, ...], config: TextConfig, dtype: jnp.dtype) -> LaneKV:
     layers = range(config.num_hidden_layers)
-    return LaneKV([jnp.zeros(shape, dtype) for _ in layers], [jnp.zeros(shape, dtype) for _ in layers])
+    return LaneKV([_no_kv(shape, dtype) for _ in layers], [_no_kv(shape, dtype) for _ in layers])
+
+
+def _no_kv(shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    return keep_over_heads(jnp.zeros(shape, dtype), axis=2)

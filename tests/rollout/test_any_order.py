@@ -9,12 +9,14 @@ import pytest
 
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout.engine import Rollout
+from maestro_jax.rollout.scheduler import Orders, Scheduler
+from maestro_jax.rollout.trajectory import Stage
 from maestro_jax.types import Status
 from tests.rollout import episodes
 
 GROUPS, MEMBERS = 4, 4
 TASKS = [episodes.task(number) for number in range(GROUPS)]
-PARKED = dict(parked_tokens=2 * episodes.EPISODE.room, parked_on_host=2**30)
+PARKED = dict(parked_tokens=episodes.EPISODE.room // 2, parked_on_host=2**30)
 TOLERANCE = 1e-5  # fp32; other lanes share a matmul
 
 
@@ -85,3 +87,24 @@ def test_the_number_of_lanes_changes_no_token(
     with episodes.engine(talker, Dispatcher(episodes.Experts(0.05)), config) as run:
         found = episodes.episodes(run(TASKS, MEMBERS))
     episodes.assert_same(found, episodes.episodes(at_once[0]), TOLERANCE)
+
+
+def test_a_reply_may_end_an_episode_while_its_lane_is_being_parked(
+    shuffled: Shuffled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another shard's callback takes replies, too, after this one gave its orders, before they are carried out."""
+    plan, ended = Scheduler.plan, []
+
+    def plan_and_hear(scheduler: Scheduler, version: int) -> tuple[Orders, bool]:
+        orders = plan(scheduler, version)
+        members = [member for group in scheduler.slots if group is not None for member in group.members]
+        for member in members:
+            on_host = member.parked is not None and not member.parked.pages
+            if member.stage is Stage.WAITING and on_host:
+                scheduler.finish(member)  # as when there is no room for what the expert said
+                ended.append(member)
+        return orders
+
+    monkeypatch.setattr(Scheduler, "plan", plan_and_hear)
+    rollout, _ = shuffled(0, longest=0.05)
+    assert ended and all(t.finished for group in rollout.trajectories for t in group)

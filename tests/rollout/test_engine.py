@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params, replicated
 from maestro_jax.policy.model import Policy
@@ -227,7 +228,7 @@ def test_lane_keys_depend_on_all_their_parts() -> None:
 
 def test_groups_must_divide_over_the_mesh(toy_tokens: Tokens) -> None:
     runner = bigram_runner(toy_tokens, make_mesh(MeshConfig(2, 2, 2)), Experts(0.0, seed=0))
-    with pytest.raises(ValueError, match="3 groups do not divide over 4"):
+    with pytest.raises(ConfigError, match="config.grpo.groups=3 does not divide over 4 .* a multiple of 4"):
         runner(groups=3)
     runner.dispatcher.close()
 

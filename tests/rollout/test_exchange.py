@@ -1,7 +1,9 @@
 """The exchange on one device and on a mesh: turns go in as tokens, observations come out as tokens."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.parallel.mesh import MeshConfig, batch_shards, make_mesh
 from maestro_jax.parallel.sharding import over_groups
-from maestro_jax.policy.text import LayerKV
 from maestro_jax.policy.tokens import Tokens
-from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, make_exchange_program
+from maestro_jax.rollout.exchange import Counts, EpisodeConfig, Exchange, make_exchange_program
 from maestro_jax.rollout.protocol import TAG_NAMES
-from maestro_jax.rollout.state import Lane, RolloutState
+from maestro_jax.rollout.scheduler import Capacity, Scheduler
+from maestro_jax.rollout.state import Lane, Lanes
+from maestro_jax.rollout.trajectory import GroupRecord, Stage, Trajectory
 from maestro_jax.types import Call, Observation, Status, StopReason, Task, Usage
 from tests.rollout import toy
 
@@ -44,29 +47,57 @@ def one_device() -> Mesh:
 
 @dataclasses.dataclass
 class Result:
-    """What the program gave back."""
+    """What the program ordered, by group and member."""
 
     lane: np.ndarray
-    observations: np.ndarray
-    lengths: np.ndarray
-    unfinished: int
-    arrived: int
+    observations: dict[At, list[int]]
+    unfinished: int  # trajectories
+    counts: Counts
 
     def ids(self, at: At) -> list[int]:
-        return self.observations[at][: self.lengths[at]].tolist()
+        return self.observations.get(at, [])
+
+
+_LANE_OF = {Stage.DECODING: Lane.DECODING, Stage.WAITING: Lane.WAITING, Stage.FINISHED: Lane.EMPTY}
 
 
 class Bench:
-    """An exchange with its program, a desk of fake experts, and lanes written by hand."""
+    """An exchange with its program, a desk of fake experts, and lanes written by hand (group * members + member)."""
 
     def __init__(self, tokens: Tokens, mesh: Mesh, desk: toy.Desk, config: EpisodeConfig = CONFIG):
         self.tokens, self.mesh, self.desk = tokens, mesh, desk
         self.exchange = Exchange(tokens, toy.Names(), desk, config)  # type: ignore[arg-type]
-        self.program = make_exchange_program(self.exchange, mesh)
-        self.slots = np.arange(GROUPS * MEMBERS, dtype=np.int32).reshape(GROUPS, MEMBERS)
+        self.shards = batch_shards(mesh)
+        groups = GROUPS // self.shards
+        self.capacity = Capacity(
+            lanes=groups * MEMBERS,
+            groups=groups,
+            members=MEMBERS,
+            room=config.room,
+            pages=0,
+            page=config.room,
+            append_rows=groups * MEMBERS,
+            prefill_groups=groups,
+            observation=self.exchange.observation_bucket,
+            token_bytes=1,
+            host_bytes=0,
+        )
+        self.program = make_exchange_program(self.exchange, mesh, self.capacity)
+        self.numbers = itertools.count()
 
     def begin(self, tasks: Sequence[Task | None] | None = None) -> None:
-        self.exchange.begin(tasks or [toy.task(group) for group in range(GROUPS)], MEMBERS)
+        """Every trajectory decodes in a lane of its own."""
+        tasks = tasks or [toy.task(group) for group in range(GROUPS)]
+        schedulers = {shard: Scheduler(self.capacity) for shard in range(self.shards)}
+        self.records: dict[int, GroupRecord] = {}
+        for index, task in enumerate(tasks):
+            if task is not None:
+                members = [Trajectory(task, m, next(self.numbers)) for m in range(MEMBERS)]
+                self.records[index] = GroupRecord(task, index, members)
+                schedulers[index * self.shards // GROUPS].submit(self.records[index])
+        for scheduler in schedulers.values():
+            scheduler.plan(version=0)
+        self.exchange.begin(schedulers)
 
     def run(
         self,
@@ -74,39 +105,47 @@ class Bench:
         stop: StopReason = StopReason.CALL,
         used: int = 0,
         waiting: Sequence[At] = (),
-        others: Lane = Lane.DONE,
+        others: Lane = Lane.EMPTY,
     ) -> Result:
         """Lanes of `turns` have just ended them, `used` tokens into their room."""
-        lane = np.full((GROUPS, MEMBERS), others, np.int32)
+        shape = (GROUPS, MEMBERS)
+        status, written = np.full(shape, others, np.int32), np.zeros(shape, np.int32)
+        tokens = np.zeros((*shape, CONFIG.turn_budget), np.int32)
         for at in waiting:
-            lane[at] = Lane.WAITING
-        tokens = np.zeros((GROUPS, MEMBERS, ROOM), np.int32)
-        length = np.full((GROUPS, MEMBERS), used, np.int32)
+            status[at] = Lane.WAITING
         for at, text in turns.items():
             ids = self.tokens.encode(text)
-            tokens[at][used : used + len(ids)], length[at], lane[at] = ids, used + len(ids), Lane.STOPPED
-        zeros = np.zeros((GROUPS, MEMBERS), np.int32)
-        state = RolloutState(
-            tokens=tokens,
-            logprobs=np.zeros(tokens.shape, np.float32),
-            authored=tokens > 0,
-            length=length,
-            turn=zeros,
-            turn_start=np.full_like(zeros, used),
-            lane=lane,
-            stop=np.full_like(zeros, stop),
-            automaton=zeros,
-            hidden=np.zeros((GROUPS, MEMBERS, 1), np.float32),
-            keys=np.zeros((GROUPS, MEMBERS, 2), np.uint32),
-            cache=LayerKV([], []),
-        )
-        state, slots = jax.device_put((state, self.slots), over_groups(self.mesh))
+            tokens[at][: len(ids)], written[at], status[at] = ids, len(ids), Lane.STOPPED
+            self.trajectory(at).tokens = [0] * used
+        logprobs, stops = np.full(tokens.shape, -1.0, np.float32), np.full(shape, stop, np.int32)
+        arrays = {"status": status, "stop": stops, "tokens": tokens, "logprobs": logprobs, "written": written}
+        over = over_groups(self.mesh)
+        on_mesh = {name: jax.device_put(self._by_shard(x), over) for name, x in arrays.items()}
+        lanes = Lanes(**dict.fromkeys(field.name for field in dataclasses.fields(Lanes)) | on_mesh)  # type: ignore[arg-type]
         with jax.set_mesh(self.mesh):
-            *arrays, counts = jax.device_get(self.program(state, slots))
-        return Result(*map(np.asarray, arrays), *map(int, counts))
+            orders, counts = self.program(lanes, jax.device_put(np.arange(self.shards, dtype=np.int32), over))
+        return self._result(jax.device_get(orders), Counts(*np.asarray(counts).tolist()))
 
-    def trajectory(self, at: At) -> object:
-        return self.exchange.trajectories[int(self.slots[at])]
+    def _by_shard(self, x: np.ndarray) -> np.ndarray:
+        return x.reshape(self.shards, -1, *x.shape[2:])
+
+    def _result(self, orders: Any, counts: Counts) -> Result:
+        told: dict[At, list[int]] = {}
+        for shard, lanes in enumerate(orders.append_lanes):
+            for row, lane in enumerate(lanes):
+                if lane < self.capacity.lanes:
+                    group, member = divmod(shard * self.capacity.lanes + int(lane), MEMBERS)
+                    length = orders.observation_length[shard][row]
+                    told[group, member] = orders.observation[shard][row][:length].tolist()
+                    assert not orders.observation[shard][row][length:].any()
+        lane = np.full((GROUPS, MEMBERS), Lane.EMPTY)
+        for group, record in self.records.items():
+            lane[group] = [_LANE_OF[member.stage] for member in record.members]
+        unfinished = sum(not member.finished for record in self.records.values() for member in record.members)
+        return Result(lane, told, unfinished, counts)
+
+    def trajectory(self, at: At) -> Trajectory:
+        return self.records[at[0]].members[at[1]]
 
 
 def says(text: str, status: Status = Status.OK, price: float = 0.0) -> toy.Desk:
@@ -143,11 +182,10 @@ def test_observations_arrive_in_their_lanes_with_exact_ids(toy_tokens: Tokens, m
     turns = {at: f"<search> Glyph@@Reading: look {n} </search>" for n, at in enumerate(EVERY_LANE)}
     found = bench.run(turns)
     assert (found.lane == Lane.DECODING).all()
-    assert (found.unfinished, found.arrived) == (len(turns), len(turns))
+    assert (found.unfinished, found.counts.appended) == (len(turns), len(turns))
     for n, at in enumerate(EVERY_LANE):
         wanted = bench.exchange.observation_ids(Observation(f"look {n}look {n}", Status.OK), last=False)
         assert found.ids(at) == wanted
-        assert not found.observations[at][len(wanted) :].any()
 
 
 def test_a_lane_that_waits_is_not_asked_again_and_gets_its_reply_later(toy_tokens: Tokens, mesh: Mesh) -> None:
@@ -155,18 +193,18 @@ def test_a_lane_that_waits_is_not_asked_again_and_gets_its_reply_later(toy_token
     at = (3, 1)
     first = bench.run({at: CALL_TEXT}, others=Lane.DECODING)
     assert first.lane[at] == Lane.WAITING
-    assert (first.unfinished, first.arrived) == (GROUPS * MEMBERS, 0)
+    assert (first.unfinished, first.counts.appended) == (GROUPS * MEMBERS, 0)
     bench.desk.ready.append((bench.desk.submitted[0][0], Observation("seven", Status.OK)))
     second = bench.run({}, waiting=[at])
     assert len(bench.desk.submitted) == 1
-    assert np.argwhere(second.lane == Lane.DECODING).tolist() == [list(at)]
+    assert list(second.observations) == [at] and second.lane[at] == Lane.DECODING
     assert second.ids(at) == bench.exchange.observation_ids(Observation("seven", Status.OK), last=False)
 
 
 def test_an_answer_ends_the_episode(bench: Bench) -> None:
     found = bench.run({(2, 0): "<answer> seven </answer>"}, StopReason.ANSWER, others=Lane.DECODING)
-    assert found.lane[2, 0] == Lane.DONE
-    assert (found.unfinished, found.arrived) == (GROUPS * MEMBERS - 1, 0)
+    assert found.lane[2, 0] == Lane.EMPTY
+    assert (found.unfinished, found.counts.appended) == (GROUPS * MEMBERS - 1, 0)
     trajectory = bench.trajectory((2, 0))
     assert (trajectory.answer, trajectory.finished, trajectory.well_formed, trajectory.marked) == (
         "seven",
@@ -185,7 +223,7 @@ def test_an_exception_ends_the_lanes_as_marked(toy_tokens: Tokens, mesh: Mesh) -
 
     desk.submit = broken  # type: ignore[method-assign]
     found = bench.run(dict.fromkeys(EVERY_LANE, CALL_TEXT))
-    assert (found.lane == Lane.DONE).all()
+    assert (found.lane == Lane.EMPTY).all()
     assert found.unfinished == 0
     assert all(bench.trajectory(at).marked and bench.trajectory(at).finished for at in EVERY_LANE)
 
@@ -245,7 +283,7 @@ def test_after_the_last_call_the_policy_is_told_to_answer_and_may_only_answer(
     ]
     assert ["answer now" in bench.tokens.decode(ids).lower() for ids in told] == [False, True]
     found = bench.run({at: CALL_TEXT})
-    assert found.lane[at] == Lane.DONE
+    assert found.lane[at] == Lane.EMPTY
     trajectory = bench.trajectory(at)
     assert (len(trajectory.calls), len(bench.desk.submitted)) == (CONFIG.max_calls, CONFIG.max_calls)
     assert (trajectory.well_formed, trajectory.answer, trajectory.finished) == (False, None, True)
@@ -254,7 +292,7 @@ def test_after_the_last_call_the_policy_is_told_to_answer_and_may_only_answer(
 def test_malformed_turns_use_up_the_budget_too(toy_tokens: Tokens, one_device: Mesh) -> None:
     bench = quick(toy_tokens, one_device, toy.Desk())
     lanes = [bench.run({(0, 0): "seven"}).lane[0, 0] for _ in range(CONFIG.max_calls + 1)]
-    assert lanes == [Lane.DECODING] * CONFIG.max_calls + [Lane.DONE]
+    assert lanes == [Lane.DECODING] * CONFIG.max_calls + [Lane.EMPTY]
 
 
 @pytest.mark.parametrize("status", [Status.TIMEOUT, Status.UNAVAILABLE])
@@ -277,7 +315,7 @@ def test_a_late_reply_to_an_older_rollout_is_dropped(toy_tokens: Tokens, one_dev
     (old, *_), (new, *_) = bench.desk.submitted
     bench.desk.ready.append((old, Observation("old", Status.OK)))
     still = bench.run({(1, 1): "<answer> x </answer>"}, others=Lane.DECODING)
-    assert (old != new, still.arrived) == (True, 0)
+    assert (old != new, still.counts.appended) == (True, 0)
     bench.desk.ready.append((new, Observation("new", Status.OK)))
     found = bench.run({}, waiting=[(0, 0)])
     assert found.ids((0, 0)) == bench.exchange.observation_ids(Observation("new", Status.OK), last=False)
@@ -291,8 +329,8 @@ def test_an_observation_without_room_ends_the_episode(toy_tokens: Tokens, one_de
     )
     fits = bench.run({(0, 0): CALL_TEXT}, used=ROOM - needed - 1)
     full = bench.run({(0, 1): CALL_TEXT}, used=ROOM - needed)
-    assert (fits.lane[0, 0], full.lane[0, 1]) == (Lane.DECODING, Lane.DONE)
-    assert full.arrived == 0
+    assert (fits.lane[0, 0], full.lane[0, 1]) == (Lane.DECODING, Lane.EMPTY)
+    assert full.counts.appended == 0
     trajectory = bench.trajectory((0, 1))
     assert (trajectory.well_formed, trajectory.marked, trajectory.finished) == (False, False, True)
 
@@ -301,8 +339,8 @@ def test_padding_groups_have_no_trajectory(toy_tokens: Tokens, one_device: Mesh)
     bench = Bench(toy_tokens, one_device, says("seven"))
     bench.begin([toy.task(0), toy.task(1), None, None])
     found = bench.run({(0, 0): CALL_TEXT, (1, 1): CALL_TEXT})
-    assert found.arrived == 2
-    assert sorted(bench.exchange.trajectories) == [0, 1, 2, 3]
+    assert found.counts.appended == 2
+    assert found.unfinished == 4 and found.counts.unfinished == 2
 
 
 # ---- what an observation looks like ------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +14,10 @@ import pytest
 
 from maestro_jax.grpo.batch import make_parts, score_rollout
 from maestro_jax.grpo.microbatches import Planner
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.registry.dispatch import GRACE_SECONDS, Dispatcher
 from maestro_jax.rewards.reward import RewardConfig
+from maestro_jax.rollout import protocol
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.types import Call, Observation, Status
 from tests.rollout import episodes
@@ -163,3 +167,26 @@ def test_exactly_what_failed_is_marked(outage: Outage) -> None:
         assert marked == {int(query.split()[-1]) for query in failed}
         gone = [o.status for t in members for _, o in t.calls if o.status is not Status.OK]
         assert gone == [Status.UNAVAILABLE] * len(failed)
+
+
+# ---- a fault of our own ------------------------------------------------------------------------------------
+
+
+def test_a_bug_in_the_exchange_ends_the_episodes_of_its_shard_only(
+    talker: episodes.Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that left the callback would hang or abort the device program."""
+    turns, parse_turn = itertools.count(), protocol.parse_turn
+
+    def parse(*args: Any) -> protocol.ParsedTurn:
+        if next(turns) == GROUPS:
+            raise RuntimeError("a bug")
+        return parse_turn(*args)
+
+    monkeypatch.setattr(protocol, "parse_turn", parse)
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+    with episodes.engine(talker, Dispatcher(episodes.Experts(0.01)), CONFIG, mesh) as run:
+        found = run(TASKS, MEMBERS).trajectories
+    assert all(t.finished for group in found for t in group)
+    by_shard = [sum(t.marked for group in half for t in group) for half in (found[:2], found[2:])]
+    assert min(by_shard) == 0 and max(by_shard) > MEMBERS

@@ -1,0 +1,59 @@
+"""The programs of an update (`grpo/update.py`), compiled as a run would."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maestro_jax.aot.program import Program
+from maestro_jax.aot.rollouts import Rollouts
+from maestro_jax.aot.run import Run
+from maestro_jax.assemble import update_config
+from maestro_jax.grpo.losses import LossCount
+from maestro_jax.grpo.optimizer import make_optimizer
+from maestro_jax.grpo.update import GroupBatch, grpo_loss, make_train_step
+from maestro_jax.policy.flops import root_flops
+
+
+def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
+    """The train step: one program, or with microbatches one for a part and one that applies the sum."""
+    config = run.config
+    step = make_train_step(
+        run.graph,
+        make_optimizer(config.optimizer),
+        grpo_loss,
+        update_config(config, config.rollout.temperature),
+        run.mesh,
+        run.state,
+    )
+    batch = _batch(run)
+    # Episodes that outlive a step keep their keys and values; those of a step that streams, the weights as well.
+    held: list[Any] = [run.reference, *(rollouts.episodes if config.rollout.ahead else ())]
+    none = jax.tree.map(lambda n: run.array((), jnp.asarray(n).dtype, run.everywhere), LossCount(0, 0))
+    root = root_flops(run.architecture, run.sizes.root).total / run.mesh.shape["tensor"]  # on every device
+    forward = run.group_flops(run.sizes.part, run.sizes.members) + root
+    flops = (4 if config.policy.remat else 3) * forward
+    if config.grpo.microbatches == 1:
+        return [run.compile("update", step.whole, (run.state, batch, none), held, flops)]
+    part = (run.params, run.gradients, batch)
+    meanwhile = [run.state.opt_state, *held, *((rollouts.weights, *rollouts.episodes) if run.streams else ())]
+    accumulate = run.compile("accumulate", step.accumulate, part, meanwhile, flops)
+    with jax.set_mesh(run.mesh):
+        _, sums = jax.eval_shape(step.accumulate, *part)
+    last = (run.state, run.gradients, run.spread(sums, run.everywhere), none)
+    return [accumulate, run.compile("apply", step.apply, last, held)]
+
+
+def _batch(run: Run) -> GroupBatch:
+    s, array, groups = run.sizes, run.array, run.sizes.part
+    members, tokens = (groups, s.members), (groups, s.members, s.room)
+    return GroupBatch(
+        run.prompts(groups),
+        array(tokens, jnp.int32),
+        array(members, jnp.int32),
+        array(tokens, jnp.bool_),
+        array(tokens, jnp.float32),
+        array(tokens, jnp.float32),
+        array(members, jnp.float32),
+        array((groups, s.members * s.room), jnp.int32),
+    )
