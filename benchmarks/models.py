@@ -340,6 +340,11 @@ class TheirGeneration:
         logprobs, margin = _judge(torch.stack(out.logits, dim=1), tokens) if keep_logits else (None, None)
         return Generated(tokens.int().numpy(), first - start, last - first, logprobs, margin)
 
+    @torch.inference_mode()
+    def forward(self) -> None:
+        """One forward over all rows that keeps keys and values: what `generate` does before its first token."""
+        self.model(**self._inputs, use_cache=True, logits_to_keep=1)
+
 
 class _Clock:
     """A streamer that notes when `generate` hands over the prompt and each token of the members."""

@@ -87,7 +87,11 @@ def run_d1(shape: Continuation, progress: Progress) -> dict[str, Result]:
         TheirGeneration(models.transformers_model(ours), prompt, shape.members, shape.new_tokens),
     )
     progress.update(1, generation.figures)
-    generation.details.update(text=dataclasses.asdict(shape.text), weights_mib=_mib(ours.params))
+    # Says how much of their prefill is the policy's own work, and not that of `generate` around it.
+    forward_seconds, _ = pairs.timed(generation.theirs.forward)
+    generation.details.update(
+        their_forward_seconds=forward_seconds, text=dataclasses.asdict(shape.text), weights_mib=_mib(ours.params)
+    )
     timed = policy.time_generation(generation, "", shape.new_tokens, progress)
     return {"D1": timed["generate"], "D1_prefill": timed["prefill"], "D1_decode": timed["decode"]}
 
