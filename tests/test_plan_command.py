@@ -40,7 +40,7 @@ def test_a_small_run_for_four_chips(tmp_path: Path) -> None:
     assert chip["limit"] == int(15.75 * GIB)
     assert 0 < chip["total"] == chip["arguments"] + chip["temporaries"] + chip["beside"] < GIB
     assert found["flops_per_chip"] > 1e9
-    assert set(found["programs"]) == {"update", "prefill", "decode"}
+    assert set(found["programs"]) == {"update", "weights", "open", "prefill", "append", "decode"}
     assert found["programs"]["update"]["splash_attention"] and found["programs"]["prefill"]["splash_attention"]
     assert not found["programs"]["decode"]["splash_attention"]
     assert found["collectives"] == found["programs"]["update"]["collectives"]
