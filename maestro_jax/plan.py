@@ -2,7 +2,7 @@
 
     python -m maestro_jax.plan --config configs/qwen3_vl_4b.py --topology v5e:8x8 [--json plan.json]
 
-Compiles the run's own programs (update, prefill, decode) for the topology with the TPU compiler and reports, a
+Compiles the run's own programs (the update and those of rollouts) for the topology with the TPU compiler and reports, a
 chip: memory by kind against the limit, operations, collectives and an estimate of time from the chip's peak rates.
 Where the run does not fit, the nearest setting that does. Without --topology it plans for the devices at hand.
 GPU topologies (h100:8) are estimated by arithmetic, not compiled.
