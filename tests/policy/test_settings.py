@@ -281,7 +281,7 @@ def test_greedy_tokens_with_the_cache(pair: Pair) -> None:
         lanes = seat_lanes(groups, empty_lanes(sizes, policy.architecture.text, jnp.float32), start, sizes)
         config = DecodeConfig(NEW, SamplingConfig())
         device_tables = jax.tree.map(jnp.asarray, tables)
-        return decode_chunk(policy, groups, lanes, device_tables, jnp.zeros(()), sizes, config).tokens[0]
+        return decode_chunk(policy.for_decoding(), groups, lanes, device_tables, jnp.zeros(()), sizes, config).tokens[0]
 
     found = np.asarray(nnx.jit(decode)(pair.policy, pair.batch))
     for group, row in enumerate(pair.rows):

@@ -13,7 +13,7 @@ from flax import nnx
 from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.update import GroupBatch, member_logprobs
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import over_groups
+from maestro_jax.parallel.sharding import over_groups, replicated
 from maestro_jax.policy.model import PrefixBatch, prompt_shardings
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
@@ -372,8 +372,9 @@ def test_fresh_lanes_are_spread_over_the_mesh_and_decoded_by_one_program() -> No
         groups, lanes, pages = run.open(PARAMS, prompts.root)
         groups = run.prefill(PARAMS, groups, jax.device_put(prompts, prompt_shardings(mesh)), slots)
         lanes = run.seat(groups, lanes, start)
+        weights = run.weights(jax.device_put(PARAMS, replicated(mesh)))
         for step in range(3):
             for leaf in jax.tree.leaves((lanes, pages, groups.hidden, groups.shared.keys, groups.shared.mask)):
                 assert leaf.sharding.is_equivalent_to(over_groups(mesh), leaf.ndim), step
-            lanes = run.decode(PARAMS, groups, lanes, stop_tables(), np.float32(1))
+            lanes = run.decode(weights, groups, lanes, stop_tables(), np.float32(1))
     assert run.decode._cache_size() == 1
