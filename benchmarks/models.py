@@ -193,8 +193,8 @@ class OurLanes:
         programs, batch = self._programs, self.policy.batch(self.prompt)
         with jax.set_mesh(self.policy.mesh):
             self.weights = programs.weights(params)
-            groups, lanes, _ = programs.open(self.weights, batch.root)
-            self._groups = programs.prefill(self.weights, groups, batch, np.zeros((1, 1), np.int32))
+            groups, lanes, _ = programs.open(params, batch.root)
+            self._groups = programs.prefill(params, groups, batch, np.zeros((1, 1), np.int32))
             self._lanes = jax.block_until_ready(programs.seat(self._groups, lanes, self._seating()))
 
     def decode(self) -> None:
@@ -224,7 +224,6 @@ class OurLanes:
             length=zeros,
             turn=zeros,
             keys=jnp.zeros((*lanes, 2), jnp.uint32),
-            waiting=zeros,
         )
 
 

@@ -35,6 +35,7 @@ from maestro_jax.registry.config import Pair
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout.engine import Engine, EngineConfig, lane_key
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
+from maestro_jax.rollout.scheduler import Orders
 from maestro_jax.rollout.session import Compiled, Session
 from maestro_jax.rollout.state import Lanes, Sizes
 from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
@@ -183,21 +184,40 @@ class Chunk:
         return int(self.written.sum())
 
 
+class PacedExchange(Exchange):
+    """The exchange behind a device that decodes: its callback begins when the chunk before it is over.
+
+    What the host does meanwhile costs nothing, as with any device that programs are queued for.
+
+    Attributes:
+      free_at: when the device has done its last chunk, as `time.monotonic` tells it.
+    """
+
+    free_at = 0.0
+
+    def serve(self, *given: Any) -> tuple[Orders, np.ndarray]:
+        time.sleep(max(0.0, self.free_at - time.monotonic()))
+        return super().serve(*given)
+
+
 class PacedEngine(Engine):
     """An engine whose decode program takes `step_seconds` for each of its steps.
 
-    The true program runs and what is left of its time is slept. Where it took longer than it may, it stays longer.
+    The true program runs; the exchange waits for what is left of its time. Where it took longer than it may, it stays
+    longer.
 
     Attributes:
       chunks: every call of it.
     """
+
+    exchange: PacedExchange
 
     def __init__(
         self,
         graph: nnx.GraphDef,
         mesh: Mesh,
         prompts: Prompts,
-        exchange: Exchange,
+        exchange: PacedExchange,
         config: EngineConfig,
         step_seconds: float,
     ):
@@ -216,8 +236,8 @@ class PacedEngine(Engine):
             start = time.monotonic()
             lanes = decode(weights, groups, lanes, *rest)
             written = (np.asarray(lanes.written) - before)[0]
-            time.sleep(max(0.0, start + int(written.max()) * self.step_seconds - time.monotonic()))
-            self.chunks.append(Chunk(start, time.monotonic(), written))
+            self.exchange.free_at = max(time.monotonic(), start + int(written.max()) * self.step_seconds)
+            self.chunks.append(Chunk(start, self.exchange.free_at, written))
             return lanes
 
         return paced
@@ -242,7 +262,7 @@ class ScriptedRollouts:
             turn_budget=config.turn_budget,
             room=config.room,
         )
-        self.exchange = Exchange(tokens, experts, self.dispatcher, episode)
+        self.exchange = PacedExchange(tokens, experts, self.dispatcher, episode)
         self._prompts = Prompts(tokens, architecture(tokens), "the", PromptConfig((_PREFIX,), (1,), 0, 1, 1))
         graph, _ = self._policy(np.zeros((1, config.room), np.float32))
         mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])

@@ -20,7 +20,7 @@ from maestro_jax.policy.model import DecodingPolicy
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import StopTables
 from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
-from maestro_jax.rollout.programs import rollout_programs
+from maestro_jax.rollout.programs import Weights, rollout_programs
 from maestro_jax.rollout.state import Groups, Lanes
 
 T = TypeVar("T")
@@ -45,13 +45,13 @@ class Rollouts:
     # ---- What is held --------------------------------------------------------------------------
 
     @functools.cached_property
-    def weights(self) -> Any:
+    def weights(self) -> Weights:
         """What decoding takes of the parameters."""
         run = self.run
         with jax.set_mesh(run.mesh):
-            shapes = jax.eval_shape(self.functions.weights, run.params)
+            shapes = jax.eval_shape(self.functions.weights, run.params).whole()
         if isinstance(shapes, nnx.State):
-            return run.params  # themselves
+            return Weights.of(run.params)  # themselves
 
         def one(param: nnx.Variable) -> nnx.Variable:
             return param.replace(self._placed(param.get_value(), gathered_spec(param.get_metadata("axes"))))
@@ -59,7 +59,11 @@ class Rollouts:
         layers, norm = jax.tree.map(one, (shapes.layers, shapes.norm), is_leaf=lambda x: isinstance(x, nnx.Variable))
         tables = (shapes.embedding, shapes.head)
         embedding, head = jax.tree.map(lambda x: self._placed(x, gathered_spec(("vocab", "embed"))), tables)
-        return DecodingPolicy(embedding, layers, norm, head)
+        return Weights.of(DecodingPolicy(embedding, layers, norm, head))
+
+    @property
+    def weights_are_parameters(self) -> bool:
+        return isinstance(self.weights.whole(), nnx.State)
 
     @functools.cached_property
     def episodes(self) -> tuple[Groups, Lanes, LaneKV]:
@@ -93,7 +97,7 @@ class Rollouts:
         always = [run.params, run.state.opt_state, run.reference, run.gradients if run.streams else None]
         root = root_flops(run.architecture, run.sizes.root).total / run.mesh.shape["tensor"]
         found = []
-        if self.weights is not run.params:
+        if not self.weights_are_parameters:
             found.append(run.compile("weights", jax.jit(does.weights), (run.params,), always))
         held = [*always, self.weights]
         found.append(run.compile("open", does.open, (run.params, self.root), held, root))
@@ -152,7 +156,7 @@ class Rollouts:
         """Of what decoding reads whole: the decoder and its head; of an embedding that is no head, a few rows."""
         run, text = self.run, self.run.architecture.text
         found = bytes_on_device(self.weights)
-        if self.weights is run.params:
+        if self.weights_are_parameters:
             found -= bytes_on_device(run.params["visual"])
         if run.architecture.tie_word_embeddings:
             return found

@@ -73,8 +73,9 @@ class Tokens:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of sampled ids; special tokens are left out."""
-        keep = [int(i) for i in ids if int(i) not in self.special_ids]
-        return self.tokenizer.decode(keep, clean_up_tokenization_spaces=False)  # type: ignore[attr-defined]
+        keep = [int(i) for i in ids if i not in self.special_ids]
+        # What `tokenizer.decode` calls, without its checks of every id: turns are decoded while the device waits.
+        return self.tokenizer.backend_tokenizer.decode(keep, skip_special_tokens=False)  # type: ignore[attr-defined]
 
     def token_bytes(self, vocab_size: int) -> list[bytes]:
         """The raw bytes of every id below `vocab_size` (empty for special and unused ids)."""

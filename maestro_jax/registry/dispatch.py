@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
@@ -107,7 +107,13 @@ class Dispatcher:
     """Hosts the registry's event loop in a daemon thread; the engine's side never blocks on an expert.
 
     It owns the registry and closes it. Every submitted ticket comes back from `collect` exactly once.
+
+    Attributes:
+      reader: called with every ticket and its observation, in the registry's thread, before `collect` gives it: for
+        what would take the engine's time.
     """
+
+    reader: Callable[[int, Observation], None] | None = None
 
     def __init__(self, registry: CallRunner):
         self._registry = registry
@@ -177,6 +183,11 @@ class Dispatcher:
             self._finish(ticket, observation)
 
     def _finish(self, ticket: int, observation: Observation) -> None:
+        if self.reader is not None:
+            try:
+                self.reader(ticket, observation)
+            except Exception:  # the ticket has to come back whatever happens
+                logger.exception("the reply to ticket %d could not be read ahead", ticket)
         with self._arrived:
             self._ready.append((ticket, observation))
             self._arrived.notify_all()

@@ -127,8 +127,10 @@ def decode_chunk(
         # A lane that has stopped keeps its last state; nobody reads it before it is replaced.
         return step + 1, dataclasses.replace(now, hidden=hidden[:, :, 0]), fresh
 
+    # Between two chunks there is an exchange, which has seen what stopped in the first.
+    status = jnp.where(lanes.status == Lane.STOPPED, Lane.WAITING, lanes.status)
     # The caches stay outside the loop: what it only reads, it cannot copy.
-    start = dataclasses.replace(lanes, cache=LaneKV([], []))
+    start = dataclasses.replace(lanes, status=status, cache=LaneKV([], []))
     fresh = room_for_fresh(lanes.cache, sizes.lanes, config.chunk)
     _, end, fresh = jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), start, fresh))
     added = end.written - lanes.written

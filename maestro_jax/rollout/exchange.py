@@ -11,7 +11,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ from jax.sharding import Mesh, PartitionSpec
 from maestro_jax.parallel.mesh import BATCH_AXES
 from maestro_jax.policy.tokens import END_OF_TURN, Tokens
 from maestro_jax.registry.dispatch import Dispatcher
+from maestro_jax.registry.skills import failure
 from maestro_jax.rollout import protocol
-from maestro_jax.rollout.scheduler import Capacity, Orders, Scheduler
+from maestro_jax.rollout.programs import Piece
+from maestro_jax.rollout.scheduler import Capacity, Orders, Scheduler, orders_layout
 from maestro_jax.rollout.state import Lane, Lanes
 from maestro_jax.rollout.trajectory import Stage, Trajectory
 from maestro_jax.types import Observation, Status, StopReason
@@ -76,6 +79,10 @@ class Exchange:
         self.history: list[tuple[float, int, np.ndarray]] = []  # time, shard, what its lanes had been doing until then
         self._written: dict[int, np.ndarray] = {}  # tokens of each lane's turn at the last exchange, by shard
         self._waiting: dict[int, tuple[Scheduler, Trajectory]] = {}  # by ticket, the trajectory's number
+        self._outgoing: list[Trajectory] = []  # whose calls are to be sent
+        self._unsent: list[tuple[int, Observation]] = []  # calls that failed at once
+        self._bodies: dict[int, list[int]] = {}  # by ticket, what the dispatcher's thread has encoded
+        dispatcher.reader = self._read_ahead
         self._rounds: dict[int, int] = {}  # of each shard
         self._last_news = 0  # round in which a shard of this process last found something to do
         self.before = tokens.encode(_BEFORE)
@@ -108,6 +115,24 @@ class Exchange:
                     new = int(written[lane]) - len(trajectory.turn_versions)
                     trajectory.turn_versions += [self.version] * new
 
+    def send(self) -> None:
+        """Sends the calls of turns that have ended; the engine's loop calls it once the device has work again.
+
+        Whatever sends them competes with this process's only interpreter, and the device would wait meanwhile.
+        """
+        with self.lock:
+            outgoing, self._outgoing = self._outgoing, []
+        for trajectory in outgoing:
+            remaining = self.config.deadline - sum(trajectory.timing.waiting)
+            task, call, number = trajectory.task, trajectory.pending, trajectory.number
+            assert call is not None  # it waits for this one
+            try:
+                self.dispatcher.submit(number, call, task.question, task.images, remaining)
+            except Exception:  # no thread to be had, say: the call failed, and the others go on
+                log.exception("the call of trajectory %d could not be sent", number)
+                with self.lock:
+                    self._unsent.append((number, failure(Status.UNAVAILABLE)))
+
     # ---- the callback --------------------------------------------------------------------------------------
 
     def serve(
@@ -121,7 +146,7 @@ class Exchange:
         tokens: np.ndarray,
         logprobs: np.ndarray,
         written: np.ndarray,
-    ) -> tuple[np.ndarray, ...]:
+    ) -> tuple[Orders, np.ndarray]:
         """The callback: numpy in, numpy out, for the lanes `[1, S]` of one shard.
 
         Args:
@@ -132,19 +157,21 @@ class Exchange:
           status, stop, written: int32 `[1, S]`; tokens, logprobs: `[1, S, T]`, of the current turns.
 
         Returns:
-          The fields of `Orders`, and counts int32 `[len(COUNTED)]`.
+          Orders, and counts int32 `[len(COUNTED)]`; zeros if this is no leader.
         """
         number = int(shard[0])
-        silent = Orders.none(capacity)
         if not leader:
-            return tuple(np.zeros_like(x) for x in (*_fields(silent), np.zeros(len(COUNTED), np.int32)))
+            orders = Orders.none(capacity)
+            orders.packed[:] = 0
+            return orders, np.zeros(len(COUNTED), np.int32)
         scheduler = self.schedulers[number]
         try:
             with self.lock:
-                self.history.append((time.monotonic(), number, np.array(status[0])))
+                self.history.append((time.monotonic(), number, _occupation(scheduler, status[0])))
                 self._hear(number, scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
                 self._collect()
             if idle:
+                self.send()
                 self._wait_for_news(number)
             with self.lock:
                 self._rounds[number] += 1
@@ -154,9 +181,9 @@ class Exchange:
         except Exception:  # an exception in a callback would hang or abort the device program
             log.exception("the exchange failed; the trajectories of its shard are marked and end here")
             with self.lock:
-                self._abandon(scheduler)
+                scheduler.abandon()
                 orders, more = scheduler.plan(self.version)
-        return *_fields(orders), self._count(scheduler, orders, more)
+        return orders, self._count(scheduler, orders, more)
 
     def _hear(
         self,
@@ -176,12 +203,13 @@ class Exchange:
                 continue  # seen before: it waits in its lane
             trajectory.turn_versions += [self.version] * (n - len(trajectory.turn_versions))
             trajectory.timing.decoding += time.monotonic() - trajectory.timing.begun
-            trajectory.wrote(tokens[lane, :n].tolist(), logprobs[lane, :n].tolist())
-            self._act(scheduler, trajectory, tokens[lane, :n], StopReason(int(stop[lane])))
+            turn = tokens[lane, :n].tolist()
+            trajectory.wrote(turn, logprobs[lane, :n].tolist())
+            self._act(scheduler, trajectory, turn, StopReason(int(stop[lane])))
 
-    def _act(self, scheduler: Scheduler, trajectory: Trajectory, turn: np.ndarray, stop: StopReason) -> None:
+    def _act(self, scheduler: Scheduler, trajectory: Trajectory, turn: list[int], stop: StopReason) -> None:
         """Parses a turn that has ended: a call goes out, an answer ends the episode."""
-        parsed = protocol.parse_turn(self.tokens.decode(turn.tolist()), stop, self.resolver)
+        parsed = protocol.parse_turn(self.tokens.decode(turn), stop, self.resolver)
         trajectory.turns += 1
         trajectory.well_formed &= parsed.well_formed
         trajectory.closed_turn = stop is StopReason.END_OF_TURN
@@ -197,14 +225,14 @@ class Exchange:
             trajectory.pending, trajectory.stage = parsed.call, Stage.WAITING
             trajectory.timing.called = time.monotonic()
             self._waiting[trajectory.number] = scheduler, trajectory
-            remaining = self.config.deadline - sum(trajectory.timing.waiting)
-            task = trajectory.task
-            self.dispatcher.submit(trajectory.number, parsed.call, task.question, task.images, remaining)
+            self._outgoing.append(trajectory)
 
     def _collect(self) -> None:
         """Takes what the experts have answered, for whichever shard."""
-        for ticket, observation in self.dispatcher.collect():
+        unsent, self._unsent = self._unsent, []
+        for ticket, observation in [*unsent, *self.dispatcher.collect()]:
             scheduler, trajectory = self._waiting.pop(ticket)
+            body = self._bodies.pop(ticket, None)
             if trajectory.finished:
                 continue  # it was abandoned
             timing = trajectory.timing
@@ -212,12 +240,19 @@ class Exchange:
             if trajectory.pending is not None:
                 trajectory.calls.append((trajectory.pending, observation))
                 trajectory.pending = None
-            self._deliver(scheduler, trajectory, observation)
+            self._deliver(scheduler, trajectory, observation, body)
 
-    def _deliver(self, scheduler: Scheduler, trajectory: Trajectory, observation: Observation) -> None:
+    def _read_ahead(self, ticket: int, observation: Observation) -> None:
+        """Encodes a reply while the device decodes."""
+        self._bodies[ticket] = self.body_ids(observation.text)
+
+    def _deliver(
+        self, scheduler: Scheduler, trajectory: Trajectory, observation: Observation, body: list[int] | None = None
+    ) -> None:
         """An observation is ready to be read, or ends an episode that has no room for it."""
         trajectory.marked |= observation.status.is_infrastructure
-        ids = self.observation_ids(observation, last=trajectory.turns >= self.config.max_calls)
+        last = trajectory.turns >= self.config.max_calls
+        ids = self._framed(self.body_ids(observation.text) if body is None else body, last)
         if trajectory.closed_turn:
             ids = ids[1:]  # the policy has closed its turn itself
         if len(trajectory.tokens) + len(ids) >= self.config.room:
@@ -246,22 +281,12 @@ class Exchange:
         shards = self.schedulers.values()
         return any(s.has_work for s in shards) or not any(s.unfinished for s in shards)
 
-    def _abandon(self, scheduler: Scheduler) -> None:
-        for group in [slot for slot in scheduler.slots if slot is not None]:
-            for member in group.members:
-                if not member.finished:
-                    member.marked = True
-                    scheduler.finish(member)
-        scheduler.fresh.clear()
-        scheduler.returning.clear()
-
     def _count(self, scheduler: Scheduler, orders: Orders, more: bool) -> np.ndarray:
         """What decides about the next programs, in the order of `COUNTED`."""
         lanes = scheduler.capacity.lanes
         decoding = sum(t is not None and t.stage is Stage.DECODING for t in scheduler.lanes)
         rows = [orders.park_lanes, orders.load_lanes, orders.unload_lanes, orders.back_lanes, orders.append_lanes]
-        reseated = int(orders.changed.sum() + orders.waiting.sum())
-        counts = [scheduler.unfinished, decoding, len(scheduler.admitted), reseated]
+        counts = [scheduler.unfinished, decoding, len(scheduler.admitted), int(orders.changed.sum())]
         counts += [*(int((x < lanes).sum()) for x in rows), int(more), scheduler.overdue]
         return np.array([*counts, scheduler.leading, len(scheduler.finished)], np.int32)
 
@@ -269,10 +294,12 @@ class Exchange:
 
     def observation_ids(self, observation: Observation, last: bool) -> list[int]:
         """A whole user turn with the neutralised, capped observation, and the next assistant header."""
-        body = self.body_ids(observation.text)
-        body += self.filler * (-len(body) % self.config.observation_multiple)
+        return self._framed(self.body_ids(observation.text), last)
+
+    def _framed(self, body: list[int], last: bool) -> list[int]:
+        fill = self.filler * (-len(body) % self.config.observation_multiple)
         note = self.no_calls_left if last else []
-        return [*self.before, *self.opening, *body, *self.closing, *note, *self.after]
+        return [*self.before, *self.opening, *body, *fill, *self.closing, *note, *self.after]
 
     def body_ids(self, text: str) -> list[int]:
         """Foreign text, neutralised and capped; with its leading space, so that a quote has the same tokens."""
@@ -287,7 +314,7 @@ class Counts:
     unfinished: int  # groups
     decoding: int  # lanes, once the orders are carried out
     admitted: int  # groups
-    reseated: int  # lanes with another trajectory, or that keep one which waits
+    reseated: int  # lanes with another trajectory than before, or none
     parked: int
     loaded: int
     unloaded: int
@@ -303,52 +330,52 @@ COUNTED = tuple(field.name for field in dataclasses.fields(Counts))
 _SUMMED = COUNTED.index("leading")
 
 
-def _fields(orders: Orders) -> tuple[np.ndarray, ...]:
-    return tuple(getattr(orders, field.name) for field in dataclasses.fields(orders))
+def _occupation(scheduler: Scheduler, status: np.ndarray) -> np.ndarray:
+    """What lanes have been doing (`Lane`, `[S]`), given what the device knows of it."""
+    waits = [t is not None and t.stage in (Stage.WAITING, Stage.READY) for t in scheduler.lanes]
+    return np.where([t is None for t in scheduler.lanes], Lane.EMPTY, np.where(waits, Lane.WAITING, status))
 
 
 def make_exchange_program(
     exchange: Exchange, mesh: Mesh, capacity: Capacity
 ) -> Callable[[Lanes, Array], tuple[Orders, Array]]:
-    """Compiles the exchange: `(lanes, shard numbers int32 [D]) → (orders with leading axis D, counts)`.
+    """Compiles the exchange: `(lanes, shard numbers int32 [D]) → (orders of pieces with leading axis D, counts)`.
 
     Counts int32 `[len(COUNTED)]` are replicated. All processes read them, so all enqueue the same programs in the
     same order.
     """
     shards = PartitionSpec(BATCH_AXES)
-    blank = (*_fields(Orders.none(capacity)), np.zeros(len(COUNTED), np.int32))
-    # One array: what a callback gives back costs time by the piece.
-    packed = jax.ShapeDtypeStruct((1, sum(x.size for x in blank)), np.int32)
+    blank, places = orders_layout(capacity)
+    # One array each way: what a callback takes and gives costs time by the piece.
+    answer = jax.ShapeDtypeStruct((blank.size + len(COUNTED),), np.int32)
 
-    def serve(*args: np.ndarray) -> np.ndarray:
-        given = exchange.serve(capacity, *(np.asarray(x) for x in args))
-        return np.concatenate([np.ravel(x).view(np.int32) for x in given])[None]
-
-    def unpack(row: Array) -> list[Array]:
-        pieces = jnp.split(row, np.cumsum([x.size for x in blank])[:-1])
-        cast = (jax.lax.bitcast_convert_type(piece, x.dtype) for piece, x in zip(pieces, blank, strict=True))
-        return [piece.reshape(1, *x.shape) for piece, x in zip(cast, blank, strict=True)]
-
-    def local(shard: Array, status: Array, *turn: Array) -> tuple[tuple[Array, ...], Array]:
+    def local(shard: Array, status: Array, *turn: Array) -> tuple[Array, Array]:
         leader = jax.lax.axis_index("tensor") == 0
-        decoding = jax.lax.psum(jnp.sum(status == Lane.DECODING), BATCH_AXES)
-        answered = io_callback(serve, packed, shard, leader, decoding == 0, status, *turn)
-        *orders, counts = unpack(jax.lax.psum(answered, "tensor")[0])
-        summed, least = jax.lax.psum(counts[0], BATCH_AXES), jax.lax.pmin(counts[0], BATCH_AXES)
-        return tuple(orders), jnp.where(np.arange(len(COUNTED)) < _SUMMED, summed, least)
+        idle = jax.lax.psum(jnp.sum(status == Lane.DECODING), BATCH_AXES) == 0
+        told = shard, leader.astype(jnp.int32), idle.astype(jnp.int32), status, *turn
 
-    manual = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(shards,) * 6,
-        out_specs=((shards,) * len(blank[:-1]), PartitionSpec()),
-        check_vma=False,
-    )
+        def serve(row: np.ndarray) -> np.ndarray:
+            orders, counts = exchange.serve(capacity, *_unpack(np.asarray(row), told))
+            return np.concatenate([orders.packed, counts])
 
-    compiled = jax.jit(manual)
+        bits = [jax.lax.bitcast_convert_type(x, jnp.int32).ravel() for x in told]
+        answered = jax.lax.psum(io_callback(serve, answer, jnp.concatenate(bits)), "tensor")
+        packed, counts = answered[: blank.size], answered[blank.size :]
+        summed, least = jax.lax.psum(counts, BATCH_AXES), jax.lax.pmin(counts, BATCH_AXES)
+        return packed[None], jnp.where(np.arange(len(COUNTED)) < _SUMMED, summed, least)
+
+    out_specs = (shards, PartitionSpec())
+    compiled = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(shards,) * 6, out_specs=out_specs, check_vma=False))
 
     def program(lanes: Lanes, shard: Array) -> tuple[Orders, Array]:
-        fields, counts = compiled(shard, lanes.status, lanes.stop, lanes.tokens, lanes.logprobs, lanes.written)
-        return Orders(*fields), counts
+        packed, counts = compiled(shard, lanes.status, lanes.stop, lanes.tokens, lanes.logprobs, lanes.written)
+        pieces: dict[str, Any] = {name: Piece(packed, *place) for name, place in places.items()}
+        return Orders(packed, **pieces), counts
 
     return program
+
+
+def _unpack(row: np.ndarray, likes: Sequence[Array]) -> list[np.ndarray]:
+    """The arrays whose bits follow each other in an int32 row, given what they are like."""
+    ends = np.cumsum([x.size for x in likes]).tolist()
+    return [row[end - x.size : end].view(x.dtype).reshape(x.shape) for end, x in zip(ends, likes, strict=True)]

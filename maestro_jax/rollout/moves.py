@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from maestro_jax.policy.cascade import LaneKV, put, take
-from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes
+from maestro_jax.rollout.state import Groups, Lanes, Sizes
 
 Array = jax.Array
 
@@ -27,7 +27,6 @@ class Seating:
     length: Array  # int32 [D, S]: tokens that the trajectory has already
     turn: Array  # int32 [D, S]: its turn
     keys: Array  # uint32 [D, S, 2]: its random key data
-    waiting: Array  # int32 [D, S]: 1 where a lane that has stopped keeps its trajectory
 
 
 def seat_lanes(groups: Groups, lanes: Lanes, seating: Seating, sizes: Sizes) -> Lanes:
@@ -40,7 +39,7 @@ def seat_lanes(groups: Groups, lanes: Lanes, seating: Seating, sizes: Sizes) -> 
 
     return dataclasses.replace(
         lanes,
-        status=jnp.where(changed, seating.status, jnp.where(seating.waiting > 0, Lane.WAITING, lanes.status)),
+        status=new(lanes.status, seating.status),
         stop=new(lanes.stop, 0),
         written=new(lanes.written, 0),
         length=new(lanes.length, seating.length),

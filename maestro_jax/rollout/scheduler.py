@@ -8,7 +8,10 @@ the order of their groups.
 
 import collections
 import dataclasses
+import functools
+import math
 import time
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,9 +44,11 @@ class Capacity:
 class Orders:
     """What the device is to do with one shard before it decodes again; numpy, static shapes, no bools.
 
-    Rows that order nothing name lane S; pages that are left out are page M. The order of fields is the exchange's
-    wire format, their meaning that of `rollout/moves.py` and `append_observations`.
+    Rows that order nothing name lane S; pages that are left out are page M. What fields mean stands in
+    `rollout/moves.py` and `append_observations`. All are pieces of one array, in which they travel.
     """
+
+    packed: np.ndarray  # int32 [N]
 
     changed: np.ndarray  # int32 [S]
     status: np.ndarray  # int32 [S]
@@ -51,7 +56,6 @@ class Orders:
     length: np.ndarray  # int32 [S]
     turn: np.ndarray  # int32 [S]
     keys: np.ndarray  # uint32 [S, 2]
-    waiting: np.ndarray  # int32 [S]: lanes that have stopped and are neither read nor replaced
     park_lanes: np.ndarray  # int32 [A]
     park_table: np.ndarray  # int32 [A, n]
     load_lanes: np.ndarray  # int32 [A]
@@ -64,32 +68,52 @@ class Orders:
     slots: np.ndarray  # int32 [b]: of groups that are to be prefilled, B for none
 
     @classmethod
-    def none(cls, c: Capacity) -> "Orders":
+    def none(cls, capacity: Capacity) -> "Orders":
         """Orders that change nothing."""
-
-        def full(shape: tuple[int, ...], value: int = 0) -> np.ndarray:
-            return np.full(shape, value, np.int32)
-
-        lanes, rows, pages = (c.lanes,), (c.append_rows,), (c.append_rows, c.room // c.page)
+        blank, places = orders_layout(capacity)
+        packed = blank.copy()
         return cls(
-            changed=full(lanes),
-            status=full(lanes),
-            seat=full(lanes, c.groups * c.members),
-            length=full(lanes),
-            turn=full(lanes),
-            keys=np.zeros((c.lanes, 2), np.uint32),
-            waiting=full(lanes),
-            park_lanes=full(rows, c.lanes),
-            park_table=full(pages, c.pages),
-            load_lanes=full(rows, c.lanes),
-            load_table=full(pages, c.pages),
-            unload_lanes=full(rows, c.lanes),
-            back_lanes=full(rows, c.lanes),
-            append_lanes=full(rows, c.lanes),
-            observation=full((*rows, c.observation)),
-            observation_length=full(rows),
-            slots=full((c.prefill_groups,), c.groups),
+            packed, **{name: packed[p.start : p.end].reshape(p.shape).view(p.dtype) for name, p in places.items()}
         )
+
+
+class Place(NamedTuple):
+    """Where a field of `Orders` stands in the packed array."""
+
+    start: int
+    end: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@functools.lru_cache(maxsize=64)
+def orders_layout(c: Capacity) -> tuple[np.ndarray, dict[str, Place]]:
+    """Packed orders that change nothing, and where each field stands in them."""
+    lanes, rows, pages = (c.lanes,), (c.append_rows,), (c.append_rows, c.room // c.page)
+    nobody, no_page = c.lanes, c.pages
+    blank = {
+        "changed": (lanes, 0),
+        "status": (lanes, 0),
+        "seat": (lanes, c.groups * c.members),
+        "length": (lanes, 0),
+        "turn": (lanes, 0),
+        "keys": ((c.lanes, 2), 0),
+        "park_lanes": (rows, nobody),
+        "park_table": (pages, no_page),
+        "load_lanes": (rows, nobody),
+        "load_table": (pages, no_page),
+        "unload_lanes": (rows, nobody),
+        "back_lanes": (rows, nobody),
+        "append_lanes": (rows, nobody),
+        "observation": ((*rows, c.observation), 0),
+        "observation_length": (rows, 0),
+        "slots": ((c.prefill_groups,), c.groups),
+    }
+    places, end = {}, 0
+    for name, (shape, _) in blank.items():
+        start, end = end, end + math.prod(shape)
+        places[name] = Place(start, end, shape, np.dtype(np.uint32 if name == "keys" else np.int32))
+    return np.concatenate([np.full(math.prod(shape), value, np.int32) for shape, value in blank.values()]), places
 
 
 class Scheduler:
@@ -113,8 +137,8 @@ class Scheduler:
         self.unloaded: list[tuple[Parked, int]] = []  # where it goes, and how many tokens are of use
         self.brought_back: list[Trajectory] = []
         self._vacated: list[int] = []  # pages that are free once the orders have been carried out
-        self._empty = set(range(capacity.lanes))  # lanes that the device knows to be empty
-        self._resting: set[int] = set()  # lanes that the device knows to wait
+        self._seated: set[int] = set()  # lanes that somebody sits in, as far as the device knows
+        self._cleared_at_once = False  # whether lanes without a trajectory may still be decoding
 
     # ---- what happens to trajectories ----------------------------------------------------------------------
 
@@ -145,6 +169,17 @@ class Scheduler:
                 self.in_order.popleft()
                 self.leading += 1
 
+    def abandon(self) -> None:
+        """Ends and marks all that run, wherever they are."""
+        for group in [slot for slot in self.slots if slot is not None]:
+            for member in group.members:
+                if not member.finished:
+                    member.marked = True
+                    self.finish(member)
+        self.fresh.clear()
+        self.returning.clear()
+        self._cleared_at_once = True
+
     @property
     def unfinished(self) -> int:
         """Groups that are not over."""
@@ -172,19 +207,16 @@ class Scheduler:
         self._admit(orders, version)
         self._seat_returning(orders, self._append_in_place(orders))
         self._seat_fresh(orders)
-        more = self._may_seat
-        for lane, trajectory in enumerate(self.lanes):
-            if trajectory is None:
-                self._resting.discard(lane)
-                if lane not in self._empty:
-                    self._empty.add(lane)
-                    orders.changed[lane] = 1  # seat and status say already that it is empty
-            elif trajectory.stage is not Stage.DECODING:
-                if lane not in self._resting:
-                    self._resting.add(lane)
-                    orders.waiting[lane] = 1
-                more |= trajectory.stage is Stage.READY
-        return orders, more
+        self._clear(orders)
+        return orders, self._may_seat or any(t is not None and t.stage is Stage.READY for t in self.lanes)
+
+    def _clear(self, orders: Orders) -> None:
+        """Empties lanes that nobody sits in, together with the next seating: until then they stand still anyway."""
+        if orders.changed.any() or self._cleared_at_once:
+            empty = {lane for lane in self._seated if self.lanes[lane] is None}
+            orders.changed[list(empty)] = 1  # seat and status say already that they are empty
+            self._seated -= empty
+            self._cleared_at_once = False
 
     @property
     def _may_admit(self) -> bool:
@@ -215,7 +247,6 @@ class Scheduler:
 
     def _append(self, orders: Orders, row: int, lane: int, trajectory: Trajectory) -> None:
         ids = trajectory.observation
-        self._resting.discard(lane)
         orders.append_lanes[row], orders.observation_length[row] = lane, len(ids)
         orders.observation[row, : len(ids)] = ids
         trajectory.was_told(ids)
@@ -256,8 +287,7 @@ class Scheduler:
         group = trajectory.group
         assert group is not None
         self.lanes[lane] = trajectory
-        self._empty.discard(lane)
-        self._resting.discard(lane)
+        self._seated.add(lane)
         orders.changed[lane] = orders.status[lane] = 1
         orders.seat[lane] = group.slot * self.capacity.members + trajectory.member
         orders.length[lane] = length

@@ -122,17 +122,23 @@ class Session:
         self.version = version
         for scheduler in self.schedulers.values():
             scheduler.oldest_allowed = oldest_allowed
-        while True:
-            with jax.set_mesh(mesh):
-                counts, self._held = self._round(params, weights, *self._held)
-            yield counts
-            if not counts.unfinished:
-                return
-            if counts.decoding and not counts.more:
-                groups, lanes, pages = self._held
+        try:
+            while True:
                 with jax.set_mesh(mesh):
-                    lanes = programs.decode(weights, groups, lanes, self.compiled.tables, self.noise)
-                self._held = groups, lanes, pages
+                    counts, self._held = self._round(params, weights, *self._held)
+                if not counts.decoding:
+                    self.exchange.send()  # before the listener takes its time
+                yield counts
+                if not counts.unfinished:
+                    return
+                if counts.decoding and not counts.more:
+                    groups, lanes, pages = self._held
+                    with jax.set_mesh(mesh):
+                        lanes = programs.decode(weights, groups, lanes, self.compiled.tables, self.noise)
+                    self._held = groups, lanes, pages
+                self.exchange.send()
+        finally:
+            self.exchange.send()
 
     def _round(
         self, params: nnx.State, weights: Any, groups: Groups, lanes: Lanes, pages: LaneKV

@@ -24,8 +24,8 @@ class Lane(enum.IntEnum):
 
     EMPTY = 0
     DECODING = 1
-    STOPPED = 2  # its turn ended; the exchange has not seen it yet
-    WAITING = 3  # its call is with the experts
+    STOPPED = 2  # its turn ended in the last chunk
+    WAITING = 3  # its turn ended before: its call is with the experts, or its trajectory is over
 
 
 @dataclasses.dataclass(frozen=True)

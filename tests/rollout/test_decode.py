@@ -18,7 +18,7 @@ from maestro_jax.policy.model import PrefixBatch, prompt_shardings
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.moves import Seating
-from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
+from maestro_jax.rollout.programs import RolloutPrograms, Weights, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes
 from maestro_jax.types import StopReason
@@ -34,6 +34,7 @@ END_OF_TURN = 290
 PIECES = {0: b"</search", 1: b"> and", 2: b"</answer", 3: b"x"}
 TOKEN_BYTES = [b"</answer>" if i % 20 == 4 else PIECES.get(i % 5, b"y") for i in range(toy.VOCABULARY)]
 GRAPH, PARAMS = nnx.split(toy.policy(), nnx.Param)
+WEIGHTS = Weights.of(PARAMS)
 
 
 def stop_tables(token_bytes: list[bytes] = TOKEN_BYTES, end_of_turn: int = END_OF_TURN) -> StopTables:
@@ -116,7 +117,7 @@ def device_episodes(
     episodes = [Episode(int(number)) for number in numbers.ravel()]  # by lane
     told: dict[int, tuple[int, list[int]]] = {}  # by lane: how many rounds from now, and what
     while not all(episode.done for episode in episodes):
-        lanes = run.decode(PARAMS, groups, lanes, tables, np.float32(noise))
+        lanes = run.decode(WEIGHTS, groups, lanes, tables, np.float32(noise))
         status, stop, tokens, logprobs, written = jax.device_get(
             [x[0] for x in (lanes.status, lanes.stop, lanes.tokens, lanes.logprobs, lanes.written)]
         )
@@ -127,11 +128,11 @@ def device_episodes(
             rounds = patience(episode.number, len(episode.stops))
             told[lane] = rounds, episode.end_turn(StopReason(int(stop[lane])))
         over = np.array([[episode.done for episode in episodes]])
-        lanes = run.seat(groups, lanes, seating(changed=over, waiting=~over & (status != Lane.DECODING)))
+        lanes = run.seat(groups, lanes, seating(changed=over))
         due = [lane for lane, (rounds, ids) in told.items() if rounds <= 0 and ids]
         for few in (due[at : at + ROWS] for at in range(0, len(due), ROWS)):
             lanes = run.append(
-                PARAMS, groups, lanes, *appended(few, [told.pop(lane)[1] for lane in few], len(episodes))
+                WEIGHTS, groups, lanes, *appended(few, [told.pop(lane)[1] for lane in few], len(episodes))
             )
     return [episodes[at : at + MEMBERS] for at in range(0, len(episodes), MEMBERS)]
 
@@ -148,7 +149,6 @@ def seating(
     changed: np.ndarray,
     status: np.ndarray | None = None,
     keys: np.ndarray | None = None,
-    waiting: np.ndarray | None = None,
 ) -> Seating:
     """Lane n is that of member n; without a status it is emptied."""
     nothing, lanes = np.zeros(changed.shape, np.int32), changed.shape[1]
@@ -159,7 +159,6 @@ def seating(
         length=nothing,
         turn=nothing,
         keys=np.zeros((*changed.shape, 2), np.uint32) if keys is None else keys,
-        waiting=nothing if waiting is None else np.asarray(waiting, np.int32),
     )
 
 
@@ -354,13 +353,13 @@ def test_empty_lanes_never_decode() -> None:
     groups, lanes = seated(run, toy.prompts(), KEYS)
     empty = np.arange(GROUPS * MEMBERS)[None] // MEMBERS == 1
     lanes = run.seat(groups, lanes, seating(empty))
-    lanes = run.decode(PARAMS, groups, lanes, stop_tables(), np.float32(1))
+    lanes = run.decode(WEIGHTS, groups, lanes, stop_tables(), np.float32(1))
     for counts in (lanes.written, lanes.length):
         np.testing.assert_array_equal(np.asarray(counts) == 0, empty)
     assert (np.asarray(lanes.status)[empty] == Lane.EMPTY).all()
 
 
-def test_fresh_lanes_are_spread_over_the_mesh_and_decoded_by_one_program() -> None:
+def test_fresh_lanes_are_spread_over_the_mesh_and_decoded_by_one_program(caplog: pytest.LogCaptureFixture) -> None:
     """Zeros depend on nothing sharded: left alone, every device would hold every lane, and decoding compile twice."""
     mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
     run = rollout_programs(GRAPH, sizes(1, shards=2, pages=2), DecodeConfig(CHUNK, SamplingConfig(TEMPERATURE)))
@@ -374,7 +373,10 @@ def test_fresh_lanes_are_spread_over_the_mesh_and_decoded_by_one_program() -> No
         lanes = run.seat(groups, lanes, start)
         weights = run.weights(jax.device_put(PARAMS, replicated(mesh)))
         for step in range(3):
+            caplog.clear()
             for leaf in jax.tree.leaves((lanes, pages, groups.hidden, groups.shared.keys, groups.shared.mask)):
                 assert leaf.sharding.is_equivalent_to(over_groups(mesh), leaf.ndim), step
-            lanes = run.decode(weights, groups, lanes, stop_tables(), np.float32(1))
-    assert run.decode._cache_size() == 1
+            with jax.log_compiles():
+                lanes = run.decode(weights, groups, lanes, stop_tables(), np.float32(1))
+            compiled = [r for r in caplog.records if r.getMessage().startswith("Finished XLA compilation")]
+            assert len(compiled) == (step == 0)

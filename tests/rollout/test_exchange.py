@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -124,20 +123,22 @@ class Bench:
         lanes = Lanes(**dict.fromkeys(field.name for field in dataclasses.fields(Lanes)) | on_mesh)  # type: ignore[arg-type]
         with jax.set_mesh(self.mesh):
             orders, counts = self.program(lanes, jax.device_put(np.arange(self.shards, dtype=np.int32), over))
-        return self._result(jax.device_get(orders), Counts(*np.asarray(counts).tolist()))
+            given = [x.cut() for x in (orders.append_lanes, orders.observation, orders.observation_length)]
+        self.exchange.send()
+        return self._result(*jax.device_get(given), Counts(*np.asarray(counts).tolist()))
 
     def _by_shard(self, x: np.ndarray) -> np.ndarray:
         return x.reshape(self.shards, -1, *x.shape[2:])
 
-    def _result(self, orders: Any, counts: Counts) -> Result:
+    def _result(self, appended: np.ndarray, observation: np.ndarray, lengths: np.ndarray, counts: Counts) -> Result:
         told: dict[At, list[int]] = {}
-        for shard, lanes in enumerate(orders.append_lanes):
+        for shard, lanes in enumerate(appended):
             for row, lane in enumerate(lanes):
                 if lane < self.capacity.lanes:
                     group, member = divmod(shard * self.capacity.lanes + int(lane), MEMBERS)
-                    length = orders.observation_length[shard][row]
-                    told[group, member] = orders.observation[shard][row][:length].tolist()
-                    assert not orders.observation[shard][row][length:].any()
+                    length = lengths[shard, row]
+                    told[group, member] = observation[shard, row, :length].tolist()
+                    assert not observation[shard, row, length:].any()
         lane = np.full((GROUPS, MEMBERS), Lane.EMPTY)
         for group, record in self.records.items():
             lane[group] = [_LANE_OF[member.stage] for member in record.members]
@@ -214,7 +215,7 @@ def test_an_answer_ends_the_episode(bench: Bench) -> None:
     )
 
 
-def test_an_exception_ends_the_lanes_as_marked(toy_tokens: Tokens, mesh: Mesh) -> None:
+def test_a_call_that_cannot_be_sent_is_a_failure_of_the_infrastructure(toy_tokens: Tokens, mesh: Mesh) -> None:
     desk = toy.Desk()
     bench = quick(toy_tokens, mesh, desk)
 
@@ -223,7 +224,29 @@ def test_an_exception_ends_the_lanes_as_marked(toy_tokens: Tokens, mesh: Mesh) -
 
     desk.submit = broken  # type: ignore[method-assign]
     found = bench.run(dict.fromkeys(EVERY_LANE, CALL_TEXT))
-    assert (found.lane == Lane.EMPTY).all()
+    assert (found.lane == Lane.DECODING).all() and found.counts.appended == len(EVERY_LANE)
+    for at in EVERY_LANE:
+        ((call, observation),) = bench.trajectory(at).calls
+        assert (call, observation.status, bench.trajectory(at).marked) == (CALL, Status.UNAVAILABLE, True)
+
+
+def test_calls_leave_when_the_device_has_work_again(toy_tokens: Tokens, one_device: Mesh) -> None:
+    """Whatever sends them competes for the interpreter with what the device waits for."""
+    bench, sent = quick(toy_tokens, one_device, toy.Desk()), []
+    send = bench.exchange.send
+    bench.exchange.send = lambda: sent.append(len(bench.desk.submitted)) or send()  # type: ignore[method-assign,func-returns-value]
+    bench.run({(0, 0): CALL_TEXT}, others=Lane.DECODING)
+    assert sent == [0] and len(bench.desk.submitted) == 1
+    bench.run({(0, 1): CALL_TEXT})  # no lane decodes: they leave before the callback waits for replies
+    assert sent == [0, 1, 2] and bench.desk.waited
+
+
+def test_an_exception_ends_the_lanes_as_marked(toy_tokens: Tokens, mesh: Mesh) -> None:
+    desk = toy.Desk()
+    bench = quick(toy_tokens, mesh, desk)
+    desk.collect = None  # type: ignore[assignment,method-assign]
+    found = bench.run(dict.fromkeys(EVERY_LANE, CALL_TEXT))
+    assert (found.lane == Lane.EMPTY).all() and found.counts.reseated == len(EVERY_LANE)
     assert found.unfinished == 0
     assert all(bench.trajectory(at).marked and bench.trajectory(at).finished for at in EVERY_LANE)
 

@@ -116,13 +116,10 @@ def test_a_lane_gets_its_trajectory_and_the_others_keep_theirs(run: RolloutProgr
         length=rng.integers(0, 24, (2, 4)).astype(np.int32),
         turn=rng.integers(0, 4, (2, 4)).astype(np.int32),
         keys=rng.integers(0, 2**32, (2, 4, 2), dtype=np.uint32),
-        waiting=np.array([[0, 1, 0, 0], [0, 0, 0, 1]], np.int32),
     )
     found = run.seat(groups, before, seating)
     new = changed > 0
-    kept_status = np.where(seating.waiting > 0, Lane.WAITING, before.status)
-    np.testing.assert_array_equal(found.status, np.where(new, seating.status, kept_status))
-    for name in ("seat", "length", "turn", "keys"):
+    for name in ("status", "seat", "length", "turn", "keys"):
         given, old = getattr(seating, name), getattr(before, name)
         np.testing.assert_array_equal(found_of(found, name)[new], given[new], err_msg=name)
         np.testing.assert_array_equal(found_of(found, name)[~new], old[~new], err_msg=name)

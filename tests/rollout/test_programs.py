@@ -18,7 +18,7 @@ from maestro_jax.policy.model import DecodingPolicy, Policy
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.moves import Seating
-from maestro_jax.rollout.programs import RolloutPrograms, decoding_weights, rollout_programs
+from maestro_jax.rollout.programs import RolloutPrograms, Weights, decoding_weights, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Sizes
 from tests.rollout import toy
@@ -60,14 +60,14 @@ def calls() -> dict[str, tuple[Any, Any, tuple]]:
     moved = jax.eval_shape(run.unload, lanes, integers(1, 3))
     at, table, every_lane = integers(1, 3), integers(1, 3, SIZES.pages_of_lane), integers(1, 12)
     keys = jax.ShapeDtypeStruct((1, 12, 2), jnp.uint32)
-    seating = Seating(every_lane, every_lane, every_lane, every_lane, every_lane, keys, every_lane)
+    seating = Seating(every_lane, every_lane, every_lane, every_lane, every_lane, keys)
     noise = jax.ShapeDtypeStruct((), jnp.float32)
-    prefixes = dataclasses.replace(groups.shared, root_keys=[], root_values=[])
+    prefixes, weights = dataclasses.replace(groups.shared, root_keys=[], root_values=[]), Weights.of(params)
     return {
         "with_root": (run.with_root, (prefixes, groups.hidden), (params, groups, prompts.root)),
         "prefill": (run.prefill, groups, (params, groups, prompts, at)),
-        "decode": (run.decode, lanes, (params, groups, lanes, TABLES, noise)),
-        "append": (run.append, lanes, (params, groups, lanes, at, integers(1, 3, 5), at)),
+        "decode": (run.decode, lanes, (weights, groups, lanes, TABLES, noise)),
+        "append": (run.append, lanes, (weights, groups, lanes, at, integers(1, 3, 5), at)),
         "seat": (run.seat, lanes, (groups, lanes, seating)),
         "park": (run.park, pages, (lanes, pages, at, table)),
         "load": (run.load, lanes, (lanes, pages, at, table)),
@@ -99,7 +99,7 @@ def buffers(x: jax.Array) -> list[int]:
 
 def test_on_one_device_decoding_reads_the_trainers_own_buffers() -> None:
     graph, params = nnx.split(toy.policy(), nnx.Param)
-    found, wanted = leaves_of(decoding_weights(graph, params)), leaves_of(params)
+    found, wanted = leaves_of(decoding_weights(graph, params).whole()), leaves_of(params)
     assert found.keys() == wanted.keys()
     assert all(buffers(found[name]) == buffers(leaf) for name, leaf in wanted.items())
 
@@ -112,7 +112,7 @@ def in_bfloat16() -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def test_the_decoder_is_cut_and_cast_to_the_compute_dtype(in_bfloat16: tuple[nnx.GraphDef, nnx.State]) -> None:
-    found = decoding_weights(*in_bfloat16)
+    found = decoding_weights(*in_bfloat16).whole()
     assert isinstance(found, DecodingPolicy) and len(found.layers) == toy.architecture().text.num_hidden_layers
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -124,7 +124,7 @@ def decoded(run: RolloutPrograms, params: nnx.State, weights: Any) -> tuple[np.n
     groups = run.prefill(params, groups, prompts, np.arange(3)[None])
     nothing = np.zeros((1, 12), np.int32)
     seat, keys = np.arange(12)[None], np.zeros((1, 12, 2), np.uint32)
-    lanes = run.seat(groups, lanes, Seating(everyone, everyone, seat, nothing, nothing, keys, nothing))
+    lanes = run.seat(groups, lanes, Seating(everyone, everyone, seat, nothing, nothing, keys))
     lanes = run.decode(weights, groups, lanes, TABLES, np.float32(0))
     return np.asarray(lanes.tokens), np.asarray(lanes.logprobs)
 
@@ -133,7 +133,7 @@ def test_weights_cast_once_decode_what_weights_cast_at_use_do(in_bfloat16: tuple
     graph, params = in_bfloat16
     run = rollout_programs(graph, SIZES, CONFIG)
     for found, wanted in zip(
-        decoded(run, params, decoding_weights(graph, params)), decoded(run, params, params), strict=True
+        decoded(run, params, decoding_weights(graph, params)), decoded(run, params, Weights.of(params)), strict=True
     ):
         np.testing.assert_array_equal(found, wanted)
 
@@ -142,7 +142,7 @@ def test_on_a_mesh_the_decoder_is_whole_but_for_the_tensor_axis() -> None:
     mesh = make_mesh(MeshConfig(1, 4, 2), jax.devices())
     graph, params = init_params(lambda: Policy(toy.architecture(), nnx.Rngs(0)), mesh, ShardingRules())
     with jax.set_mesh(mesh):
-        found = decoding_weights(graph, params)
+        found = decoding_weights(graph, params).whole()
     assert isinstance(found, DecodingPolicy)
     for leaf in jax.tree.leaves(found):
         assert "fsdp" not in jax.tree.leaves(tuple(leaf.sharding.spec))

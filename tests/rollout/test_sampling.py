@@ -28,7 +28,8 @@ def reference(logits: np.ndarray, config: SamplingConfig) -> np.ndarray:
     """Probabilities `[V]`, written plainly: sort, cut, normalise."""
     x = logits.astype(np.float64) / config.temperature
     order = np.argsort(-x, kind="stable")
-    allowed = order[: config.top_k or len(order)]
+    last = order[min(config.top_k or len(order), len(order)) - 1]
+    allowed = order[x[order] >= x[last]]  # with those that equal the last one, as transformers does it
     p = np.exp(x[allowed] - x[allowed].max())
     p /= p.sum()
     kept = allowed[: 1 + int((np.cumsum(p) < config.top_p).sum())] if config.top_p < 1 else allowed
@@ -67,7 +68,7 @@ def test_without_noise_the_likeliest_token_is_taken(config: SamplingConfig) -> N
     np.testing.assert_allclose(logprobs, np.log(reference(LOGITS, config)[best]), atol=2e-6, rtol=0)
 
 
-# Multiples of 1/8, some of them equal; of those equal to the last allowed one the reference keeps some, we keep all.
+# Multiples of 1/8, some equal; of those equal to the last one within top-p the reference keeps some, we keep all.
 LEVELS = npst.arrays(np.float32, 9, elements=st.integers(-40, 40).map(lambda level: level / 8))
 
 

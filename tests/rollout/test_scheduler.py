@@ -69,7 +69,7 @@ def test_lanes_are_filled_in_the_order_of_groups() -> None:
     assert orders.changed.tolist() == orders.status.tolist() == [1, 1, 1, 1]
     assert orders.seat.tolist() == [0, 1, 2, 3] and orders.slots.tolist() == [0, 1]
     assert orders.keys.tolist() == [[n, 7] for n in range(4)]
-    assert not orders.length.any() and not orders.turn.any() and not orders.waiting.any()
+    assert not orders.length.any() and not orders.turn.any()
     assert [record.version for record in scheduler.admitted] == [5, 5] and scheduler.unfinished == 3
 
 
@@ -79,11 +79,11 @@ def test_a_lane_stays_with_who_waits_while_nobody_wants_it() -> None:
     call_out(second, 5)
     orders, more = scheduler.plan(0)
     assert scheduler.lanes == [first, second, third] and second.parked is None and not more
-    assert orders.waiting.tolist() == [0, 1, 0] and not orders.changed.any()
+    assert not orders.changed.any()
     scheduler.ready(second, [8, 9])
     orders, _ = scheduler.plan(0)
     assert rows(orders.append_lanes, 3) == [1] and orders.observation[0].tolist() == [8, 9, 0]
-    assert orders.observation_length.tolist() == [2, 0] and not orders.waiting.any()
+    assert orders.observation_length.tolist() == [2, 0]
     assert second.stage is Stage.DECODING and second.tokens[-2:] == [8, 9] and second.authored[-3:] == [1, 0, 0]
 
 
@@ -98,7 +98,7 @@ def test_who_waits_is_parked_on_the_device_then_on_the_host_and_then_held() -> N
     assert (on_host.parked.pages, on_host.parked.size, scheduler.host_bytes) == ([], 80, 80)
     assert scheduler.unloaded == [(on_host.parked, 8)] and held.parked is None
     assert rows(orders.park_lanes, 3) == [0] and rows(orders.unload_lanes, 3) == [1]
-    assert scheduler.lanes == [trajectories[3], trajectories[4], held] and orders.waiting.tolist() == [0, 0, 1]
+    assert scheduler.lanes == [trajectories[3], trajectories[4], held] and orders.changed.tolist() == [1, 1, 0]
     assert scheduler.free_pages == [] and not more and list(scheduler.fresh) == [trajectories[5]]
 
 
@@ -235,13 +235,38 @@ def test_a_slot_is_used_again_when_its_whole_group_is_over() -> None:
     for trajectory in trajectories[3:5]:
         scheduler.finish(trajectory)
     orders, _ = scheduler.plan(1)
-    assert orders.slots.tolist() == [2] and orders.changed.tolist() == [0, 0, 0, 1, 1, 0]
-    assert orders.status[3:5].tolist() == [Lane.EMPTY] * 2 and orders.seat[3:5].tolist() == [6, 6]
+    assert orders.slots.tolist() == [2] and not orders.changed.any()
     scheduler.finish(trajectories[5])
     orders, _ = scheduler.plan(1)
     assert orders.slots.tolist() == [1] and orders.seat.tolist()[3:] == [3, 4, 5]
     assert scheduler.finished == [trajectories[3].group] and scheduler.slots[1] is trajectories[6].group
     assert trajectories[6].group.version == 1 and scheduler.unfinished == 2
+
+
+def test_lanes_of_who_is_over_are_emptied_with_the_next_seating() -> None:
+    scheduler, trajectories = scheduler_of(2, lanes=3, groups=2, prefill_groups=1)
+    scheduler.plan(0)
+    scheduler.finish(trajectories[0])
+    scheduler.finish(trajectories[2])
+    orders, _ = scheduler.plan(0)
+    assert orders.changed.tolist() == [1, 0, 1] and orders.seat.tolist() == [3, 6, 4]
+    for trajectory in trajectories[1:]:
+        scheduler.finish(trajectory)
+    orders, _ = scheduler.plan(0)
+    assert not orders.changed.any()  # they stand still: no program is called for their sake
+
+
+def test_what_is_abandoned_while_it_decodes_is_stopped_at_once() -> None:
+    scheduler, trajectories = scheduler_of(2, lanes=3, groups=1, prefill_groups=1)
+    scheduler.plan(0)
+    scheduler.abandon()
+    assert all(t.marked and t.finished for t in trajectories[:3]) and not trajectories[3].marked
+    orders, _ = scheduler.plan(0)
+    assert orders.changed.tolist() == [1, 1, 1] and orders.status.tolist() == [Lane.DECODING] * 3
+    assert scheduler.lanes == trajectories[3:]
+    scheduler.abandon()
+    orders, _ = scheduler.plan(0)
+    assert orders.changed.tolist() == [1, 1, 1] and orders.status.tolist() == [Lane.EMPTY] * 3
 
 
 def test_there_is_work_while_anything_can_be_ordered() -> None:
@@ -297,6 +322,7 @@ class Device:
         self.seated: list[Trajectory | None] = [None] * capacity.lanes
         self.status = [Lane.EMPTY] * capacity.lanes
         self.turn = [0] * capacity.lanes
+        self.seat = [capacity.groups * capacity.members] * capacity.lanes
         self.cache: list[list[int]] = [[] for _ in range(capacity.lanes)]
         self.pages: list[list[int]] = [[] for _ in range(capacity.pages)]
 
@@ -326,14 +352,14 @@ class Device:
         members = self.capacity.members
         for lane in np.flatnonzero(orders.changed):
             self.status[lane], self.turn[lane] = Lane(orders.status[lane]), int(orders.turn[lane])
+            self.seat[lane] = int(orders.seat[lane])
             self.cache[lane], self.seated[lane] = [], None
             if orders.status[lane] == Lane.DECODING:
                 record = self.groups[orders.seat[lane] // members]
                 self.seated[lane] = record.members[orders.seat[lane] % members]
                 assert orders.keys[lane].tolist() == self.seated[lane].key.tolist()
-        for lane in np.flatnonzero(orders.waiting):
-            assert self.status[lane] is not Lane.EMPTY
-            self.status[lane] = Lane.WAITING
+        taken = [seat for seat in self.seat if seat < self.capacity.groups * members]
+        assert len(set(taken)) == len(taken)  # two lanes on a seat would overwrite each other's queries
 
 
 class Session:
@@ -406,12 +432,11 @@ class Session:
         assert len({*held, *scheduler.free_pages}) == len(held) + len(scheduler.free_pages) <= c.pages
         assert scheduler.host_bytes == sum(t.parked.size for t in parked) <= c.host_bytes
         for lane, trajectory in enumerate(scheduler.lanes):
-            assert device.seated[lane] is trajectory
             decodes = trajectory is not None and trajectory.stage is Stage.DECODING
             assert (device.status[lane] is Lane.DECODING) == decodes
             if trajectory is None:
-                assert device.status[lane] is Lane.EMPTY
-                continue
+                continue  # its last trajectory stands still in it, until lanes are seated the next time
+            assert device.seated[lane] is trajectory
             # Its own tokens, all of them; those of a turn that goes on come on top.
             assert device.cache[lane][: len(trajectory.tokens)] == trajectory.tokens
             assert device.turn[lane] == trajectory.turns - (trajectory.stage is not Stage.DECODING)
@@ -462,7 +487,7 @@ def test_every_episode_ends_with_its_own_tokens_and_nothing_is_lost(
         assert len(member.tokens) == sum(member.authored) + sum(turn.reply for turn in script[: played - 1])
     assert sorted(record.index for record in scheduler.finished) == list(range(len(session.records)))
     orders, more = scheduler.plan(0)
-    assert not more and not scheduler.has_work and not orders.waiting.any()
+    assert not more and not scheduler.has_work and not orders.changed.any()
     assert sorted(scheduler.free_pages) == list(range(scheduler.capacity.pages))
     assert scheduler.host_bytes == 0
     assert scheduler.lanes == [None] * scheduler.capacity.lanes
