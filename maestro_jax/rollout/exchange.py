@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -176,8 +176,9 @@ class Exchange:
             with self.lock:
                 self._rounds[number] += 1
                 orders, more = scheduler.plan(self.version)
-                begun = np.append(np.flatnonzero(orders.changed), orders.append_lanes)
-                self._written[number][begun[begun < capacity.lanes]] = 0
+                written = self._written[number]
+                written[orders.changed > 0] = 0
+                written[orders.append_lanes[orders.append_lanes < capacity.lanes]] = 0
         except Exception:  # an exception in a callback would hang or abort the device program
             log.exception("the exchange failed; the trajectories of its shard are marked and end here")
             with self.lock:
@@ -284,10 +285,10 @@ class Exchange:
     def _count(self, scheduler: Scheduler, orders: Orders, more: bool) -> np.ndarray:
         """What decides about the next programs, in the order of `COUNTED`."""
         lanes = scheduler.capacity.lanes
-        decoding = sum(t is not None and t.stage is Stage.DECODING for t in scheduler.lanes)
+        decoding = scheduler.stages().count(Stage.DECODING)
         rows = [orders.park_lanes, orders.load_lanes, orders.unload_lanes, orders.back_lanes, orders.append_lanes]
-        counts = [scheduler.unfinished, decoding, len(scheduler.admitted), int(orders.changed.sum())]
-        counts += [*(int((x < lanes).sum()) for x in rows), int(more), scheduler.overdue]
+        counts = [scheduler.unfinished, decoding, len(scheduler.admitted), np.count_nonzero(orders.changed)]
+        counts += [*(np.count_nonzero(x < lanes) for x in rows), int(more), scheduler.overdue]
         return np.array([*counts, scheduler.leading, len(scheduler.finished)], np.int32)
 
     # ---- text ----------------------------------------------------------------------------------------------
@@ -330,10 +331,12 @@ COUNTED = tuple(field.name for field in dataclasses.fields(Counts))
 _SUMMED = COUNTED.index("leading")
 
 
+_KNOWN = {None: Lane.EMPTY.value, Stage.WAITING: Lane.WAITING.value, Stage.READY: Lane.WAITING.value}
+
+
 def _occupation(scheduler: Scheduler, status: np.ndarray) -> np.ndarray:
-    """What lanes have been doing (`Lane`, `[S]`), given what the device knows of it."""
-    waits = [t is not None and t.stage in (Stage.WAITING, Stage.READY) for t in scheduler.lanes]
-    return np.where([t is None for t in scheduler.lanes], Lane.EMPTY, np.where(waits, Lane.WAITING, status))
+    """What lanes have been doing (`Lane`, int32 `[S]`), given what the device knows of it."""
+    return np.array([_KNOWN.get(stage, n) for stage, n in zip(scheduler.stages(), status.tolist(), strict=True)])
 
 
 def make_exchange_program(
@@ -353,9 +356,13 @@ def make_exchange_program(
         leader = jax.lax.axis_index("tensor") == 0
         idle = jax.lax.psum(jnp.sum(status == Lane.DECODING), BATCH_AXES) == 0
         told = shard, leader.astype(jnp.int32), idle.astype(jnp.int32), status, *turn
+        ends = np.cumsum([x.size for x in told]).tolist()
+        parts = [(end - x.size, end, x.dtype, x.shape) for end, x in zip(ends, told, strict=True)]
 
         def serve(row: np.ndarray) -> np.ndarray:
-            orders, counts = exchange.serve(capacity, *_unpack(np.asarray(row), told))
+            row = np.asarray(row)
+            given = (row[start:end].view(dtype).reshape(shape) for start, end, dtype, shape in parts)
+            orders, counts = exchange.serve(capacity, *given)
             return np.concatenate([orders.packed, counts])
 
         bits = [jax.lax.bitcast_convert_type(x, jnp.int32).ravel() for x in told]
@@ -373,9 +380,3 @@ def make_exchange_program(
         return Orders(packed, **pieces), counts
 
     return program
-
-
-def _unpack(row: np.ndarray, likes: Sequence[Array]) -> list[np.ndarray]:
-    """The arrays whose bits follow each other in an int32 row, given what they are like."""
-    ends = np.cumsum([x.size for x in likes]).tolist()
-    return [row[end - x.size : end].view(x.dtype).reshape(x.shape) for end, x in zip(ends, likes, strict=True)]

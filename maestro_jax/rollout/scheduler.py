@@ -180,6 +180,10 @@ class Scheduler:
         self.returning.clear()
         self._cleared_at_once = True
 
+    def stages(self) -> list[Stage | None]:
+        """Of each lane's trajectory; None in an empty lane."""
+        return [None if t is None else t.stage for t in self.lanes]
+
     @property
     def unfinished(self) -> int:
         """Groups that are not over."""
@@ -208,7 +212,7 @@ class Scheduler:
         self._seat_returning(orders, self._append_in_place(orders))
         self._seat_fresh(orders)
         self._clear(orders)
-        return orders, self._may_seat or any(t is not None and t.stage is Stage.READY for t in self.lanes)
+        return orders, self._may_seat or Stage.READY in self.stages()
 
     def _clear(self, orders: Orders) -> None:
         """Empties lanes that nobody sits in, together with the next seating: until then they stand still anyway."""
@@ -238,12 +242,11 @@ class Scheduler:
             self.fresh.extend(group.members)
 
     def _append_in_place(self, orders: Orders) -> int:
-        rows = 0
-        for lane, trajectory in enumerate(self.lanes):
-            if rows < self.capacity.append_rows and trajectory is not None and trajectory.stage is Stage.READY:
-                self._append(orders, rows, lane, trajectory)
-                rows += 1
-        return rows
+        ready = [(lane, t) for lane, t in enumerate(self.lanes) if t is not None and t.stage is Stage.READY]
+        chosen = ready[: self.capacity.append_rows]
+        for row, (lane, trajectory) in enumerate(chosen):
+            self._append(orders, row, lane, trajectory)
+        return len(chosen)
 
     def _append(self, orders: Orders, row: int, lane: int, trajectory: Trajectory) -> None:
         ids = trajectory.observation
