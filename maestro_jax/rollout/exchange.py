@@ -77,7 +77,6 @@ class Exchange:
         self.version = 0  # of the policy that decodes
         self.patient = True  # whether an idle engine waits for replies; False while it has something else to do
         self.history: list[tuple[float, int, np.ndarray]] = []  # time, shard, what its lanes had been doing until then
-        self._written: dict[int, np.ndarray] = {}  # tokens of each lane's turn at the last exchange, by shard
         self._waiting: dict[int, tuple[Scheduler, Trajectory]] = {}  # by ticket, the trajectory's number
         self._outgoing: list[Trajectory] = []  # whose calls are to be sent
         self._unsent: list[tuple[int, Observation]] = []  # calls that failed at once
@@ -99,21 +98,11 @@ class Exchange:
     def begin(self, schedulers: dict[int, Scheduler], version: int) -> None:
         """Serves these shards from now on, under a policy of this version. Replies to others' calls are kept."""
         with self.lock:
-            self._end_version()
-            self._written = {}
             self.schedulers, self.version = schedulers, version
             self.patient = True
             self.history = []
             self._rounds = dict.fromkeys(schedulers, 0)
             self._last_news = 0
-
-    def _end_version(self) -> None:
-        """Turns that are being written know which version wrote them so far."""
-        for shard, written in self._written.items():
-            for lane, trajectory in enumerate(self.schedulers[shard].lanes):
-                if trajectory is not None and trajectory.stage is Stage.DECODING:
-                    new = int(written[lane]) - len(trajectory.turn_versions)
-                    trajectory.turn_versions += [self.version] * new
 
     def send(self) -> None:
         """Sends the calls of turns that have ended; the engine's loop calls it once the device has work again.
@@ -168,7 +157,7 @@ class Exchange:
         try:
             with self.lock:
                 self.history.append((time.monotonic(), number, _occupation(scheduler, status[0])))
-                self._hear(number, scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
+                self._hear(scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
                 self._collect()
             if idle:
                 self.send()
@@ -176,9 +165,6 @@ class Exchange:
             with self.lock:
                 self._rounds[number] += 1
                 orders, more = scheduler.plan(self.version)
-                written = self._written[number]
-                written[orders.changed > 0] = 0
-                written[orders.append_lanes[orders.append_lanes < capacity.lanes]] = 0
         except Exception:  # an exception in a callback would hang or abort the device program
             log.exception("the exchange failed; the trajectories of its shard are marked and end here")
             with self.lock:
@@ -188,7 +174,6 @@ class Exchange:
 
     def _hear(
         self,
-        shard: int,
         scheduler: Scheduler,
         status: np.ndarray,
         stop: np.ndarray,
@@ -197,7 +182,6 @@ class Exchange:
         written: np.ndarray,
     ) -> None:
         """Records turns that have ended, and acts on them."""
-        self._written[shard] = np.array(written)
         for lane in np.flatnonzero(status == Lane.STOPPED).tolist():
             trajectory, n = scheduler.lanes[lane], int(written[lane])
             if trajectory is None or trajectory.stage is not Stage.DECODING:

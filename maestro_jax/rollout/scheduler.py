@@ -116,6 +116,14 @@ def orders_layout(c: Capacity) -> tuple[np.ndarray, dict[str, Place]]:
     return np.concatenate([np.full(math.prod(shape), value, np.int32) for shape, value in blank.values()]), places
 
 
+@functools.lru_cache(maxsize=64)
+def _no_orders(capacity: Capacity) -> Orders:
+    """Orders that change nothing, to be read only."""
+    orders = Orders.none(capacity)
+    orders.packed.flags.writeable = False
+    return orders
+
+
 class Scheduler:
     """One shard's trajectories. `plan` is called between chunks; the caller holds a lock."""
 
@@ -205,9 +213,12 @@ class Scheduler:
 
     def plan(self, version: int) -> tuple[Orders, bool]:
         """Orders for the device, and whether more could be ordered at once than a program call takes."""
-        orders = Orders.none(self.capacity)
         self.free_pages += self._vacated
-        self._vacated, self.unloaded, self.brought_back = [], [], []
+        self._vacated, self.unloaded, self.brought_back, self.admitted = [], [], [], []
+        idle = not (self.queue or self.fresh or self.returning or self._cleared_at_once)
+        if idle and Stage.READY not in self.stages():
+            return _no_orders(self.capacity), False  # most rounds, and the device waits for each
+        orders = Orders.none(self.capacity)
         self._admit(orders, version)
         self._seat_returning(orders, self._append_in_place(orders))
         self._seat_fresh(orders)
@@ -228,7 +239,6 @@ class Scheduler:
         return bool(self.queue) and None in self.slots and len(self.fresh) < self.capacity.lanes
 
     def _admit(self, orders: Orders, version: int) -> None:
-        self.admitted = []
         if not self._may_admit:
             return
         for slot, taken in enumerate(self.slots):
