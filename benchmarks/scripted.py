@@ -292,7 +292,7 @@ class ScriptedRollouts:
         (_, params), tasks = self._policy(self.scripts(trace)), make_tasks(trace)
         session = self.engine.session(params, groups, self.members, _PREFIX, greedy=True)
         keys = [[lane_key(_SEED, 0, task.id, m) for m in range(self.members)] for task in tasks]
-        return session, session.submit(tasks, self._prompts.batch(tasks), keys), params
+        return session, session.submit(tasks, self._prompts.batch(tasks), keys, len(tasks)), params
 
     def _policy(self, scripts: np.ndarray) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(ScriptedPolicy(self.tokens, scripts, self.members), nnx.Param)
