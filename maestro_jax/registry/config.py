@@ -94,7 +94,7 @@ class LimitsConfig:
     """What a run may spend on experts before it stops; 0 is no limit.
 
     Attributes:
-      calls: requests to experts, each attempt's retries and replies from the cache not counted.
+      calls: requests to experts; retries and replies from the cache are not counted.
       tokens: prompt and completion tokens of their replies.
       price: US dollars.
     """

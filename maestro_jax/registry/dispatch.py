@@ -117,7 +117,8 @@ class Registry:
         skill = choose_skill(self.config, named, pair.expert, f"{call.query}\n{question}")
         expert = self._experts[normalise_name(pair.expert)]
         observation = await run_skill(skill, expert, self._services, given, deadline)
-        self.spending.check()
+        if observation.status is not Status.OK:
+            self.spending.check()
         self.counters[pair].add(observation)
         return observation
 

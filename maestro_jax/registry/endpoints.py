@@ -6,7 +6,7 @@ Of one event loop; nothing is locked.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 from maestro_jax.registry.breaker import Breaker, BreakerConfig, Permit
 
@@ -42,20 +42,21 @@ class Endpoints:
         return any(endpoint.breaker.admits for endpoint in self.all)
 
     @contextlib.asynccontextmanager
-    async def lease(self, end: float) -> AsyncIterator[tuple[Endpoint, Permit]]:
+    async def lease(self, end: float, tried: Collection[Endpoint] = ()) -> AsyncIterator[tuple[Endpoint, Permit]]:
         """An endpoint and leave for one attempt on it, once it is its turn.
 
         The holder reports to the endpoint's breaker how the attempt ended; unless it does, it was abandoned.
 
         Args:
           end: until when to wait for a turn, as the event loop counts.
+          tried: those that have failed the request; they get it again only if no other admits it.
 
         Raises:
           NoEndpointError: also for those who waited when the last breaker opened.
           TimeoutError: there was no turn until `end`.
         """
         while True:
-            endpoint = self._least_outstanding()
+            endpoint = self._least_outstanding(tried)
             endpoint.outstanding += 1
             try:
                 async with asyncio.timeout_at(end):
@@ -73,8 +74,8 @@ class Endpoints:
             finally:
                 endpoint.outstanding -= 1
 
-    def _least_outstanding(self) -> Endpoint:
+    def _least_outstanding(self, tried: Collection[Endpoint]) -> Endpoint:
         admitting = [endpoint for endpoint in self.all if endpoint.breaker.admits]
         if not admitting:
             raise NoEndpointError
-        return min(admitting, key=lambda endpoint: endpoint.outstanding)
+        return min(admitting, key=lambda endpoint: (endpoint in tried, endpoint.outstanding))

@@ -130,8 +130,9 @@ class HttpExpert:
     async def _try(self, body: bytes, end: float) -> Outcome:
         """Attempts until one is good, or no other is worth its wait; `end` is a time of `time.monotonic`."""
         failures = 0
+        tried: set[Endpoint] = set()
         while True:
-            outcome = await self._attempt(body, end)
+            outcome = await self._attempt(body, end, tried)
             if outcome.status is not Status.OK:
                 self._log(outcome)
             failures += 1
@@ -143,10 +144,11 @@ class HttpExpert:
                 return outcome
             await asyncio.sleep(wait)
 
-    async def _attempt(self, body: bytes, end: float) -> Outcome:
-        """One attempt on one endpoint; the endpoint's breaker hears how it ended."""
+    async def _attempt(self, body: bytes, end: float, tried: set[Endpoint]) -> Outcome:
+        """One attempt on one endpoint, which joins those tried; its breaker hears how the attempt ended."""
         try:
-            async with self.endpoints.lease(end) as (endpoint, permit):
+            async with self.endpoints.lease(end, tried) as (endpoint, permit):
+                tried.add(endpoint)
                 outcome = await self._post(endpoint, body, min(end - time.monotonic(), self._config.attempt_timeout))
                 if outcome.is_worth_another:
                     endpoint.breaker.failed(permit)

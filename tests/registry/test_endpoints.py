@@ -69,6 +69,19 @@ def test_the_one_with_least_to_do_is_next() -> None:
     run(scenario())
 
 
+def test_one_that_was_tried_is_the_last_resort() -> None:
+    async def scenario() -> None:
+        endpoints = make(8, URLS[:2])
+        first, second = endpoints.all
+        async with endpoints.lease(end(), {first}) as (found, _), endpoints.lease(end(), {first}) as (again, _):
+            assert (found, again) == (second, second)
+        trip(endpoints, 1)
+        async with endpoints.lease(end(), {first}) as (found, _):
+            assert found is first
+
+    run(scenario())
+
+
 def test_one_whose_breaker_is_open_is_left_alone() -> None:
     async def scenario() -> None:
         endpoints = make()

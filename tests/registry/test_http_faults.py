@@ -181,7 +181,8 @@ def test_a_cancelled_request_closes_its_connection() -> None:
             before = sockets()
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            assert sockets() == before - 1  # the server's end is the server's
+            while sockets() >= before:
+                await asyncio.sleep(0.001)  # its transport closes in the loop's next rounds
 
     run(scenario)
 

