@@ -10,12 +10,15 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import json
 import math
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_origin
 
 from maestro_jax.errors import ConfigError
+from maestro_jax.registry.chat import OWN_FIELDS
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 INPUTS = ("question", "query")  # placeholders that every stage may use
@@ -34,21 +37,32 @@ def normalise_name(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig:
-    """A frozen model.
+    """A frozen model: a class of this process (`implementation`) or behind servers (`endpoints`).
 
     Attributes:
       description: one line shown to the policy: what it is good at.
-      implementation: "package.module:Class", built with `options`.
+      options: arguments of the class; of servers, further fields of each request.
       price_prompt, price_completion: US dollars per million tokens.
-      deterministic: same request, same reply; such replies are cached.
+      deterministic: same request, same reply; such replies are cached, if the temperature is 0.
+
+    Of a class:
+      implementation: "package.module:Class".
       latency_mean: seconds of extra latency, exponentially distributed, that imitate a remote server.
       latency_seed: changes which requests are slow.
       timeout: seconds a single request may take.
+
+    Of servers:
+      endpoints: base URLs of OpenAI-compatible servers of the same model, such as "http://127.0.0.1:8000/v1".
+      model: its name there.
+      key: name of the environment variable with the API key; empty sends none.
+      temperature, max_tokens, top_p: how it decodes.
+      concurrency: requests that each endpoint gets at a time.
+      attempt_timeout: seconds a single attempt of a request may take; all of them end with the episode's deadline.
     """
 
     name: str
     description: str
-    implementation: str
+    implementation: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     price_prompt: float = 0.0
     price_completion: float = 0.0
@@ -56,6 +70,38 @@ class ExpertConfig:
     latency_mean: float = 0.0
     latency_seed: int = 0
     timeout: float = 60.0
+    endpoints: tuple[str, ...] = ()
+    model: str = ""
+    key: str = ""
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    top_p: float = 1.0
+    concurrency: int = 64
+    attempt_timeout: float = 60.0
+
+    @property
+    def cacheable(self) -> bool:
+        return self.deterministic and self.temperature == 0
+
+
+# Settings that only one kind of expert has.
+_OF_CLASSES = ("latency_mean", "latency_seed", "timeout")
+_OF_SERVERS = ("model", "key", "temperature", "max_tokens", "top_p", "concurrency", "attempt_timeout")
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    """What a run may spend on experts before it stops; 0 is no limit.
+
+    Attributes:
+      calls: requests to experts; retries and replies from the cache are not counted.
+      tokens: prompt and completion tokens of their replies.
+      price: US dollars.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    price: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +195,7 @@ class RegistryConfig:
     experts: tuple[ExpertConfig, ...]
     services: tuple[ServiceConfig, ...]
     skills: tuple[SkillConfig, ...]
+    limits: LimitsConfig = LimitsConfig()
 
     @functools.cached_property
     def experts_by_name(self) -> dict[str, ExpertConfig]:
@@ -189,7 +236,7 @@ class RegistryConfig:
 
 
 def parse_registry(raw: Any) -> RegistryConfig:
-    """Checks a mapping with `experts`, `services` and `skills` (tuples of mappings).
+    """Checks a mapping with `experts`, `services` and `skills` (tuples of mappings) and, optionally, `limits`.
 
     Args:
       raw: a dict or anything with the methods of one, such as an ml_collections ConfigDict.
@@ -200,9 +247,10 @@ def parse_registry(raw: Any) -> RegistryConfig:
     raw = _mapping(raw, "registry")
     _check_keys(raw, [f.name for f in dataclasses.fields(RegistryConfig)], "registry")
     config = RegistryConfig(
-        experts=tuple(_read(ExpertConfig, e, w) for e, w in _entries(raw, "experts")),
+        experts=tuple(_read_expert(e, w) for e, w in _entries(raw, "experts")),
         services=tuple(_read(ServiceConfig, s, w) for s, w in _entries(raw, "services")),
         skills=tuple(_read_skill(s, w) for s, w in _entries(raw, "skills")),
+        limits=_read_limits(raw.get("limits", {})),
     )
     if not config.experts or not config.shown_skills:
         raise ConfigError("registry needs at least one expert and one shown skill; add them to registry.experts/skills")
@@ -211,8 +259,10 @@ def parse_registry(raw: Any) -> RegistryConfig:
     for skill in config.skills:
         _check_skill(skill, config)
     _check_cycles(config)
-    for what, part in [("expert", e) for e in config.experts] + [("service", s) for s in config.services]:
-        load_implementation(part.implementation, f'{what} "{part.name}"')
+    parts: list[tuple[str, ExpertConfig | ServiceConfig]] = [("expert", e) for e in config.experts]
+    for what, part in parts + [("service", s) for s in config.services]:
+        if part.implementation:
+            load_implementation(part.implementation, f'{what} "{part.name}"')
         if part.timeout <= 0:
             raise ConfigError(f'{what} "{part.name}": timeout must be above 0 seconds')
     return config
@@ -283,6 +333,68 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         kind, "a mapping (of texts)" if get_origin(kind) is not tuple else "a tuple of texts"
     )
     raise ConfigError(f"{where} must be {word}, found {value!r:.60}")
+
+
+def _read_limits(raw: Any) -> LimitsConfig:
+    limits = _read(LimitsConfig, raw, "registry.limits")
+    for key in ("calls", "tokens"):
+        if getattr(limits, key) < 0:
+            raise ConfigError(f"registry.limits.{key} must be at least 0 (no limit), found {getattr(limits, key)}")
+    return limits
+
+
+def _read_expert(raw: Any, where: str) -> ExpertConfig:
+    values = _mapping(raw, where)
+    expert = _read(ExpertConfig, values, where)
+    where = f'expert "{expert.name}"'
+    if bool(expert.implementation) == bool(expert.endpoints):
+        raise ConfigError(
+            f"{where} must have either implementation (a class of this process) or endpoints (URLs), and not both"
+        )
+    others, kind = (_OF_SERVERS, "endpoints") if expert.implementation else (_OF_CLASSES, "implementation")
+    for key in others:
+        if key in values:
+            raise ConfigError(f'{where}: "{key}" is for experts with {kind}; remove it')
+    if expert.endpoints:
+        _check_served(expert, where)
+    return expert
+
+
+def _check_served(expert: ExpertConfig, where: str) -> None:
+    """What an expert behind servers needs."""
+    if not expert.model:
+        raise ConfigError(f'{where} lacks "model"; add the name that its servers know it by')
+    for url in expert.endpoints:
+        _check_url(url, where)
+    if len(set(expert.endpoints)) < len(expert.endpoints):
+        raise ConfigError(f"{where}: an endpoint is there twice; name each once")
+    for key in ("max_tokens", "concurrency", "attempt_timeout", "top_p"):
+        if getattr(expert, key) <= 0:
+            raise ConfigError(f"{where}: {key} must be above 0")
+    if expert.key and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", expert.key):
+        # Not quoted: it may be the key itself.
+        raise ConfigError(f"{where}: key must be the NAME of an environment variable, such as OPENAI_API_KEY")
+    for name in OWN_FIELDS:
+        if name in expert.options:
+            raise ConfigError(f'{where}: options must not set "{name}"; the expert\'s own settings do')
+    try:
+        json.dumps(dict(expert.options), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: options go into each request as JSON, and do not ({error}); correct them"
+        ) from error
+
+
+def _check_url(url: str, where: str) -> None:
+    if "@" in url:  # not quoted: what stands before it is a password
+        raise ConfigError(f"{where}: an endpoint holds a password; name an environment variable in `key` instead")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # such as a port that is no number
+        good = False
+    if not good or parts.query or parts.fragment or any(c.isspace() for c in url):
+        raise ConfigError(f'{where}: endpoint "{url}" is no base URL; write it as "http://127.0.0.1:8000/v1"')
 
 
 def _read_skill(raw: Any, where: str) -> SkillConfig:

@@ -35,13 +35,13 @@ class Request:
 
     Attributes:
       messages: the conversation, oldest first.
-      sampling: decoding settings; a deterministic expert may ignore them.
+      sampling: decoding settings; None leaves them to the expert. A deterministic expert may ignore them.
       deadline: seconds that remain for this request; the expert must answer (or give up with
         `Status.TIMEOUT`) within them.
     """
 
     messages: tuple[Message, ...]
-    sampling: Sampling = Sampling()
+    sampling: Sampling | None = None
     deadline: float = 60.0
 
 
@@ -56,11 +56,15 @@ class Reply:
 
 
 class Expert(Protocol):
-    """A frozen model behind one interface. `ask` never raises for a fault of the expert."""
+    """A frozen model behind one interface. Nothing here raises for a fault of the expert."""
 
     name: str
 
     async def ask(self, request: Request) -> Reply: ...
+
+    async def check(self) -> str | None:
+        """None if the expert is ready; else one line that says what is wrong, with the cure."""
+        ...
 
     async def close(self) -> None: ...
 
