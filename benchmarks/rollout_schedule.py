@@ -159,7 +159,7 @@ class Sides:
 
 
 def engine_config(load: Load) -> EngineConfig:
-    """As in `configs/quickstart.py`, with room for the longest episode."""
+    """Chunks as in `configs/quickstart.py`, room for the longest episode, and for as many replies as come at a time."""
     longest = load.turn_tokens[1]
     room = longest * (len(load.calls) + 1) + _OBSERVATION * len(load.calls)
     return EngineConfig(
@@ -167,7 +167,7 @@ def engine_config(load: Load) -> EngineConfig:
         decode_chunk=8,
         turn_budget=longest,
         room=-(-room // _PAGE) * _PAGE,
-        append_rows=16,
+        append_rows=4,
         prefill_groups=0,
         parked_tokens=0,
         parked_on_host=0,

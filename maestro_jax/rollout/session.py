@@ -24,7 +24,7 @@ from maestro_jax.rollout.moves import Seating
 from maestro_jax.rollout.programs import RolloutPrograms
 from maestro_jax.rollout.scheduler import Capacity, Scheduler
 from maestro_jax.rollout.state import Groups, Lanes, Sizes
-from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
+from maestro_jax.rollout.trajectory import GroupRecord, Stage, Trajectory
 from maestro_jax.types import Task
 
 Array = jax.Array
@@ -117,6 +117,7 @@ class Session:
                 self._held = programs.open(params, self.compiled.root)
             elif version != self.version:
                 groups, lanes, pages = self._held
+                self._end_version(lanes)
                 self._held = programs.with_root(params, groups, self.compiled.root), lanes, pages
         self.exchange.begin(self.schedulers, version)
         self.version = version
@@ -163,6 +164,15 @@ class Session:
             said = orders.observation, orders.observation_length
             lanes = programs.append(weights, groups, lanes, orders.append_lanes, *said)
         return counts, (groups, lanes, pages)
+
+    def _end_version(self, lanes: Lanes) -> None:
+        """Turns that are being written know which version wrote them so far."""
+        for shard, scheduler in self.schedulers.items():
+            written = rows_of_shard(lanes.written, shard)
+            for lane, trajectory in enumerate(scheduler.lanes):
+                if trajectory is not None and trajectory.stage is Stage.DECODING:
+                    new = int(written[lane]) - len(trajectory.turn_versions)
+                    trajectory.turn_versions += [self.version] * new
 
     def _prompts(self) -> PrefixBatch:
         """The prompts that this round's orders admit, on the mesh; rows without one get another's."""
