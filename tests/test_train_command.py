@@ -245,6 +245,19 @@ def test_a_killed_run_equals_a_straight_one(interrupted: Interrupted, job: Job, 
     assert sum(row.get("grad_norm", 0) > 0 for row in straight) > STEPS / 2
 
 
+def test_a_killed_run_is_replayed(interrupted: Interrupted, job: Job, tmp_path: Path) -> None:
+    """Nobody is asked: the calls of its three lives are in one journal."""
+    workdir = tmp_path / "replayed"
+    later = ("checkpoints", "metrics.jsonl", "summary.json", "*.png", "before*.json", "baselines.json", "*.jsonl")
+    shutil.copytree(interrupted.workdir, workdir, ignore=shutil.ignore_patterns(*later))
+    result = job.finish([*job.command(workdir, {}), f"--replay={interrupted.workdir / 'journal.jsonl'}"])
+    assert result.returncode == 0, result.stderr
+    replayed, killed = (read_metrics(where / "metrics.jsonl") for where in (workdir, interrupted.workdir))
+    assert without_times(replayed) == without_times(killed)
+    for name in ("baselines.json", "before.json", "before_sampled.json"):
+        assert (workdir / name).read_text() == (interrupted.workdir / name).read_text()
+
+
 def test_a_shape_of_the_update_is_noted_when_it_is_new() -> None:
     stream, shapes = io.StringIO(), set()
     parts = [

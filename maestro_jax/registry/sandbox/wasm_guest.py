@@ -113,8 +113,9 @@ def run(compiled: str, directory: str, program: str, fuel: int, memory_bytes: in
     wasi.preopen_dir(directory, ".", fs_mutable=False)
     store.set_wasi(wasi)
     instance = _linker(made).instantiate(store, wasmtime.Module.deserialize_file(made, compiled))
+    start: Any = instance.exports(store)["_start"]
     try:
-        instance.exports(store)["_start"](store)
+        start(store)
     except wasmtime.ExitTrap as left:
         return min(left.code, MAX_EXIT_CODE)
     except wasmtime.Trap as trap:

@@ -18,7 +18,7 @@ from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus, Sandb
 from maestro_jax.registry.sandbox.process import ProcessSandbox
 from tests.registry.sandbox import escapes
 
-LIMITS = Limits(cpu_seconds=1.0, wall_seconds=300.0, memory_bytes=96 << 20, output_bytes=5000)
+LIMITS = Limits(cpu_seconds=0.5, wall_seconds=300.0, memory_bytes=96 << 20, output_bytes=5000)
 GIVEN = {"given.txt": b"given", "folder/number.py": b"VALUE = 7"}
 
 
@@ -186,6 +186,18 @@ def test_nothing_gets_out_and_verdicts_are_the_same_again(
     assert not Path("/tmp/escaped").exists()
     assert Path(secret).read_text() == "canary"
     assert not _children()
+
+
+def test_the_programs_would_get_out_of_no_sandbox(outside: tuple[str, socket.socket]) -> None:
+    """The corpus has teeth: a bare process is left by what stays inside elsewhere."""
+    secret, server = outside
+    bare = make_sandbox("unsafe_process")
+    names = ("read a file by its path", "connect to a server", "fork", "a thread", "write in the working directory")
+    for name in names:
+        program = escapes.REFUSED[name].replace("SECRET", secret).replace("PORT", str(server.getsockname()[1]))
+        assert "ESCAPED" in ran(bare, program).stdout, name
+    with server.accept()[0]:
+        pass
 
 
 def test_limits_hold_in_a_bare_process_too(sandbox: Sandbox) -> None:
