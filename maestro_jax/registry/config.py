@@ -44,11 +44,17 @@ class ExpertConfig:
       latency_mean: seconds of extra latency, exponentially distributed, that imitate a remote server.
       latency_seed: changes which requests are slow.
       timeout: seconds a single request may take.
+
+    Of servers:
+      endpoints: base URLs of OpenAI-compatible servers of the same model, such as "http://127.0.0.1:8000/v1".
+      model: its name there.
+      serve: the command, word by word, that `python -m maestro_jax.experts up` starts for each endpoint; {host}, {port}
+        and {model} are filled in.
     """
 
     name: str
     description: str
-    implementation: str
+    implementation: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     price_prompt: float = 0.0
     price_completion: float = 0.0
@@ -56,6 +62,9 @@ class ExpertConfig:
     latency_mean: float = 0.0
     latency_seed: int = 0
     timeout: float = 60.0
+    endpoints: tuple[str, ...] = ()
+    model: str = ""
+    serve: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +221,8 @@ def parse_registry(raw: Any) -> RegistryConfig:
         _check_skill(skill, config)
     _check_cycles(config)
     for what, part in [("expert", e) for e in config.experts] + [("service", s) for s in config.services]:
-        load_implementation(part.implementation, f'{what} "{part.name}"')
+        if part.implementation:
+            load_implementation(part.implementation, f'{what} "{part.name}"')
         if part.timeout <= 0:
             raise ConfigError(f'{what} "{part.name}": timeout must be above 0 seconds')
     return config
