@@ -154,11 +154,8 @@ def test_a_stubborn_server_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) 
         if "ready after" in line:
             supervisor.stop()
 
-    async def main() -> None:
-        await supervisor.run()
-
     supervisor = serving.Supervisor([server], job.directory, say)
-    asyncio.run(asyncio.wait_for(main(), SECONDS))
+    asyncio.run(asyncio.wait_for(supervisor.run(), SECONDS))
     assert not pids(job.mark)
 
 
