@@ -78,6 +78,7 @@ class Exchange:
         self.patient = True  # whether an idle engine waits for replies; False while it has something else to do
         self.history: list[tuple[float, int, np.ndarray]] = []  # time, shard, what its lanes had been doing until then
         self._waiting: dict[int, tuple[Scheduler, Trajectory]] = {}  # by ticket, the trajectory's number
+        self._ended: list[tuple[Scheduler, Trajectory, list[int], StopReason]] = []  # turns that are to be read
         self._outgoing: list[Trajectory] = []  # whose calls are to be sent
         self._unsent: list[tuple[int, Observation]] = []  # calls that failed at once
         self._bodies: dict[int, list[int]] = {}  # by ticket, what the dispatcher's thread has encoded
@@ -104,12 +105,13 @@ class Exchange:
             self._rounds = dict.fromkeys(schedulers, 0)
             self._last_news = 0
 
-    def send(self) -> None:
-        """Sends the calls of turns that have ended; the engine's loop calls it once the device has work again.
+    def catch_up(self) -> None:
+        """Reads turns that have ended and sends their calls; the engine's loop calls it once the device has work again.
 
-        Whatever sends them competes with this process's only interpreter, and the device would wait meanwhile.
+        Reading takes time, and whatever sends calls competes for the interpreter: the device would wait meanwhile.
         """
         with self.lock:
+            self._read()
             outgoing, self._outgoing = self._outgoing, []
         for trajectory in outgoing:
             remaining = self.config.deadline - sum(trajectory.timing.waiting)
@@ -159,8 +161,10 @@ class Exchange:
                 self.history.append((time.monotonic(), number, _occupation(scheduler, status[0])))
                 self._hear(scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
                 self._collect()
+                if scheduler.wants_lanes:
+                    self._read()  # lanes may become free
             if idle:
-                self.send()
+                self.catch_up()
                 self._wait_for_news(number)
             with self.lock:
                 self._rounds[number] += 1
@@ -181,7 +185,7 @@ class Exchange:
         logprobs: np.ndarray,
         written: np.ndarray,
     ) -> None:
-        """Records turns that have ended, and acts on them."""
+        """Records turns that have ended."""
         for lane in np.flatnonzero(status == Lane.STOPPED).tolist():
             trajectory, n = scheduler.lanes[lane], int(written[lane])
             if trajectory is None or trajectory.stage is not Stage.DECODING:
@@ -190,7 +194,22 @@ class Exchange:
             trajectory.timing.decoding += time.monotonic() - trajectory.timing.begun
             turn = tokens[lane, :n].tolist()
             trajectory.wrote(turn, logprobs[lane, :n].tolist())
-            self._act(scheduler, trajectory, turn, StopReason(int(stop[lane])))
+            trajectory.stage = Stage.ENDED
+            self._ended.append((scheduler, trajectory, turn, StopReason(int(stop[lane]))))
+
+    def _read(self) -> None:
+        ended, self._ended = self._ended, []
+        for scheduler, trajectory, turn, stop in ended:
+            if trajectory.finished:
+                continue  # it was abandoned
+            try:
+                self._act(scheduler, trajectory, turn, stop)
+            except Exception:  # the others go on
+                log.exception(
+                    "a turn of trajectory %d could not be read; it is marked and ends here", trajectory.number
+                )
+                trajectory.marked = True
+                scheduler.finish(trajectory)
 
     def _act(self, scheduler: Scheduler, trajectory: Trajectory, turn: list[int], stop: StopReason) -> None:
         """Parses a turn that has ended: a call goes out, an answer ends the episode."""
@@ -315,7 +334,7 @@ COUNTED = tuple(field.name for field in dataclasses.fields(Counts))
 _SUMMED = COUNTED.index("leading")
 
 
-_KNOWN = {None: Lane.EMPTY.value, Stage.WAITING: Lane.WAITING.value, Stage.READY: Lane.WAITING.value}
+_KNOWN = {None: Lane.EMPTY.value} | dict.fromkeys((Stage.ENDED, Stage.WAITING, Stage.READY), Lane.WAITING.value)
 
 
 def _occupation(scheduler: Scheduler, status: np.ndarray) -> np.ndarray:

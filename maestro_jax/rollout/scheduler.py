@@ -198,6 +198,11 @@ class Scheduler:
         return len(self.queue) + sum(slot is not None for slot in self.slots)
 
     @property
+    def wants_lanes(self) -> bool:
+        """Whether a trajectory or a group waits for room."""
+        return bool(self.queue or self.fresh or self.returning)
+
+    @property
     def overdue(self) -> int:
         """Running groups that began under a policy too old to be waited for any longer."""
         return sum(slot is not None and slot.version < self.oldest_allowed for slot in self.slots)
@@ -215,8 +220,7 @@ class Scheduler:
         """Orders for the device, and whether more could be ordered at once than a program call takes."""
         self.free_pages += self._vacated
         self._vacated, self.unloaded, self.brought_back, self.admitted = [], [], [], []
-        idle = not (self.queue or self.fresh or self.returning or self._cleared_at_once)
-        if idle and Stage.READY not in self.stages():
+        if not self.wants_lanes and not self._cleared_at_once and Stage.READY not in self.stages():
             return _no_orders(self.capacity), False  # most rounds, and the device waits for each
         orders = Orders.none(self.capacity)
         self._admit(orders, version)
