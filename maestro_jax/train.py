@@ -2,13 +2,13 @@
 
     python -m maestro_jax.train --config configs/quickstart.py --workdir DIR [--config.grpo.steps=20 ...]
 
-The same command goes on where an earlier one stopped. DIR receives metrics.jsonl, checkpoints,
-and at the end summary.json, curves.png and routing.png.
+The same command goes on where an earlier one stopped. DIR receives metrics.jsonl, journal.jsonl,
+checkpoints, and at the end summary.json, curves.png and routing.png.
 """
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +55,7 @@ from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher, Registry
+from maestro_jax.registry.journal import Journal, Replay
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
@@ -66,6 +67,7 @@ from maestro_jax.warm_start.finetune import finetune
 T = TypeVar("T")
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
+REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are answered from there, nobody is asked.")
 
 # Settings that may change between a run and its continuation.
 FREE_KEYS = (
@@ -100,14 +102,17 @@ def main(argv: Sequence[str]) -> None:
         held_out = [test_source[i] for i in range(config.evaluate.tasks or len(test_source))]
 
         # ---- Registry, tokens, prompts ---------------------------------------------------------
-        registry = Registry(config.registry, cache_file=str(workdir / "expert_cache.jsonl"))
-        dispatcher = Dispatcher(registry)
+        journal = Journal(str(workdir / "journal.jsonl"))
+        registry = None  # in a replay nobody is asked
+        if not REPLAY.value:
+            registry = Registry(config.registry, str(workdir / "expert_cache.jsonl"), journal)
+        dispatcher = Dispatcher(registry or Replay(REPLAY.value), journal)
         router = WeakRouter(config.registry, config.warm_start)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
         architecture = open_architecture(config.policy.architecture, config.policy.init_from)
         tokens = open_tokens(config, workdir, system, router, train_source)
         prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
-        exchange = Exchange(tokens, registry, dispatcher, fields(EpisodeConfig, config.rollout))
+        exchange = Exchange(tokens, config.registry, dispatcher, fields(EpisodeConfig, config.rollout))
         progress.note(f"registry prompt: {len(prompts.root)} tokens, shared by every group")
 
         # ---- Mesh, policy, engine --------------------------------------------------------------
@@ -124,7 +129,8 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Warm start (cached in the work directory) -----------------------------------------
         if config.warm_start.steps:
-            params = warm_start(config, workdir, params, graph, mesh, exchange, prompts, router, train_source, progress)
+            world = exchange, prompts, router, train_source, journal, progress
+            params = warm_start(config, workdir, params, graph, mesh, *world)
 
         # ---- What can be reached without reinforcement -----------------------------------------
         def evaluate(params: nnx.State, greedy: bool, name: str) -> Evaluation:
@@ -135,14 +141,21 @@ def main(argv: Sequence[str]) -> None:
             progress.update(len(held_out), {"accuracy": result.accuracy, "calls": result.calls})
             return result
 
-        baselines = cached(
-            workdir / "baselines.json", Baselines, lambda: measure_baselines(config, held_out, dispatcher, progress)
-        )
-        before = cached(
-            workdir / "before.json", Evaluation, lambda: evaluate(params, True, "held-out, before RL (greedy)")
-        )
+        def cached(name: str, kind: Any, compute: Callable[[], Any]) -> Any:
+            """A result that is computed once per work directory and then read from its JSON file."""
+            path = workdir / f"{name}.json"
+            if (values := read_json(path)) is not None:
+                return kind.from_json(values)
+            journal.begin(name)
+            result = compute()
+            journal.sync()
+            write_json(path, result.to_json())
+            return result
+
+        baselines = cached("baselines", Baselines, lambda: measure_baselines(config, held_out, dispatcher, progress))
+        before = cached("before", Evaluation, lambda: evaluate(params, True, "held-out, before RL (greedy)"))
         sampled = cached(
-            workdir / "before_sampled.json",
+            "before_sampled",
             Evaluation,
             lambda: evaluate(params, False, "held-out, before RL (sampled)"),
         )
@@ -182,7 +195,8 @@ def main(argv: Sequence[str]) -> None:
         if (latest := store.latest()) is not None:
             state, run = store.restore(latest, state)
             supply.set_state(run["supply"])
-            registry.spending.set_state(run["spent"])
+            if registry is not None and run["spent"] is not None:
+                registry.spending.set_state(run["spent"])
             start, seconds_before = latest, run["seconds"]
             progress.note(f"resumed from the checkpoint of step {latest}")
         metrics = MetricsWriter(workdir / "metrics.jsonl")
@@ -195,6 +209,7 @@ def main(argv: Sequence[str]) -> None:
         progress.phase("train", config.grpo.steps, done=start)
         for step in range(start + 1, config.grpo.steps + 1):
             step_began = time.monotonic()
+            journal.begin(f"step {step}")
             rollouts = Stopwatch(supply.step(state.params, step))
             state, seen, step_metrics = learner(state, rollouts)
             row = {"step": step, **episode_metrics(seen, step), **step_metrics}
@@ -207,24 +222,29 @@ def main(argv: Sequence[str]) -> None:
             metrics.write(row)
             if step % config.checkpoint.every == 0 or step == config.grpo.steps:
                 elapsed = seconds_before + time.monotonic() - began
-                spent = registry.spending.get_state()
+                journal.sync()  # what a checkpoint was trained on is on disk before it is
+                spent = None if registry is None else registry.spending.get_state()
                 store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed, "spent": spent})
-                write_json(workdir / "experts.json", registry.report())
+                if registry is not None:
+                    write_json(workdir / "experts.json", registry.report())
 
         # ---- Results ---------------------------------------------------------------------------
         store.close()
         metrics.close()
-        trained = last if start < config.grpo.steps else evaluate(state.params, True, "held-out (greedy)")
+        if start == config.grpo.steps:  # nothing was left to train
+            journal.begin("trained")
+            last = evaluate(state.params, True, "held-out (greedy)")
         dispatcher.close()
+        journal.close()
 
-    rows = accuracies(baselines, before, trained)
+    rows = accuracies(baselines, before, last)
     summary = {
         "accuracy": {name: row.pop("overall") for name, row in rows.items()},
         "accuracy_by_domain": rows,
         "warm_start_sampled": sampled.accuracy,
         "best_single_pair": "@@".join(baselines.single_pair),
-        "reward": {"warm_start": before.reward, "trained": trained.reward},
-        "calls": {"warm_start": before.calls, "trained": trained.calls},
+        "reward": {"warm_start": before.reward, "trained": last.reward},
+        "calls": {"warm_start": before.calls, "trained": last.calls},
         "held_out_tasks": len(held_out),
         "steps": config.grpo.steps,
         "seed": config.seed,
@@ -232,7 +252,7 @@ def main(argv: Sequence[str]) -> None:
     }
     write_json(workdir / "summary.json", summary)
     plot_curves(read_metrics(workdir / "metrics.jsonl"), lines_of(summary["accuracy"]), workdir / "curves.png")
-    plot_routing(before.routing, trained.routing, workdir / "routing.png", baselines.by_pair)
+    plot_routing(before.routing, last.routing, workdir / "routing.png", baselines.by_pair)
     print(summary_table(summary))
     print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl, checkpoints/")
 
@@ -302,6 +322,7 @@ def warm_start(
     prompts: Prompts,
     router: WeakRouter,
     source: TaskSource,
+    journal: Journal,
     progress: Progress,
 ) -> nnx.State:
     """Parameters after supervised fine-tuning on demonstrations; trained once per work directory."""
@@ -313,6 +334,7 @@ def warm_start(
         state, _ = store.restore(latest, state)
         store.close()
         return state.params
+    journal.begin("warm start")
     groups_needed = settings.steps * settings.groups
     tasks = [source[i % len(source)] for i in range(groups_needed) for _ in range(settings.group_size)]
     demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress)
@@ -331,6 +353,7 @@ def warm_start(
 
     buckets = config.rollout.member_buckets
     state = finetune(step, state, groups, settings.groups, settings.steps, prompts, buckets, mesh, config.seed, report)
+    journal.sync()
     store.save(settings.steps, state, {"steps": settings.steps})
     store.close()
     return state.params
@@ -367,16 +390,6 @@ def measure_baselines(
     )
     progress.phase("baselines", pairs * len(held_out))
     return run_baselines(held_out, config.registry, dispatcher, config.rollout.deadline, progress.tick)
-
-
-def cached(path: Path, kind: Any, compute: Any) -> Any:
-    """A result that is computed once per work directory and then read from its JSON file."""
-    values = read_json(path)
-    if values is not None:
-        return kind.from_json(values)
-    result = compute()
-    write_json(path, result.to_json())
-    return result
 
 
 class Stopwatch(Iterator[T]):

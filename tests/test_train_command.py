@@ -34,6 +34,7 @@ EXAMPLES = next((path for root in (ROOT, ROOT.parent) if (path := root / "shared
 STEPS, EVERY = 8, 3  # steps in all, and between checkpoints and evaluations
 KILLED_EARLY, KILLED_LATE = 2, 7
 SECONDS = 400  # far above what is needed: a hang fails instead of hanging the suite
+CANARY = "canary-key-that-nobody-may-write"
 ROWS = {"random", "best_single_pair", "warm_start", "trained", "domain_oracle", "task_oracle"}
 DOMAINS = {"charts", "counting", "geometry", "reading", "visual_qa"}
 
@@ -96,6 +97,7 @@ class Job:
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "JAX_COMPILATION_CACHE_DIR": str(self.shared / "programs"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "MAESTRO_TEST_KEY": CANARY,
         }
 
     def start(self, command: Sequence[str]) -> subprocess.Popen[str]:
@@ -243,6 +245,26 @@ def test_a_killed_run_equals_a_straight_one(interrupted: Interrupted, job: Job, 
     # The comparison would be empty if nothing was called or learned.
     assert sum(row.get("calls", 0) > 0 for row in straight) > STEPS / 2
     assert sum(row.get("grad_norm", 0) > 0 for row in straight) > STEPS / 2
+
+
+def test_a_key_of_the_environment_is_written_nowhere(interrupted: Interrupted) -> None:
+    files = [path for path in interrupted.workdir.rglob("*") if path.is_file()]
+    assert any(path.name == "journal.jsonl" for path in files)
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY not in interrupted.again.stdout + interrupted.again.stderr
+
+
+def test_a_killed_run_is_replayed(interrupted: Interrupted, job: Job, tmp_path: Path) -> None:
+    """Nobody is asked: the calls of its three lives are in one journal."""
+    workdir = tmp_path / "replayed"
+    later = ("checkpoints", "metrics.jsonl", "summary.json", "*.png", "before*.json", "baselines.json", "*.jsonl")
+    shutil.copytree(interrupted.workdir, workdir, ignore=shutil.ignore_patterns(*later))
+    result = job.finish([*job.command(workdir, {}), f"--replay={interrupted.workdir / 'journal.jsonl'}"])
+    assert result.returncode == 0, result.stderr
+    replayed, killed = (read_metrics(where / "metrics.jsonl") for where in (workdir, interrupted.workdir))
+    assert without_times(replayed) == without_times(killed)
+    for name in ("baselines.json", "before.json", "before_sampled.json"):
+        assert (workdir / name).read_text() == (interrupted.workdir / name).read_text()
 
 
 def test_a_shape_of_the_update_is_noted_when_it_is_new() -> None:

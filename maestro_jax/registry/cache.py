@@ -62,7 +62,7 @@ class ReplyCache:
         self._file: int | None = None
         if path is not None:
             self._kept = _load(path)
-            self._file = _open_for_append(path)
+            self._file = open_for_append(path)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -224,7 +224,8 @@ def _load(path: str) -> dict[str, Reply | ServiceResult]:
     return kept
 
 
-def _open_for_append(path: str) -> int:
+def open_for_append(path: str) -> int:
+    """A descriptor of a file of lines, at the start of a new line."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     size = os.fstat(descriptor).st_size

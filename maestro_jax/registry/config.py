@@ -58,6 +58,8 @@ class ExpertConfig:
       temperature, max_tokens, top_p: how it decodes.
       concurrency: requests that each endpoint gets at a time.
       attempt_timeout: seconds a single attempt of a request may take; all of them end with the episode's deadline.
+      serve: the command, word by word, that `python -m maestro_jax.experts up` starts for each endpoint; {host}, {port}
+        and {model} are filled in.
     """
 
     name: str
@@ -78,6 +80,7 @@ class ExpertConfig:
     top_p: float = 1.0
     concurrency: int = 64
     attempt_timeout: float = 60.0
+    serve: tuple[str, ...] = ()
 
     @property
     def cacheable(self) -> bool:
@@ -86,7 +89,7 @@ class ExpertConfig:
 
 # Settings that only one kind of expert has.
 _OF_CLASSES = ("latency_mean", "latency_seed", "timeout")
-_OF_SERVERS = ("model", "key", "temperature", "max_tokens", "top_p", "concurrency", "attempt_timeout")
+_OF_SERVERS = ("model", "key", "temperature", "max_tokens", "top_p", "concurrency", "attempt_timeout", "serve")
 
 
 @dataclasses.dataclass(frozen=True)

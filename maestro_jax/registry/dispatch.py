@@ -18,7 +18,8 @@ from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
 from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig, normalise_name
 from maestro_jax.registry.http import HttpExpert
 from maestro_jax.registry.inprocess import InProcessExpert, InProcessService
-from maestro_jax.registry.interface import Service
+from maestro_jax.registry.interface import Expert, Service
+from maestro_jax.registry.journal import ASKER, Journal, JournaledExpert, JournaledService
 from maestro_jax.registry.metering import MeteredExpert, Spending
 from maestro_jax.registry.retries import RetryBudget
 from maestro_jax.registry.skills import SkillInput, choose_skill, failure, run_skill
@@ -72,30 +73,33 @@ class Registry:
       config: from `parse_registry`.
       cache_file: where replies of deterministic experts and services survive a restart; None keeps
         them in memory.
+      journal: records what experts and services answer.
 
     Raises:
       ConfigError: an expert or a service cannot be built.
     """
 
-    def __init__(self, config: RegistryConfig, cache_file: str | None = None):
+    def __init__(self, config: RegistryConfig, cache_file: str | None = None, journal: Journal | None = None):
         self.config = config
         self.counters: defaultdict[Pair, CallCounter] = defaultdict(CallCounter)
         self.cache = ReplyCache(cache_file)
         self.spending = Spending(config.limits)
         self._began = time.monotonic()
         self._retries = RetryBudget(time.monotonic)
-        self._stacks = [self._stack(entry) for entry in config.experts]
+        self._stacks = [self._stack(entry, journal) for entry in config.experts]
         self._experts = {normalise_name(stack.bare.name): stack.cached or stack.metered for stack in self._stacks}
         self._services: dict[str, Service] = {}
         for part in config.services:
-            service = InProcessService(part)
+            helper = InProcessService(part)
+            service: Service = JournaledService(helper, helper.identity, journal) if journal else helper
             self._services[normalise_name(part.name)] = (
-                CachedService(service, service.identity, self.cache) if part.deterministic else service
+                CachedService(service, helper.identity, self.cache) if part.deterministic else service
             )
 
-    def _stack(self, entry: ExpertConfig) -> ExpertStack:
+    def _stack(self, entry: ExpertConfig, journal: Journal | None) -> ExpertStack:
         bare = HttpExpert(entry, self._retries) if entry.endpoints else InProcessExpert(entry)
-        metered = MeteredExpert(bare, self.spending)
+        asked: Expert = JournaledExpert(bare, bare.identity, journal) if journal else bare
+        metered = MeteredExpert(asked, self.spending)
         cached = CachedExpert(metered, bare.identity, self.cache) if entry.cacheable else None
         return ExpertStack(bare, metered, cached)
 
@@ -148,7 +152,8 @@ class CallRunner(Protocol):
 class Dispatcher:
     """Hosts the registry's event loop in a daemon thread; the engine's side never blocks on an expert.
 
-    It owns the registry and closes it. Every submitted ticket comes back from `collect` exactly once.
+    It owns the registry and closes it. Every submitted ticket comes back from `collect` exactly once. A journal
+    records every call that has ended; it is the caller's to close.
 
     Attributes:
       reader: called with every ticket and its observation, in the registry's thread, before `collect` gives it: for
@@ -157,8 +162,9 @@ class Dispatcher:
 
     reader: Callable[[int, Observation], None] | None = None
 
-    def __init__(self, registry: CallRunner):
+    def __init__(self, registry: CallRunner, journal: Journal | None = None):
         self._registry = registry
+        self._journal = journal
         self._ready: deque[tuple[int, Observation]] = deque()
         self._arrived = threading.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -168,12 +174,26 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._loop.run_forever, name="registry", daemon=True)
         self._thread.start()
 
-    def submit(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> None:
-        """Starts a call; returns at once. `deadline` is in seconds from now."""
+    def submit(
+        self,
+        ticket: int,
+        call: Call,
+        question: str,
+        images: tuple[bytes, ...],
+        deadline: float,
+        asker: str | None = None,
+    ) -> None:
+        """Starts a call; returns at once.
+
+        Args:
+          deadline: in seconds from now.
+          asker: who asks, the same in every run (`registry/journal.py`); where there is none, the ticket has to be.
+        """
+        asker = f"ticket {ticket}" if asker is None else asker
         end = time.monotonic() + deadline
 
         def start() -> None:
-            task = self._loop.create_task(self._run(ticket, call, question, images, end))
+            task = self._loop.create_task(self._run(ticket, call, question, images, end, asker))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -218,22 +238,33 @@ class Dispatcher:
         if not self._thread.is_alive():
             self._loop.close()
 
-    async def _run(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], end: float) -> None:
+    async def _run(
+        self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], end: float, asker: str
+    ) -> None:
+        ASKER.set(asker)
         observation = failure(Status.UNAVAILABLE)  # stays if the task is cancelled by `close`
+        try:
+            observation = await self._outcome(call, question, images, end)
+            if self._journal is not None:
+                self._journal.call(asker, call, question, images, observation)
+        except UserError as error:
+            self._stop = error
+        finally:
+            self._finish(ticket, observation)
+
+    async def _outcome(self, call: Call, question: str, images: tuple[bytes, ...], end: float) -> Observation:
         start = time.monotonic()
         try:
             left = max(0.0, end - start)
             work = self._registry.call(call, question, images, left)
-            observation = await _within(work, left + GRACE_SECONDS)
+            return await _within(work, left + GRACE_SECONDS)
         except TimeoutError:
-            observation = failure(Status.TIMEOUT, time.monotonic() - start)
-        except UserError as error:
-            self._stop = error
+            return failure(Status.TIMEOUT, time.monotonic() - start)
+        except UserError:
+            raise
         except Exception:
             logger.exception("call to %s with %s failed", call.expert, call.skill)
-            observation = failure(Status.UNAVAILABLE, time.monotonic() - start)
-        finally:
-            self._finish(ticket, observation)
+            return failure(Status.UNAVAILABLE, time.monotonic() - start)
 
     def _finish(self, ticket: int, observation: Observation) -> None:
         if self.reader is not None:

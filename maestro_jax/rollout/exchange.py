@@ -118,7 +118,7 @@ class Exchange:
             task, call, number = trajectory.task, trajectory.pending, trajectory.number
             assert call is not None  # it waits for this one
             try:
-                self.dispatcher.submit(number, call, task.question, task.images, remaining)
+                self.dispatcher.submit(number, call, task.question, task.images, remaining, trajectory.asker)
             except Exception:  # no thread to be had, say: the call failed, and the others go on
                 log.exception("the call of trajectory %d could not be sent", number)
                 with self.lock:

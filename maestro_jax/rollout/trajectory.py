@@ -84,6 +84,11 @@ class Trajectory:
         return self.stage is Stage.FINISHED
 
     @property
+    def asker(self) -> str:
+        """Who asks with the turn that has just ended; its random key knows seed, step, task and member."""
+        return f"{self.key.tobytes().hex()}/{self.turns}"
+
+    @property
     def executed_calls(self) -> int:
         return sum(observation.status == Status.OK for _, observation in self.calls)
 

@@ -152,8 +152,8 @@ def draw(*parts: object) -> int:
 class NumberedDispatcher(Dispatcher):
     """Lets every query tell whose it is: greedy members of a group write the same, and should hear different things."""
 
-    def submit(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> None:
-        super().submit(ticket, numbered(call, ticket & 0xFFFFFFFF), question, images, deadline)
+    def submit(self, ticket: int, call: Call, *told: Any) -> None:
+        super().submit(ticket, numbered(call, ticket & 0xFFFFFFFF), *told)
 
 
 def numbered(call: Call, trajectory: int) -> Call:

@@ -87,7 +87,9 @@ class Desk:
         self.ready: list[tuple[int, Observation]] = []
         self.waited = 0
 
-    def submit(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> None:
+    def submit(
+        self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float, asker: str
+    ) -> None:
         self.submitted.append((ticket, call, question, images, deadline))
         if self.answer is not None:
             self.ready.append((ticket, self.answer(call)))

@@ -1,0 +1,67 @@
+"""Starts the servers of a registry's experts, or says which of them answer.
+
+    python -m maestro_jax.experts up --config configs/qwen3_vl_4b.py [--logs experts_logs]
+    python -m maestro_jax.experts status --config configs/qwen3_vl_4b.py
+
+`up` starts every expert's `serve` command, once for each of its endpoints, waits until they answer, starts those that
+die again, and stops all of them on SIGTERM or SIGINT. `status` ends with 0 if all endpoints answer, else with 1.
+"""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from maestro_jax import command
+from maestro_jax.errors import ConfigError
+from maestro_jax.registry.config import parse_registry
+from maestro_jax.registry.serving import Server, Supervisor, problem_of, servers_of
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+LOGS = flags.DEFINE_string("logs", "experts_logs", "Directory for what the servers print.")
+
+ACTIONS = ("up", "status")
+EXIT_NOT_READY = 1
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) != 2 or argv[1] not in ACTIONS:
+        raise ConfigError(f"say what to do, one of {', '.join(ACTIONS)}: python -m maestro_jax.experts up --config ...")
+    servers = servers_of(parse_registry(command.load_config(CONFIG).registry))
+    if argv[1] == "status":
+        if not asyncio.run(all_ready(servers)):
+            sys.exit(EXIT_NOT_READY)
+        return
+    started_here = [server for server in servers if server.command]
+    if not started_here:
+        raise ConfigError("no expert of the registry has a serve command; add one to those whose servers run here")
+    asyncio.run(up(started_here, Path(LOGS.value)))
+
+
+async def up(servers: Sequence[Server], directory: Path) -> None:
+    supervisor = Supervisor(servers, directory, say)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, supervisor.stop)
+    await supervisor.run()
+    say("all servers have ended")
+
+
+async def all_ready(servers: Sequence[Server]) -> bool:
+    """Says of every endpoint whether it answers."""
+    problems = await asyncio.gather(*map(problem_of, servers))
+    for server, problem in zip(servers, problems, strict=True):
+        say(f"{server.name}: {problem or 'ready'}")
+    return not any(problems)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    command.run(main, required=("config",))

@@ -1,0 +1,257 @@
+"""Everything that experts answered, appended to a file as it comes; and a run served from such a file.
+
+Lines are JSON objects of three kinds:
+
+    section   a part of the run begins ("warm start", "step 7"). A section that begins again, since the run was
+              interrupted in it, replaces its first attempt and all sections that followed that.
+    call      what came back to the policy for one call: who asked, a hash of what, the observation.
+    request   what one expert or service answered while a call ran: its version, a hash of the request, the reply.
+              Replies from the cache are none: nobody was asked.
+
+A run is served from its calls. They hold all that the policy ever saw: whatever a clock decided (a deadline, which of
+two equal requests came first) is in the observation already, and no skill need be run again.
+
+A line is one write to the file, so it outlives the process at once; it is on disk (fsync) before a checkpoint is. A
+last line without its end was torn by a kill; its call was not trained on.
+"""
+
+import asyncio
+import collections
+import contextlib
+import contextvars
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from maestro_jax.errors import ConfigError, UserError
+from maestro_jax.registry.cache import content_key, open_for_append, request_key
+from maestro_jax.registry.interface import Expert, Reply, Request, Service, ServiceResult
+from maestro_jax.types import Call, Observation, Status, Usage
+
+logger = logging.getLogger(__name__)
+
+# Who asks, while a call runs: a trajectory and its turn, whatever the order of arrival. Set by the dispatcher.
+ASKER: contextvars.ContextVar[str] = contextvars.ContextVar("asker", default="")
+
+
+class JournalError(UserError):
+    """The journal cannot be written."""
+
+
+class ReplayError(UserError):
+    """A call that the recorded run did not make."""
+
+
+class Journal:
+    """Appends to the journal of a run; see the module's docstring. Used from several threads.
+
+    A journal that cannot be written ends the run: it could not be replayed, and what was paid for would be lost.
+
+    Raises:
+      JournalError: of every method, when the file cannot be written.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        with self._writing():
+            self._file = open_for_append(path)
+
+    def begin(self, section: str) -> None:
+        self._write({"kind": "section", "name": section})
+
+    def call(self, asker: str, call: Call, question: str, images: tuple[bytes, ...], observation: Observation) -> None:
+        of_call = {"request": call_key(call, question, images), "expert": call.expert, "skill": call.skill}
+        found = _result(observation.text, observation.status, observation.seconds, observation.usage)
+        self._write({"kind": "call", "asker": asker, **of_call, "query": call.query, **found})
+
+    def request(self, name: str, version: str, key: str, result: dict[str, Any]) -> None:
+        who = {"asker": ASKER.get(), "name": name, "version": version}
+        self._write({"kind": "request", **who, "request": key, **result, "at": time.time()})
+
+    def sync(self) -> None:
+        """Returns when everything written so far is on disk."""
+        with self._writing():
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        self.sync()
+        os.close(self._file)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        data = json.dumps(line).encode("ascii") + b"\n"
+        with self._writing():
+            if os.write(self._file, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            cure = "free or mount its disk, and start the run again"
+            raise JournalError(f"the journal {self._path} cannot be written ({error.strerror}); {cure}") from error
+
+
+class JournaledExpert:
+    """An expert whose replies are recorded.
+
+    Args:
+      identity: what its replies depend on besides the request.
+    """
+
+    def __init__(self, expert: Expert, identity: str, journal: Journal):
+        self.name = expert.name
+        self._expert, self._identity, self._journal = expert, identity, journal
+        self._version = _short(identity)
+
+    async def ask(self, request: Request) -> Reply:
+        reply = await self._expert.ask(request)
+        result = _result(reply.text, reply.status, reply.seconds, reply.usage)
+        self._journal.request(self.name, self._version, request_key(self._identity, request), result)
+        return reply
+
+    async def check(self) -> str | None:
+        return await self._expert.check()
+
+    async def close(self) -> None:
+        await self._expert.close()
+
+
+class JournaledService:
+    """A service whose results are recorded; of images, their hashes."""
+
+    def __init__(self, service: Service, identity: str, journal: Journal):
+        self.name = service.name
+        self._service, self._identity, self._journal = service, identity, journal
+        self._version = _short(identity)
+
+    async def run(self, images: tuple[bytes, ...], text: str, deadline: float) -> ServiceResult:
+        made = await self._service.run(images, text, deadline)
+        result = _result(made.text, made.status, made.seconds, Usage()) | {"images": [*map(_digest, made.images)]}
+        key = content_key(["run", self._identity, text, *map(_digest, images)])
+        self._journal.request(self.name, self._version, key, result)
+        return made
+
+    async def close(self) -> None:
+        await self._service.close()
+
+
+# ---- replay ------------------------------------------------------------------------------------------------
+
+
+class Replay:
+    """A `CallRunner` that answers from a journal, at once, and asks nobody.
+
+    Equal calls of one asker (a task that is evaluated again and again) get their observations in the order in which
+    they were recorded.
+
+    Raises:
+      ConfigError: the file cannot be read or holds no calls.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._recorded: dict[tuple[str, str], collections.deque[Observation]] = collections.defaultdict(
+            collections.deque
+        )
+        try:
+            for asker, key, observation in read_calls(path):
+                self._recorded[asker, key].append(observation)
+        except OSError as error:
+            reason = error.strerror
+            raise ConfigError(f"{path} cannot be replayed ({reason}); name the journal.jsonl of a run") from error
+        if not self._recorded:
+            raise ConfigError(f"{path} holds no calls; name the journal.jsonl of a run that made some")
+
+    async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation:
+        """What was observed when this was asked.
+
+        Raises:
+          ReplayError: it was not asked by this asker, or not as often.
+        """
+        await asyncio.sleep(0)  # a call never comes back before `submit` has
+        asker = ASKER.get()
+        found = self._recorded.get((asker, call_key(call, question, images)))
+        if not found:
+            known = any(other == asker for other, _ in self._recorded)
+            what = "asked something else" if known and found is None else "asked less often"
+            raise ReplayError(
+                f"{self._path}: the recorded run {what if known else 'has no such call'}: {call.expert} with "
+                f"{call.skill}, query {call.query[:40]!r}, asked by {asker}; replay with the recorded run's config, "
+                "data and code, from its beginning"
+            )
+        return found.popleft()
+
+    async def close(self) -> None:
+        pass
+
+
+def read_calls(path: str) -> Iterator[tuple[str, str, Observation]]:
+    """Asker, request hash and observation of every call that counts, in the order of the file.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    sections: dict[str, list[tuple[str, str, Observation]]] = {"": []}
+    for line in _lines(path):
+        if line["kind"] == "section":
+            names = list(sections)
+            for later in names[names.index(line["name"]) :] if line["name"] in sections else ():
+                del sections[later]
+            sections[line["name"]] = []
+        elif line["kind"] == "call":
+            usage = Usage(**line["usage"])
+            observation = Observation(line["text"], Status[line["status"]], float(line["seconds"]), usage)
+            next(reversed(sections.values())).append((line["asker"], line["request"], observation))
+    for calls in sections.values():
+        yield from calls
+
+
+def _lines(path: str) -> Iterator[dict[str, Any]]:
+    """The whole lines. One that is damaged is named: whoever needs it will miss it."""
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.endswith(b"\n"):
+                return
+            try:
+                yield _checked(json.loads(text))
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s line %d is damaged and left out", path, number)
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """Raises KeyError, TypeError or ValueError unless what `read_calls` needs is there."""
+    if line["kind"] == "section":
+        str.lower(line["name"])
+    if line["kind"] == "call":
+        str.lower(line["asker"] + line["request"] + line["text"])
+        Status[line["status"]], float(line["seconds"]), Usage(**line["usage"])
+    return line
+
+
+# ---- keys --------------------------------------------------------------------------------------------------
+
+
+def call_key(call: Call, question: str, images: tuple[bytes, ...]) -> str:
+    """The hash of all that a call asks."""
+    return content_key(["call", call.expert, call.skill, call.query, question, *map(_digest, images)])
+
+
+@functools.lru_cache(maxsize=256)  # the members of a group show the same images, turn after turn
+def _digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()
+
+
+def _short(identity: str) -> str:
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def _result(text: str, status: Status, seconds: float, usage: Usage) -> dict[str, Any]:
+    tokens = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+    return {"text": text, "status": status.name, "seconds": seconds, "usage": tokens | {"price": usage.price}}

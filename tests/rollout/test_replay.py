@@ -1,0 +1,71 @@
+"""A rollout whose experts are gone is the recorded one, bit for bit."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+
+from maestro_jax.registry.dispatch import Dispatcher
+from maestro_jax.registry.journal import Journal, Replay, ReplayError
+from maestro_jax.rollout.engine import Rollout
+from maestro_jax.types import Call, Observation, Status, Usage
+from tests.rollout import episodes
+
+TASKS, MEMBERS = 3, 4
+
+
+class Moody:
+    """Experts whose replies are never the same again, late, out of order and sometimes lost."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation:
+        self.asked += 1
+        chance = random.SystemRandom()
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        status = chance.choice([Status.OK, Status.OK, Status.OK, Status.TIMEOUT])
+        return Observation(f"{chance.random()}", status, chance.random(), Usage(1, 1, chance.random()))
+
+    async def close(self) -> None:
+        pass
+
+
+def rollouts(talker: episodes.Talker, dispatcher: Dispatcher, first: int = 0) -> list[Rollout]:
+    """Two steps, and the first again: the same task and key may come back in a run, as in evaluations."""
+    tasks = [episodes.task(first + number) for number in range(TASKS)]
+    with episodes.engine(talker, dispatcher, episodes.ENGINE) as run:
+        return [run(tasks, MEMBERS, step=step) for step in (1, 2, 1)]
+
+
+def test_replay_gives_the_same_trajectories_bit_for_bit(talker: episodes.Talker, tmp_path: Path) -> None:
+    path = str(tmp_path / "journal.jsonl")
+    experts, journal = Moody(), Journal(path)
+    recorded = rollouts(talker, Dispatcher(experts, journal))
+    journal.close()
+    assert experts.asked > 20
+
+    again = Journal(str(tmp_path / "again.jsonl"))
+    replayed = rollouts(talker, Dispatcher(Replay(path), again))
+    again.close()
+
+    for theirs, ours in zip(recorded, replayed, strict=True):
+        episodes.assert_same(episodes.episodes(ours), episodes.episodes(theirs), tolerance=0.0)
+        for group, like in zip(ours.trajectories, theirs.trajectories, strict=True):
+            for member, other in zip(group, like, strict=True):
+                assert (member.calls, member.answer, member.marked) == (other.calls, other.answer, other.marked)
+                assert member.price == other.price
+    assert episodes.episodes(recorded[0]) != episodes.episodes(recorded[2])
+    # The replay has written the same journal, but for the order in which replies came.
+    lines = [sorted((tmp_path / name).read_text().splitlines()) for name in ("journal.jsonl", "again.jsonl")]
+    assert lines[0] == lines[1]
+
+
+def test_a_replay_of_another_run_stops(talker: episodes.Talker, tmp_path: Path) -> None:
+    path = str(tmp_path / "journal.jsonl")
+    journal = Journal(path)
+    rollouts(talker, Dispatcher(Moody(), journal))
+    journal.close()
+    with pytest.raises(ReplayError, match="replay with the recorded run's config"):
+        rollouts(talker, Dispatcher(Replay(path)), first=TASKS)
