@@ -1,0 +1,1 @@
+"""Code sandboxes: untrusted programs run here, behind one interface."""
