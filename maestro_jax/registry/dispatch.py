@@ -17,7 +17,9 @@ from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
 from maestro_jax.registry.config import Pair, RegistryConfig, normalise_name
 from maestro_jax.registry.inprocess import InProcessExpert, InProcessService
 from maestro_jax.registry.interface import Expert, Service
-from maestro_jax.registry.skills import SkillInput, choose_skill, failure, run_skill
+from maestro_jax.registry.sandbox.interface import Sandbox
+from maestro_jax.registry.served import ServedService
+from maestro_jax.registry.skills import Means, SkillInput, failure, run_called
 from maestro_jax.types import Call, Observation, Status
 
 logger = logging.getLogger(__name__)
@@ -50,13 +52,15 @@ class Registry:
       config: from `parse_registry`.
       cache_file: where replies of deterministic experts and services survive a restart; None keeps
         them in memory.
+      sandbox: where programs of "run" stages run.
 
     Raises:
       ConfigError: an expert or a service cannot be built.
     """
 
-    def __init__(self, config: RegistryConfig, cache_file: str | None = None):
+    def __init__(self, config: RegistryConfig, cache_file: str | None = None, sandbox: Sandbox | None = None):
         self.config = config
+        self._sandbox = sandbox
         self.counters: defaultdict[Pair, CallCounter] = defaultdict(CallCounter)
         self.cache = ReplyCache(cache_file)
         self._experts: dict[str, Expert] = {}
@@ -67,6 +71,11 @@ class Registry:
             )
         self._services: dict[str, Service] = {}
         for part in config.services:
+            if part.expert:
+                model = normalise_name(part.expert)
+                frame = config.experts_by_name[model].frame
+                self._services[normalise_name(part.name)] = ServedService(part, self._experts[model], frame)
+                continue
             service = InProcessService(part)
             self._services[normalise_name(part.name)] = (
                 CachedService(service, service.identity, self.cache) if part.deterministic else service
@@ -83,9 +92,10 @@ class Registry:
             return Observation(pair, Status.UNKNOWN)
         given = SkillInput(question, call.query, images)
         named = self.config.skills_by_name[normalise_name(pair.skill)]
-        skill = choose_skill(self.config, named, pair.expert, f"{call.query}\n{question}")
-        expert = self._experts[normalise_name(pair.expert)]
-        observation = await run_skill(skill, expert, self._services, given, deadline)
+        expert = normalise_name(pair.expert)
+        frame = self.config.experts_by_name[expert].frame
+        means = Means(self._experts[expert], self._services, self._sandbox, frame)
+        observation = await run_called(self.config, named, means, given, deadline)
         self.counters[pair].add(observation)
         return observation
 
