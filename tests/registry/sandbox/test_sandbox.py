@@ -1,0 +1,223 @@
+"""Sandboxes: what programs get, what ends them, and what they cannot reach."""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from maestro_jax.errors import ConfigError
+from maestro_jax.registry.sandbox import choose
+from maestro_jax.registry.sandbox.choose import make_sandbox
+from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus, Sandbox
+from maestro_jax.registry.sandbox.process import ProcessSandbox
+from tests.registry.sandbox import escapes
+
+LIMITS = Limits(cpu_seconds=1.0, wall_seconds=300.0, memory_bytes=96 << 20, output_bytes=5000)
+GIVEN = {"given.txt": b"given", "folder/number.py": b"VALUE = 7"}
+
+
+@pytest.fixture(scope="module", params=["wasm", "bubblewrap", "unsafe_process"])
+def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    try:
+        made = make_sandbox(request.param)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    yield made
+    asyncio.run(made.close())
+
+
+@pytest.fixture
+def closed(sandbox: Sandbox) -> Sandbox:
+    """A sandbox that promises more than limits."""
+    if sandbox.name == "unsafe_process":
+        pytest.skip("a bare process is open to the host; that is what its name says")
+    return sandbox
+
+
+def ran(sandbox: Sandbox, program: str, files: Mapping[str, bytes] = GIVEN, limits: Limits = LIMITS) -> Ran:
+    return asyncio.run(sandbox.run(program, files, limits))
+
+
+# ---- what a program gets -----------------------------------------------------------------------------------
+
+
+def test_what_a_program_prints_comes_back(sandbox: Sandbox) -> None:
+    found = ran(sandbox, "import sys; print('out', 1 + 1); print('err', file=sys.stderr)")
+    assert (found.stdout, found.stderr, found.status) == ("out 2\n", "err\n", RanStatus.OK)
+    assert found.seconds > 0
+
+
+def test_a_program_reads_and_imports_its_files(sandbox: Sandbox) -> None:
+    program = "from folder.number import VALUE; print(VALUE, open('given.txt').read())"
+    assert ran(sandbox, program).stdout == "7 given\n"
+
+
+def test_an_error_comes_with_its_line(sandbox: Sandbox) -> None:
+    found = ran(sandbox, "def f(x):\n    return 1 / x\nf(0)")
+    assert found.status is RanStatus.ERROR
+    assert "main.py" in found.stderr and "return 1 / x" in found.stderr and "ZeroDivisionError" in found.stderr
+
+
+def test_the_exit_code_decides(sandbox: Sandbox) -> None:
+    assert ran(sandbox, "raise SystemExit(0)").status is RanStatus.OK
+    assert ran(sandbox, "raise SystemExit(1)").status is RanStatus.ERROR
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "", ".", "main.py", "a\0b"])
+def test_names_of_files_stay_inside(sandbox: Sandbox, name: str) -> None:
+    with pytest.raises(ValueError, match="use another"):
+        ran(sandbox, "", {name: b""})
+
+
+def test_a_text_that_is_no_unicode_is_a_program_with_an_error(sandbox: Sandbox) -> None:
+    assert ran(sandbox, "print('\udcff')").status in (RanStatus.OK, RanStatus.ERROR)
+
+
+def test_output_ends_at_the_same_byte(sandbox: Sandbox) -> None:
+    for _ in range(2):
+        found = ran(sandbox, "for i in range(10**5): print(i)")
+        assert found.status is RanStatus.OUTPUT
+        assert found.stdout == "".join(f"{i}\n" for i in range(10**4))[: LIMITS.output_bytes]
+
+
+# ---- time --------------------------------------------------------------------------------------------------
+
+
+def test_wall_time_ends_a_program(sandbox: Sandbox) -> None:
+    limits = dataclasses.replace(LIMITS, cpu_seconds=1000.0, wall_seconds=1.0)
+    found = ran(sandbox, "while True: pass", limits=limits)
+    assert found.status is RanStatus.TIMEOUT
+    assert 1.0 <= found.seconds < 10.0
+
+
+def test_cancelling_ends_the_program(sandbox: Sandbox) -> None:
+    async def cancelled() -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await sandbox.run("while True: pass", {}, dataclasses.replace(LIMITS, cpu_seconds=1000.0))
+
+    asyncio.run(cancelled())
+    assert not _children(), "a process was left behind"
+
+
+def test_the_event_loop_goes_on(sandbox: Sandbox) -> None:
+    async def main() -> int:
+        work = asyncio.create_task(sandbox.run("x = sum(range(10**6))", {}, LIMITS))
+        turns = 0
+        while not work.done():
+            await asyncio.sleep(0.001)
+            turns += 1
+        return turns
+
+    assert asyncio.run(main()) > 5
+
+
+def test_a_program_that_finds_no_free_core_is_not_blamed() -> None:
+    async def main() -> Ran:
+        sandbox = make_sandbox("unsafe_process")
+        assert isinstance(sandbox, ProcessSandbox)
+        sandbox._free = asyncio.Semaphore(0)
+        return await sandbox.run("", {}, dataclasses.replace(LIMITS, wall_seconds=0.05))
+
+    assert asyncio.run(main()).status is RanStatus.UNAVAILABLE
+
+
+def test_in_wasm_sleeping_costs_nothing_and_clocks_are_made_up(sandbox: Sandbox) -> None:
+    if sandbox.name != "wasm":
+        pytest.skip("other back ends see the machine's clock")
+    program = (
+        "import os, random, select, time\n"
+        "start = time.time()\ntime.sleep(3600)\nselect.select([], [], [], 60)\n"
+        "print(time.time() - start, time.monotonic(), random.random(), os.urandom(4), hash('x'), id(start))"
+    )
+    first, second = ran(sandbox, program), ran(sandbox, program)
+    assert first.stdout == second.stdout and first.stdout.startswith("3660")
+    assert first.seconds < LIMITS.wall_seconds
+
+
+# ---- escapes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, socket.socket]]:
+    """A file and a listening socket that no program may reach, and a secret in the environment."""
+    secret = tmp_path_factory.mktemp("outside") / "secret"
+    secret.write_text("canary")
+    os.environ["MAESTRO_TEST_KEY"] = "canary"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield str(secret), server
+    del os.environ["MAESTRO_TEST_KEY"]
+
+
+def test_nothing_gets_out_and_verdicts_are_the_same_again(
+    closed: Sandbox, outside: tuple[str, socket.socket], tmp_path: Path
+) -> None:
+    secret, server = outside
+
+    def program(text: str) -> str:
+        return text.replace("SECRET", secret).replace("PORT", str(server.getsockname()[1]))
+
+    async def all_of_them() -> dict[str, Ran]:
+        found = await asyncio.gather(*(closed.run(program(p), GIVEN, LIMITS) for p, _ in escapes.ENDS.values()))
+        return dict(zip(escapes.ENDS, found, strict=True))
+
+    async def twice() -> tuple[dict[str, Ran], dict[str, Ran]]:
+        return await all_of_them(), await all_of_them()
+
+    first, second = asyncio.run(twice())
+    for name, (_, statuses) in escapes.ENDS.items():
+        for text in (first[name].stdout, first[name].stderr):
+            # A program that fails is quoted in its traceback.
+            assert "ESCAPED" not in text.replace("print('ESCAPED')", "") and "canary" not in text, (name, first[name])
+            assert len(text) <= LIMITS.output_bytes, name
+        assert first[name].status in statuses, (name, first[name])
+        assert second[name].status is first[name].status, name
+        if closed.name == "wasm":
+            assert second[name] == dataclasses.replace(first[name], seconds=second[name].seconds), name
+    with pytest.raises(BlockingIOError):  # nobody has called
+        server.accept()
+    assert not Path("/tmp/escaped").exists()
+    assert Path(secret).read_text() == "canary"
+    assert not _children()
+
+
+def test_limits_hold_in_a_bare_process_too(sandbox: Sandbox) -> None:
+    names = ("a loop without end", "memory, piece by piece", "standard output", "ignoring signals")
+    began = time.monotonic()
+    for name in names:
+        program, statuses = escapes.ENDED[name]
+        assert ran(sandbox, program).status in statuses, name
+    assert time.monotonic() - began < LIMITS.wall_seconds
+
+
+# ---- choice ------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_sandbox_is_named() -> None:
+    with pytest.raises(ConfigError, match="'docker' is unknown; use one of auto, wasm"):
+        make_sandbox("docker")
+
+
+def test_auto_never_takes_the_bare_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "is_installed", lambda: False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match="install bubblewrap"):
+        make_sandbox("auto")
+
+
+def _children() -> list[str]:
+    """Processes that this one has started and that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state = path.read_text().rpartition(")")[2].split()
+            if int(state[1]) == os.getpid() and state[0] != "Z":
+                found.append(path.parent.name)
+    return found
