@@ -51,12 +51,13 @@ class Frame:
         """Both sides a multiple, the area within limits: `smart_resize` of transformers' Qwen2-VL image processor."""
         sides = [round(side / self.multiple) for side in (width, height)]
         area = sides[0] * sides[1] * self.multiple**2
+        # The order of operations is theirs: another one rounds to another multiple now and then.
         if area > self.max_pixels:
-            shrink = math.sqrt(width * height / self.max_pixels) * self.multiple
-            sides = [max(1, math.floor(side / shrink)) for side in (width, height)]
+            shrink = math.sqrt(height * width / self.max_pixels)
+            sides = [max(1, math.floor(side / shrink / self.multiple)) for side in (width, height)]
         elif area < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (width * height)) / self.multiple
-            sides = [math.ceil(side * grow) for side in (width, height)]
+            grow = math.sqrt(self.min_pixels / (height * width))
+            sides = [math.ceil(side * grow / self.multiple) for side in (width, height)]
         return float(sides[0] * self.multiple), float(sides[1] * self.multiple)
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar, get_origin
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.registry.boxes import FRAMES, Frame
+from maestro_jax.registry.sandbox.choose import KINDS as SANDBOXES
 from maestro_jax.registry.stages import (
     INPUTS,
     MOST_ROUNDS,
@@ -149,7 +150,7 @@ class RegistryConfig:
 
     Attributes:
       show: what the policy's prompt says of each expert besides its description: "price", "speed", both or nothing.
-      sandbox: which code sandbox "run" stages use (`registry.sandbox`).
+      sandbox: which code sandbox "run" stages use (`sandbox/choose.py`).
     """
 
     experts: tuple[ExpertConfig, ...]
@@ -253,6 +254,8 @@ def problems(config: RegistryConfig) -> Iterator[str]:
         yield from _expert_problems(expert, config)
     for service in config.services:
         yield from _service_problems(service, config)
+    if config.sandbox not in SANDBOXES:
+        yield f'registry.sandbox "{config.sandbox}" is unknown; {_nearest(config.sandbox, SANDBOXES)}'
     for word in config.show:
         if word not in SHOWABLE:
             yield f'registry.show has "{word}"; {_nearest(word, SHOWABLE)}'

@@ -17,6 +17,7 @@ from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
 from maestro_jax.registry.config import Pair, RegistryConfig, normalise_name
 from maestro_jax.registry.inprocess import InProcessExpert, InProcessService
 from maestro_jax.registry.interface import Expert, Service
+from maestro_jax.registry.sandbox.choose import make_sandbox
 from maestro_jax.registry.sandbox.interface import Sandbox
 from maestro_jax.registry.served import ServedService
 from maestro_jax.registry.skills import Means, SkillInput, failure, run_called
@@ -52,15 +53,14 @@ class Registry:
       config: from `parse_registry`.
       cache_file: where replies of deterministic experts and services survive a restart; None keeps
         them in memory.
-      sandbox: where programs of "run" stages run.
+      sandbox: where programs of "run" stages run; None makes the one that the config names, if a skill needs it.
 
     Raises:
-      ConfigError: an expert or a service cannot be built.
+      ConfigError: an expert, a service or the sandbox cannot be built.
     """
 
     def __init__(self, config: RegistryConfig, cache_file: str | None = None, sandbox: Sandbox | None = None):
         self.config = config
-        self._sandbox = sandbox
         self.counters: defaultdict[Pair, CallCounter] = defaultdict(CallCounter)
         self.cache = ReplyCache(cache_file)
         self._experts: dict[str, Expert] = {}
@@ -80,6 +80,7 @@ class Registry:
             self._services[normalise_name(part.name)] = (
                 CachedService(service, service.identity, self.cache) if part.deterministic else service
             )
+        self._sandbox = sandbox or (make_sandbox(config.sandbox) if config.runs_code else None)
 
     def resolve(self, expert: str, skill: str) -> Pair | str:
         """Canonical names, or the text of an error observation (see `RegistryConfig.resolve`)."""
@@ -99,10 +100,25 @@ class Registry:
         self.counters[pair].add(observation)
         return observation
 
+    async def check(self, seconds: float) -> dict[str, str | None]:
+        """Expert → None if it says within so many seconds that it is ready, else one line with the cure."""
+
+        async def one(expert: Expert) -> str | None:
+            try:
+                async with asyncio.timeout(seconds):
+                    return await expert.check()
+            except TimeoutError:
+                return f"did not say within {seconds:g} s whether it is ready; see whether its servers run"
+
+        found = await asyncio.gather(*(one(expert) for expert in self._experts.values()))
+        return {entry.name: line for entry, line in zip(self.config.experts, found, strict=True)}
+
     async def close(self) -> None:
         await self.cache.close()
         await asyncio.gather(*(expert.close() for expert in self._experts.values()))
         await asyncio.gather(*(service.close() for service in self._services.values()))
+        if self._sandbox is not None:
+            await self._sandbox.close()
 
 
 class CallRunner(Protocol):

@@ -57,11 +57,15 @@ class Reply:
 
 
 class Expert(Protocol):
-    """A frozen model behind one interface. `ask` never raises for a fault of the expert."""
+    """A frozen model behind one interface. Nothing here raises for a fault of the expert."""
 
     name: str
 
     async def ask(self, request: Request) -> Reply: ...
+
+    async def check(self) -> str | None:
+        """None if the expert is ready; else one line that says what is wrong, with the cure."""
+        ...
 
     async def close(self) -> None: ...
 
