@@ -22,6 +22,7 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "array-record>=0.8",
         "grain>=0.2.15",
+        "aiohttp>=3.12",  # experts over HTTP
         "ml-collections>=1.1",
         "absl-py>=2.2",
         "numpy>=2",

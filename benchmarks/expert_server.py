@@ -8,6 +8,7 @@
 | POST /script {"step_seconds": seconds, and the arguments of `Script`} | {} |
 | POST /expert {"call": call} | {"text": ...} after the call's seconds |
 | POST /v1/completions {"prompt": [ids], ...} | vLLM's reply after step_seconds a token; without a script, none |
+| POST /v1/chat/completions {"messages": [...], ...} | a chat completion, at once |
 | POST /served {} | {"calls": [...]}, in the order of their requests |
 
 Nothing limits how many requests wait side by side. Standard library only, because peers import the clients in
@@ -27,6 +28,13 @@ from types import TracebackType
 from typing import Any
 
 OBSERVATION = "the figure shows" + " the figure" * 10  # what every expert says
+COMPLETION = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1,
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": OBSERVATION}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 300, "completion_tokens": 24, "total_tokens": 324},
+}
 
 
 class Script:
@@ -73,6 +81,7 @@ class ExpertServer:
             "/script": self._take_script,
             "/expert": self._expert,
             "/v1/completions": self._complete,
+            "/v1/chat/completions": self._chat,
             "/served": self._tell_served,
         }
 
@@ -114,6 +123,9 @@ class ExpertServer:
             return None
         await asyncio.sleep(len(ids) * self._step_seconds)
         return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [0.0] * len(ids)}}]}
+
+    async def _chat(self, request: dict[str, Any]) -> dict[str, Any]:
+        return COMPLETION | {"model": request["model"]}
 
     async def _tell_served(self, request: dict[str, Any]) -> dict[str, Any]:
         del request

@@ -1,8 +1,8 @@
-"""The 4B with the paper's experts instead of the suite's (configs/registry/maestro.py), or with the out-of-domain ones, too.
+"""The 4B with the paper's experts instead of the suite's (configs/registry/maestro.py), or out-of-domain ones besides.
 
-    python -m maestro_jax.doctor --config configs/maestro_4b.py
-    python -m maestro_jax.train --config configs/maestro_4b.py --workdir runs/maestro --config.data.kind=verl ...
-    python -m maestro_jax.doctor --config configs/maestro_4b.py:out_of_domain
+python -m maestro_jax.doctor --config configs/maestro_4b.py
+python -m maestro_jax.train --config configs/maestro_4b.py --workdir runs/maestro --config.data.kind=verl ...
+python -m maestro_jax.doctor --config configs/maestro_4b.py:out_of_domain
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
     python -m maestro_jax.doctor --config configs/qwen3_vl_4b.py [--seconds 10] [--static]
 
 One line for each finding, with its cure. First what the config alone shows: unknown names, cycles, missing services,
-stages that do not fit together, environment variables that are not set, a sandbox that is not there. Then every expert is
-asked whether it is ready, also the models behind services. The exit code is 0 if all is well, else 78.
+stages that do not fit together, environment variables that are not set. Then, with the sandbox made where a skill needs
+one, every expert is asked whether it is ready, also the models behind services. Exit code 0 if all is well, else 78.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ def unset_variables(registry: RegistryConfig, environment: Mapping[str, str]) ->
     """Keys that experts need and that the environment does not have."""
     for expert in registry.experts:
         if expert.key and not environment.get(expert.key):
-            yield f'expert "{expert.name}": the environment variable {expert.key} is not set; export it with the API key'
+            yield f'expert "{expert.name}": environment variable {expert.key} is not set; export it with the API key'
 
 
 def contradictions(raw: Any) -> list[str]:

@@ -69,6 +69,9 @@ WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupt
 
 # Settings that may change between a run and its continuation.
 FREE_KEYS = (
+    "registry.limits.calls",
+    "registry.limits.tokens",
+    "registry.limits.price",
     "rollout.lanes",
     "rollout.parked_tokens",
     "rollout.parked_on_host",
@@ -179,6 +182,7 @@ def main(argv: Sequence[str]) -> None:
         if (latest := store.latest()) is not None:
             state, run = store.restore(latest, state)
             supply.set_state(run["supply"])
+            registry.spending.set_state(run["spent"])
             start, seconds_before = latest, run["seconds"]
             progress.note(f"resumed from the checkpoint of step {latest}")
         metrics = MetricsWriter(workdir / "metrics.jsonl")
@@ -203,7 +207,9 @@ def main(argv: Sequence[str]) -> None:
             metrics.write(row)
             if step % config.checkpoint.every == 0 or step == config.grpo.steps:
                 elapsed = seconds_before + time.monotonic() - began
-                store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed})
+                spent = registry.spending.get_state()
+                store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed, "spent": spent})
+                write_json(workdir / "experts.json", registry.report())
 
         # ---- Results ---------------------------------------------------------------------------
         store.close()

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar, cast
 
-from maestro_jax.registry.interface import Expert, Reply, Request, Service, ServiceResult
+from maestro_jax.registry.interface import Expert, Reply, Request, Sampling, Service, ServiceResult
 from maestro_jax.types import Status, Usage
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ def content_key(parts: Iterable[str | bytes]) -> str:
 
 def request_key(identity: str, request: Request) -> str:
     """The key of an expert's reply: who is asked, how it decodes, what it is shown. Not the deadline."""
-    parts: list[str | bytes] = ["ask", identity, repr(dataclasses.astuple(request.sampling))]
+    # An expert's own settings are part of its identity.
+    sampling = request.sampling or Sampling()
+    parts: list[str | bytes] = ["ask", identity, repr(dataclasses.astuple(sampling))]
     for message in request.messages:
         parts += [message.role, message.text, str(len(message.images)), *message.images]
     return content_key(parts)
@@ -128,14 +130,24 @@ class ReplyCache:
 
 
 class CachedExpert:
-    """A deterministic expert behind the cache."""
+    """A deterministic expert behind the cache. What is asked at another temperature than 0 passes by it.
+
+    Attributes:
+      hits: requests that another one's reply was for.
+    """
 
     def __init__(self, expert: Expert, identity: str, cache: ReplyCache):
         self.name = expert.name
+        self.hits = 0
         self._expert, self._identity, self._cache = expert, identity, cache
 
     async def ask(self, request: Request) -> Reply:
+        if request.sampling is not None and request.sampling.temperature > 0:
+            return await self._expert.ask(request)
+        self.hits += 1
+
         def ask(seconds: float) -> Coroutine[Any, Any, Reply]:
+            self.hits -= 1
             return self._expert.ask(dataclasses.replace(request, deadline=seconds))
 
         key = request_key(self._identity, request)

@@ -10,13 +10,16 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import json
 import math
 import re
+import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_origin
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.registry.boxes import FRAMES, Frame
+from maestro_jax.registry.chat import OWN_FIELDS
 from maestro_jax.registry.sandbox.choose import KINDS as SANDBOXES
 from maestro_jax.registry.stages import (
     INPUTS,
@@ -52,16 +55,29 @@ def normalise_name(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertConfig:
-    """A frozen model.
+    """A frozen model: a class of this process (`implementation`) or behind servers (`endpoints`).
 
     Attributes:
       description: one line shown to the policy: what it is good at.
-      implementation: "package.module:Class", built with `options`.
+      options: arguments of the class; of servers, further fields of each request.
       price_prompt, price_completion: US dollars per million tokens.
-      deterministic: same request, same reply; such replies are cached.
+      deterministic: same request, same reply; such replies are cached, if the temperature is 0.
+
+    Of a class:
+      implementation: "package.module:Class".
       latency_mean: seconds of extra latency, exponentially distributed, that imitate a remote server.
       latency_seed: changes which requests are slow.
       timeout: seconds a single request may take.
+
+    Of servers:
+      endpoints: base URLs of OpenAI-compatible servers of the same model, such as "http://127.0.0.1:8000/v1".
+      model: its name there.
+      key: name of the environment variable with the API key; empty sends none.
+      temperature, max_tokens, top_p: how it decodes.
+      concurrency: requests that each endpoint gets at a time.
+      attempt_timeout: seconds a single attempt of a request may take; all of them end with the episode's deadline.
+
+    Of both:
       shown: whether the policy's prompt lists it and the policy may call it; a model behind a service is not.
       frame: what its box coordinates mean.
       typical_seconds: of one call; what the policy's prompt says where the registry shows "speed".
@@ -69,7 +85,7 @@ class ExpertConfig:
 
     name: str
     description: str
-    implementation: str
+    implementation: str = ""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     price_prompt: float = 0.0
     price_completion: float = 0.0
@@ -77,9 +93,41 @@ class ExpertConfig:
     latency_mean: float = 0.0
     latency_seed: int = 0
     timeout: float = 60.0
+    endpoints: tuple[str, ...] = ()
+    model: str = ""
+    key: str = ""
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    top_p: float = 1.0
+    concurrency: int = 64
+    attempt_timeout: float = 60.0
     shown: bool = True
     frame: Frame = Frame()
     typical_seconds: float = 0.0
+
+    @property
+    def cacheable(self) -> bool:
+        return self.deterministic and self.temperature == 0
+
+
+# Settings that only one kind of expert has.
+_OF_CLASSES = ("latency_mean", "latency_seed", "timeout")
+_OF_SERVERS = ("model", "key", "temperature", "max_tokens", "top_p", "concurrency", "attempt_timeout")
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitsConfig:
+    """What a run may spend on experts before it stops; 0 is no limit.
+
+    Attributes:
+      calls: requests to experts; retries and replies from the cache are not counted.
+      tokens: prompt and completion tokens of their replies.
+      price: US dollars.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    price: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +204,7 @@ class RegistryConfig:
     experts: tuple[ExpertConfig, ...]
     services: tuple[ServiceConfig, ...]
     skills: tuple[SkillConfig, ...]
+    limits: LimitsConfig = LimitsConfig()
     show: tuple[str, ...] = ()
     sandbox: str = "auto"
 
@@ -222,7 +271,7 @@ def parse_registry(raw: Any) -> RegistryConfig:
 
 
 def read_registry(raw: Any) -> RegistryConfig:
-    """A mapping with `experts`, `services` and `skills` (tuples of mappings), its keys and types checked.
+    """A mapping with `experts`, `services` and `skills` (tuples of mappings) and the rest, keys and types checked.
 
     Args:
       raw: a dict or anything with the methods of one, such as an ml_collections ConfigDict.
@@ -232,10 +281,11 @@ def read_registry(raw: Any) -> RegistryConfig:
     """
     raw = _mapping(raw, "registry")
     _check_keys(raw, [f.name for f in dataclasses.fields(RegistryConfig)], "registry")
-    entries: dict[str, tuple[Any, ...]] = {
-        "experts": tuple(_read(ExpertConfig, e, w) for e, w in _entries(raw, "experts")),
+    entries: dict[str, Any] = {
+        "experts": tuple(_read_expert(e, w) for e, w in _entries(raw, "experts")),
         "services": tuple(_read(ServiceConfig, s, w) for s, w in _entries(raw, "services")),
         "skills": tuple(_read_skill(s, w) for s, w in _entries(raw, "skills")),
+        "limits": _read_limits(raw.get("limits", {})),
     }
     return _read(RegistryConfig, raw | entries, "registry")
 
@@ -330,6 +380,68 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     raise ConfigError(f"{where} must be {word}, found {value!r:.60}")
 
 
+def _read_limits(raw: Any) -> LimitsConfig:
+    limits = _read(LimitsConfig, raw, "registry.limits")
+    for key in ("calls", "tokens"):
+        if getattr(limits, key) < 0:
+            raise ConfigError(f"registry.limits.{key} must be at least 0 (no limit), found {getattr(limits, key)}")
+    return limits
+
+
+def _read_expert(raw: Any, where: str) -> ExpertConfig:
+    values = _mapping(raw, where)
+    expert = _read(ExpertConfig, values, where)
+    where = f'expert "{expert.name}"'
+    if bool(expert.implementation) == bool(expert.endpoints):
+        raise ConfigError(
+            f"{where} must have either implementation (a class of this process) or endpoints (URLs), and not both"
+        )
+    others, kind = (_OF_SERVERS, "endpoints") if expert.implementation else (_OF_CLASSES, "implementation")
+    for key in others:
+        if key in values:
+            raise ConfigError(f'{where}: "{key}" is for experts with {kind}; remove it')
+    if expert.endpoints:
+        _check_served(expert, where)
+    return expert
+
+
+def _check_served(expert: ExpertConfig, where: str) -> None:
+    """What an expert behind servers needs."""
+    if not expert.model:
+        raise ConfigError(f'{where} lacks "model"; add the name that its servers know it by')
+    for url in expert.endpoints:
+        _check_url(url, where)
+    if len(set(expert.endpoints)) < len(expert.endpoints):
+        raise ConfigError(f"{where}: an endpoint is there twice; name each once")
+    for key in ("max_tokens", "concurrency", "attempt_timeout", "top_p"):
+        if getattr(expert, key) <= 0:
+            raise ConfigError(f"{where}: {key} must be above 0")
+    if expert.key and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", expert.key):
+        # Not quoted: it may be the key itself.
+        raise ConfigError(f"{where}: key must be the NAME of an environment variable, such as OPENAI_API_KEY")
+    for name in OWN_FIELDS:
+        if name in expert.options:
+            raise ConfigError(f'{where}: options must not set "{name}"; the expert\'s own settings do')
+    try:
+        json.dumps(dict(expert.options), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: options go into each request as JSON, and do not ({error}); correct them"
+        ) from error
+
+
+def _check_url(url: str, where: str) -> None:
+    if "@" in url:  # not quoted: what stands before it is a password
+        raise ConfigError(f"{where}: an endpoint holds a password; name an environment variable in `key` instead")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # such as a port that is no number
+        good = False
+    if not good or parts.query or parts.fragment or any(c.isspace() for c in url):
+        raise ConfigError(f'{where}: endpoint "{url}" is no base URL; write it as "http://127.0.0.1:8000/v1"')
+
+
 def _read_skill(raw: Any, where: str) -> SkillConfig:
     values = _mapping(raw, where)
     stages = values.get("stages", ())
@@ -374,7 +486,8 @@ def _name_problems(kind: str, names: list[str]) -> Iterator[str]:
 
 def _expert_problems(expert: ExpertConfig, config: RegistryConfig) -> Iterator[str]:
     where = f'expert "{expert.name}"'
-    yield from _implementation_problems(expert.implementation, where)
+    if expert.implementation:
+        yield from _implementation_problems(expert.implementation, where)
     if expert.timeout <= 0:
         yield f"{where}: timeout must be above 0 seconds"
     if expert.frame.kind not in FRAMES:

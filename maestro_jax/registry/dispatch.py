@@ -11,12 +11,16 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from maestro_jax.errors import UserError
 from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
-from maestro_jax.registry.config import Pair, RegistryConfig, normalise_name
+from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig, normalise_name
+from maestro_jax.registry.http import HttpExpert
 from maestro_jax.registry.inprocess import InProcessExpert, InProcessService
 from maestro_jax.registry.interface import Expert, Service
+from maestro_jax.registry.metering import MeteredExpert, Spending
+from maestro_jax.registry.retries import RetryBudget
 from maestro_jax.registry.sandbox.choose import make_sandbox
 from maestro_jax.registry.sandbox.interface import Sandbox
 from maestro_jax.registry.served import ServedService
@@ -46,6 +50,24 @@ class CallCounter:
         self.price += observation.usage.price
 
 
+class ExpertStack(NamedTuple):
+    """An expert and what stands before it."""
+
+    bare: HttpExpert | InProcessExpert
+    metered: MeteredExpert
+    cached: CachedExpert | None
+
+    def report(self, began: float) -> dict[str, Any]:
+        """Plain values; times of breakers in seconds since `began`, a time of `time.monotonic`."""
+        found = self.metered.counter.to_json() | {"cache_hits": self.cached.hits if self.cached else 0}
+        if isinstance(self.bare, HttpExpert):
+            found["breakers"] = {
+                endpoint.url: [[round(seconds - began, 3), state.value] for seconds, state in endpoint.breaker.changes]
+                for endpoint in self.bare.endpoints.all
+            }
+        return found
+
+
 class Registry:
     """Experts and services built from config, behind one `call`.
 
@@ -63,12 +85,11 @@ class Registry:
         self.config = config
         self.counters: defaultdict[Pair, CallCounter] = defaultdict(CallCounter)
         self.cache = ReplyCache(cache_file)
-        self._experts: dict[str, Expert] = {}
-        for entry in config.experts:
-            expert = InProcessExpert(entry)
-            self._experts[normalise_name(entry.name)] = (
-                CachedExpert(expert, expert.identity, self.cache) if entry.deterministic else expert
-            )
+        self.spending = Spending(config.limits)
+        self._began = time.monotonic()
+        self._retries = RetryBudget(time.monotonic)
+        self._stacks = [self._stack(entry) for entry in config.experts]
+        self._experts = {normalise_name(stack.bare.name): stack.cached or stack.metered for stack in self._stacks}
         self._services: dict[str, Service] = {}
         for part in config.services:
             if part.expert:
@@ -82,12 +103,22 @@ class Registry:
             )
         self._sandbox = sandbox or (make_sandbox(config.sandbox) if config.runs_code else None)
 
+    def _stack(self, entry: ExpertConfig) -> ExpertStack:
+        bare = HttpExpert(entry, self._retries) if entry.endpoints else InProcessExpert(entry)
+        metered = MeteredExpert(bare, self.spending)
+        cached = CachedExpert(metered, bare.identity, self.cache) if entry.cacheable else None
+        return ExpertStack(bare, metered, cached)
+
     def resolve(self, expert: str, skill: str) -> Pair | str:
         """Canonical names, or the text of an error observation (see `RegistryConfig.resolve`)."""
         return self.config.resolve(expert, skill)
 
     async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation:
-        """Runs the skill with the expert; `deadline` is in seconds from now."""
+        """Runs the skill with the expert; `deadline` is in seconds from now.
+
+        Raises:
+          LimitError: a request was refused because the run has reached a cap (`registry.limits`).
+        """
         pair = self.resolve(call.expert, call.skill)
         if isinstance(pair, str):
             return Observation(pair, Status.UNKNOWN)
@@ -97,6 +128,8 @@ class Registry:
         frame = self.config.experts_by_name[expert].frame
         means = Means(self._experts[expert], self._services, self._sandbox, frame)
         observation = await run_called(self.config, named, means, given, deadline)
+        if observation.status is not Status.OK:
+            self.spending.check()
         self.counters[pair].add(observation)
         return observation
 
@@ -112,6 +145,10 @@ class Registry:
 
         found = await asyncio.gather(*(one(expert) for expert in self._experts.values()))
         return {entry.name: line for entry, line in zip(self.config.experts, found, strict=True)}
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """By expert: requests, success, latencies, tokens, price, cache hits, and what each endpoint's breaker did."""
+        return {stack.bare.name: stack.report(self._began) for stack in self._stacks}
 
     async def close(self) -> None:
         await self.cache.close()
@@ -147,6 +184,7 @@ class Dispatcher:
         self._arrived = threading.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._stop: UserError | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="registry", daemon=True)
         self._thread.start()
@@ -178,6 +216,14 @@ class Dispatcher:
         with self._arrived:
             return self._arrived.wait_for(lambda: bool(self._ready), timeout)
 
+    def check(self) -> None:
+        """Raises what a call ended with that only the user can mend, such as a cap that is reached.
+
+        For the thread that runs the loop of the engine: callbacks must not raise.
+        """
+        if self._stop is not None:
+            raise self._stop
+
     def close(self) -> None:
         """Cancels what runs (it ends as UNAVAILABLE), closes the registry and stops the thread."""
         with self._arrived:
@@ -202,6 +248,8 @@ class Dispatcher:
             observation = await _within(work, left + GRACE_SECONDS)
         except TimeoutError:
             observation = failure(Status.TIMEOUT, time.monotonic() - start)
+        except UserError as error:
+            self._stop = error
         except Exception:
             logger.exception("call to %s with %s failed", call.expert, call.skill)
             observation = failure(Status.UNAVAILABLE, time.monotonic() - start)

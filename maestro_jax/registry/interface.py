@@ -36,13 +36,13 @@ class Request:
 
     Attributes:
       messages: the conversation, oldest first.
-      sampling: decoding settings; a deterministic expert may ignore them.
+      sampling: decoding settings; None leaves them to the expert. A deterministic expert may ignore them.
       deadline: seconds that remain for this request; the expert must answer (or give up with
         `Status.TIMEOUT`) within them.
     """
 
     messages: tuple[Message, ...]
-    sampling: Sampling = Sampling()
+    sampling: Sampling | None = None
     deadline: float = 60.0
 
 

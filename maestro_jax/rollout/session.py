@@ -109,6 +109,9 @@ class Session:
         Yields:
           The counts of each round, before it decodes. Whoever stops listening stops the run; a later one takes it up
           again, with another policy if need be.
+
+        Raises:
+          UserError: a call ended with it (`Dispatcher.check`).
         """
         mesh, programs = self.compiled.mesh, self.compiled.programs
         with jax.set_mesh(mesh):
@@ -126,6 +129,7 @@ class Session:
             while True:
                 with jax.set_mesh(mesh):
                     counts, self._held = self._round(params, weights, *self._held)
+                self.exchange.dispatcher.check()
                 if not counts.decoding:
                     self.exchange.send()  # before the listener takes its time
                 yield counts

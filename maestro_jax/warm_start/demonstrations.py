@@ -86,6 +86,9 @@ def make_calls(
     """Runs calls side by side and returns their observations in order; `tick` hears how many are back.
 
     Only so many are in flight at a time: a deadline counts from the submission, queueing included.
+
+    Raises:
+      UserError: a call ended with it (`Dispatcher.check`).
     """
     found: dict[int, Observation] = {}
     submitted = 0
@@ -96,6 +99,7 @@ def make_calls(
             submitted += 1
         dispatcher.wait(1.0)
         found.update(dispatcher.collect())
+        dispatcher.check()
         tick(len(found))
     return [found[ticket] for ticket in range(len(calls))]
 

@@ -11,7 +11,8 @@ _ENDS = (RanStatus.OK, RanStatus.ERROR)
 def tried(action: str) -> str:
     """A program whose `action`, some lines, must raise."""
     lines = "\n    ".join(action.strip().splitlines())
-    return f"try:\n    {lines}\nexcept BaseException as error:\n    print(type(error).__name__)\nelse:\n    print('ESCAPED')"
+    caught = "except BaseException as error:\n    print(type(error).__name__)"
+    return f"try:\n    {lines}\n{caught}\nelse:\n    print('ESCAPED')"
 
 
 # What must fail with an error, as the program sees it.
@@ -51,7 +52,9 @@ REFUSED = {
     "call a system call by number": tried("import ctypes\nassert ctypes.CDLL(None).syscall(41, 2, 1, 0) >= 0"),
     "fork through ctypes": tried("import ctypes\nassert ctypes.CDLL(None).fork() >= 0"),
     "memory of no process": tried("import os\nos.memfd_create('x')"),
-    "shared memory": tried("from multiprocessing import shared_memory\nshared_memory.SharedMemory(create=True, size=9)"),
+    "shared memory": tried(
+        "from multiprocessing import shared_memory\nshared_memory.SharedMemory(create=True, size=9)"
+    ),
     "the environment's secret": tried("import os\nassert any('canary' in value for value in os.environ.values())"),
     "arguments of the parent": tried("import sys\nassert any('/' in part for part in sys.orig_argv[1:])"),
     "open descriptors": tried(

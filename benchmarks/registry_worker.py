@@ -1,0 +1,54 @@
+"""Our registry in a process of its own, as its peers are: whole calls of a skill with one stage."""
+
+import asyncio
+from typing import Any
+
+from benchmarks.peers.load import drive
+from benchmarks.peers.protocol import serve
+from maestro_jax.registry.config import parse_registry
+from maestro_jax.registry.dispatch import Registry
+from maestro_jax.types import Call
+
+_DEADLINE = 300.0
+
+
+def registry_config(port: int, in_flight: int) -> dict[str, Any]:
+    expert = {
+        "name": "Served",
+        "description": "says what a figure shows",
+        "endpoints": (f"http://127.0.0.1:{port}/v1",),
+        "model": "m",
+        "concurrency": in_flight,
+    }
+    stage = {"kind": "ask", "output": "answer", "prompt": "{query}"}
+    return {"experts": (expert,), "services": (), "skills": ({"name": "Ask", "stages": (stage,)},)}
+
+
+async def _run(port: int, calls: int, in_flight: int) -> dict[str, float]:
+    registry = Registry(parse_registry(registry_config(port, in_flight)))
+
+    async def ask(question: str) -> str:
+        observation = await registry.call(Call("Served", "Ask", question), "", (), _DEADLINE)
+        return observation.text
+
+    async def warm_up(question: str) -> str:
+        # No question of the load: it would be answered from the cache.
+        return await ask(f"warm-up {question}")
+
+    try:
+        await drive(warm_up, in_flight, in_flight)
+        return await drive(ask, calls, in_flight)
+    finally:
+        await registry.close()
+
+
+class Peer:
+    """What this process answers to."""
+
+    def run(self, **load: Any) -> dict[str, float]:
+        """One load; see `load.drive`."""
+        return asyncio.run(_run(**load))
+
+
+if __name__ == "__main__":
+    serve(Peer())

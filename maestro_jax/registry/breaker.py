@@ -1,0 +1,131 @@
+"""The circuit breaker of an endpoint: one that keeps failing is left alone for a while.
+
+In: how attempts ended. Out: whether another one may go out now. Closed, it counts failures; open, it lets nothing
+through until its time is up; then a single attempt, the probe, decides. No clock of its own, no I/O.
+
+Pattern: M. Nygard, "Release It!" (2nd ed., 2018), chapter 5.
+"""
+
+import dataclasses
+import enum
+from collections import deque
+from collections.abc import Callable
+
+KEPT_CHANGES = 1000  # of state, the latest
+
+
+class BreakerState(enum.Enum):
+    CLOSED = "closed"
+    OPEN = "open"
+    PROBING = "probing"
+
+
+@dataclasses.dataclass(frozen=True)
+class BreakerConfig:
+    """When a breaker opens, and for how long; times in seconds.
+
+    Attributes:
+      in_a_row: so many failures one after the other open it.
+      share, least, window: so does this share of failures among at least so many attempts of the latest seconds.
+      first, longest: it stays open for `first`, twice as long after each probe that fails, at most `longest`.
+    """
+
+    in_a_row: int = 5
+    share: float = 0.5
+    least: int = 20
+    window: float = 30.0
+    first: float = 5.0
+    longest: float = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Permit:
+    """Leave for one attempt; goes back to the breaker with how the attempt ended."""
+
+    epoch: int
+
+
+class Breaker:
+    """State of one endpoint.
+
+    Args:
+      clock: seconds, monotonic.
+
+    Attributes:
+      changes: (seconds, state) whenever the state changed.
+    """
+
+    def __init__(self, config: BreakerConfig, clock: Callable[[], float]):
+        self.state = BreakerState.CLOSED
+        self.changes: deque[tuple[float, BreakerState]] = deque(maxlen=KEPT_CHANGES)
+        self._config, self._clock = config, clock
+        self._epoch = 0  # changes with the state: attempts begun before say nothing about what is true now
+        self._in_a_row = 0
+        self._recent: deque[tuple[float, bool]] = deque()  # time, failed
+        self._recent_failures = 0
+        self._openings = 0  # since it was last closed
+        self._open_until = 0.0
+
+    @property
+    def admits(self) -> bool:
+        """Whether `acquire` would give a permit."""
+        if self.state is BreakerState.OPEN:
+            return self._clock() >= self._open_until
+        return self.state is BreakerState.CLOSED
+
+    def acquire(self) -> Permit | None:
+        """Leave for an attempt; None while the endpoint is left alone."""
+        if not self.admits:
+            return None
+        if self.state is BreakerState.OPEN:
+            self._change(BreakerState.PROBING)
+        return Permit(self._epoch)
+
+    def succeeded(self, permit: Permit) -> None:
+        if permit.epoch != self._epoch:
+            return
+        if self.state is BreakerState.PROBING:
+            self._openings = 0
+            self._change(BreakerState.CLOSED)
+        else:
+            self._in_a_row = 0
+            self._note(failed=False)
+
+    def failed(self, permit: Permit) -> None:
+        if permit.epoch != self._epoch:
+            return
+        if self.state is BreakerState.PROBING:
+            self._open()
+            return
+        self._in_a_row += 1
+        self._note(failed=True)
+        config = self._config
+        mostly = len(self._recent) >= config.least and self._recent_failures >= config.share * len(self._recent)
+        if self._in_a_row >= config.in_a_row or mostly:
+            self._open()
+
+    def abandoned(self, permit: Permit) -> None:
+        """The attempt was cancelled before it showed anything; the next one may be the probe."""
+        if permit.epoch == self._epoch and self.state is BreakerState.PROBING:
+            self._change(BreakerState.OPEN)
+
+    def _open(self) -> None:
+        seconds = min(self._config.first * 2**self._openings, self._config.longest)
+        self._open_until = self._clock() + seconds
+        self._openings = min(self._openings + 1, 32)  # far beyond `longest`, and no overflow
+        self._change(BreakerState.OPEN)
+
+    def _change(self, state: BreakerState) -> None:
+        self.state = state
+        self._epoch += 1
+        self._in_a_row = 0
+        self._recent.clear()
+        self._recent_failures = 0
+        self.changes.append((self._clock(), state))
+
+    def _note(self, failed: bool) -> None:
+        now = self._clock()
+        self._recent.append((now, failed))
+        self._recent_failures += failed
+        while self._recent[0][0] < now - self._config.window:
+            self._recent_failures -= self._recent.popleft()[1]

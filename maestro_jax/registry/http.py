@@ -1,0 +1,290 @@
+"""Experts behind OpenAI-compatible servers.
+
+In: requests. Out: replies; every fault ends in a status (`Outcome`), within the request's deadline. One request is up
+to three attempts (`retries.py`), each on the endpoint that has least to do (`endpoints.py`) and is not left alone
+(`breaker.py`). Connections are kept; what runs when the deadline passes is cancelled and its connection closed.
+"""
+
+import asyncio
+import dataclasses
+import datetime
+import io
+import json
+import logging
+import os
+import random
+import time
+
+import aiohttp
+
+from maestro_jax.errors import ConfigError
+from maestro_jax.registry.chat import (
+    BadImageError,
+    BadReplyError,
+    Completion,
+    read_completion,
+    read_models,
+    request_body,
+)
+from maestro_jax.registry.config import ExpertConfig
+from maestro_jax.registry.endpoints import Endpoint, Endpoints, NoEndpointError
+from maestro_jax.registry.interface import Message, Reply, Request, Sampling
+from maestro_jax.registry.retries import RetryBudget, RetryConfig, parse_retry_after
+from maestro_jax.types import Status, Usage
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY = 2**20  # bytes of a reply; more are not read
+CONNECT_SECONDS = 5.0
+CHECK_SECONDS = 10.0
+QUOTE_SECONDS = 1.0  # to hear why a server refuses
+QUOTE = 300  # characters of it
+RETRIES = RetryConfig()
+LARGE = 2**20  # bytes of a request from which on aiohttp wants a file, to send it piece by piece
+TOKENS_PER_PRICE = 1_000_000  # prices are per million tokens
+
+# Refusals that may pass. All others below 500 (and redirects, which are not followed: they would carry the key
+# elsewhere) are there to stay until somebody changes the set-up.
+_PASSING = (408, 409, 425, 429)
+
+_CURES = {
+    400: "the server refuses the request; compare model, max_tokens, images and options with what it serves",
+    401: "set the environment variable that `key` names to a valid key",
+    403: "use a key that may use this model",
+    404: "check endpoints (they usually end in /v1) and model",
+    422: "the server refuses a field of the request; compare options and sampling with what it serves",
+}
+_OTHER_CURE = "check endpoints, model and options"
+_DOWN_CURE = "start its server or correct endpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended.
+
+    Attributes:
+      completion: there if and only if `status` is OK.
+      retry_after: seconds that the server asked to be left alone.
+      why: what went wrong; one of few texts, so that each is logged once.
+      said: what the server said to it.
+    """
+
+    status: Status
+    completion: Completion | None = None
+    retry_after: float = 0.0
+    why: str = ""
+    said: str = ""
+
+    @property
+    def is_worth_another(self) -> bool:
+        return self.status in (Status.TIMEOUT, Status.UNAVAILABLE)
+
+
+class HttpExpert:
+    """An expert behind one or several servers (see `registry.interface.Expert`); of one event loop.
+
+    Args:
+      config: with `endpoints`.
+      budget: of retries, shared by all experts of a run.
+
+    Raises:
+      ConfigError: the environment variable of the key is not set, or cannot be sent.
+    """
+
+    def __init__(self, config: ExpertConfig, budget: RetryBudget, retries: RetryConfig = RETRIES):
+        self.name = config.name
+        self.identity = http_identity(config)
+        self.endpoints = Endpoints(config.endpoints, config.concurrency, time.monotonic)
+        self._config, self._budget, self._retries = config, budget, retries
+        self._sampling = Sampling(config.temperature, config.max_tokens, config.top_p)
+        self._key = _read_key(config)
+        self._session: aiohttp.ClientSession | None = None  # made on the event loop
+        self._seen: set[str] = set()  # what has been logged
+
+    async def ask(self, request: Request) -> Reply:
+        start = time.monotonic()
+        try:
+            body = self._body(request)
+        except BadImageError as error:
+            self._log(Outcome(Status.CONFIG_ERROR, why=f"a request was not sent: {error}"))
+            return Reply("", Status.CONFIG_ERROR)
+        self._budget.offer()
+        outcome = await self._try(body, start + request.deadline)
+        seconds = time.monotonic() - start
+        if outcome.completion is None:
+            return Reply("", outcome.status, seconds=seconds)
+        return Reply(outcome.completion.text, Status.OK, self._usage(outcome.completion), seconds)
+
+    async def check(self) -> str | None:
+        """None if every endpoint serves the model; else one line about the first that does not, with the cure."""
+        found = await asyncio.gather(*(self._check(endpoint) for endpoint in self.endpoints.all))
+        return next((line for line in found if line), None)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # ---- attempts ------------------------------------------------------------------------------------------
+
+    async def _try(self, body: bytes, end: float) -> Outcome:
+        """Attempts until one is good, or no other is worth its wait; `end` is a time of `time.monotonic`."""
+        failures = 0
+        tried: set[Endpoint] = set()
+        while True:
+            outcome = await self._attempt(body, end, tried)
+            if outcome.status is not Status.OK:
+                self._log(outcome)
+            failures += 1
+            if not outcome.is_worth_another or failures == self._retries.attempts:
+                return outcome
+            wait = self._retries.wait(failures, outcome.retry_after, random.random)
+            in_time = time.monotonic() + wait < end and self.endpoints.admit
+            if not in_time or not self._budget.take():
+                return outcome
+            await asyncio.sleep(wait)
+
+    async def _attempt(self, body: bytes, end: float, tried: set[Endpoint]) -> Outcome:
+        """One attempt on one endpoint, which joins those tried; its breaker hears how the attempt ended."""
+        try:
+            async with self.endpoints.lease(end, tried) as (endpoint, permit):
+                tried.add(endpoint)
+                outcome = await self._post(endpoint, body, min(end - time.monotonic(), self._config.attempt_timeout))
+                if outcome.is_worth_another:
+                    endpoint.breaker.failed(permit)
+                else:
+                    endpoint.breaker.succeeded(permit)
+                return outcome
+        except TimeoutError:
+            return Outcome(Status.TIMEOUT, why="no turn before the deadline (more endpoints or concurrency would help)")
+        except NoEndpointError:
+            return Outcome(Status.UNAVAILABLE, why="its endpoints keep failing and are left alone for a while")
+
+    async def _post(self, endpoint: Endpoint, body: bytes, seconds: float) -> Outcome:
+        """Sends a request and reads its reply, in so many seconds."""
+        data = body if len(body) < LARGE else io.BytesIO(body)
+        url = f"{endpoint.url}/chat/completions"
+        try:
+            async with asyncio.timeout(seconds), self._client().post(url, data=data, allow_redirects=False) as response:
+                if response.status != 200:
+                    return await self._refusal(response)
+                return Outcome(Status.OK, read_completion(await read_body(response)))
+        except TimeoutError:
+            return Outcome(Status.TIMEOUT, why="no reply in time")
+        except BadReplyError as error:
+            return Outcome(Status.UNAVAILABLE, why=str(error))
+        except (aiohttp.ClientError, OSError) as error:
+            return Outcome(Status.UNAVAILABLE, why=f"no connection ({type(error).__name__})")
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> Outcome:
+        code, why = response.status, f"HTTP {response.status}"
+        if code >= 500 or code in _PASSING:
+            now = datetime.datetime.now(datetime.UTC)
+            return Outcome(
+                Status.UNAVAILABLE, retry_after=parse_retry_after(response.headers.get("Retry-After", ""), now), why=why
+            )
+        cure = _CURES.get(code, _OTHER_CURE)
+        return Outcome(Status.CONFIG_ERROR, why=f"{why}; {cure}", said=self._redacted(await _quote(response)))
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+            if self._key:
+                headers["Authorization"] = f"Bearer {self._key}"
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0),  # `Endpoints` limits
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=headers,
+                auto_decompress=False,  # a small body could hold a huge one
+            )
+        return self._session
+
+    # ---- requests, usage, words ----------------------------------------------------------------------------
+
+    def _body(self, request: Request) -> bytes:
+        sampling = request.sampling or self._sampling
+        return request_body(self._config.model, request.messages, sampling, self._config.options)
+
+    def _usage(self, completion: Completion) -> Usage:
+        prompt, made = completion.prompt_tokens, completion.completion_tokens
+        price = prompt * self._config.price_prompt + made * self._config.price_completion
+        return Usage(prompt, made, price / TOKENS_PER_PRICE)
+
+    def _log(self, outcome: Outcome) -> None:
+        """Says what went wrong; each kind of it once."""
+        if outcome.why not in self._seen:
+            self._seen.add(outcome.why)
+            said = f' (it says: "{outcome.said}")' if outcome.said else ""
+            logger.warning('expert "%s": %s%s; further ones are not logged', self.name, outcome.why, said)
+
+    def _redacted(self, text: str) -> str:
+        """One short line; servers like to repeat the key that they refuse."""
+        line = " ".join(text.split())
+        return (line.replace(self._key, "[key]") if self._key else line)[:QUOTE]
+
+    # ---- check ---------------------------------------------------------------------------------------------
+
+    async def _check(self, endpoint: Endpoint) -> str | None:
+        if await self._lists_model(endpoint):
+            return None
+        # Not every server lists what it serves: a reply of one token tells.
+        shortest = Request((Message("user", "Hello"),), Sampling(max_tokens=1))
+        outcome = await self._post(endpoint, self._body(shortest), CHECK_SECONDS)
+        if outcome.status is Status.OK:
+            return None
+        cure = "" if outcome.status is Status.CONFIG_ERROR else f"; {_DOWN_CURE}"
+        said = f' (it says: "{outcome.said}")' if outcome.said else ""
+        return f'expert "{self.name}": {endpoint.url}: {outcome.why}{cure}{said}'
+
+    async def _lists_model(self, endpoint: Endpoint) -> bool:
+        url = f"{endpoint.url}/models"
+        try:
+            async with asyncio.timeout(CHECK_SECONDS), self._client().get(url, allow_redirects=False) as response:
+                return response.status == 200 and self._config.model in read_models(await read_body(response))
+        except (TimeoutError, BadReplyError, aiohttp.ClientError, OSError):
+            return False
+
+
+def http_identity(config: ExpertConfig) -> str:
+    """What a kept reply depends on besides the request. Not where the model is served: ports change."""
+    sampling = Sampling(config.temperature, config.max_tokens, config.top_p)
+    options = json.dumps(dict(config.options), sort_keys=True)
+    return f"http {config.name} {config.model} {dataclasses.astuple(sampling)} {options}"
+
+
+def _read_key(config: ExpertConfig) -> str:
+    if not config.key:
+        return ""
+    key = os.environ.get(config.key, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            f'expert "{config.name}": environment variable {config.key} is not set to a key; '
+            "export it, or leave `key` out if the server needs none"
+        )
+    return key
+
+
+async def read_body(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body.
+
+    Raises:
+      BadReplyError: it is longer than `MAX_BODY`, or compressed though nobody asked for that.
+    """
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise BadReplyError("the body is compressed")
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if max(len(body), response.content_length or 0) > MAX_BODY:
+            raise BadReplyError(f"the body has more than {MAX_BODY} bytes")
+    return bytes(body)
+
+
+async def _quote(response: aiohttp.ClientResponse) -> str:
+    """The beginning of what a server says to its refusal, if it says so at once."""
+    try:
+        async with asyncio.timeout(QUOTE_SECONDS):
+            return (await response.content.read(4 * QUOTE)).decode("utf-8", "replace")
+    except (TimeoutError, aiohttp.ClientError):
+        return ""

@@ -1,0 +1,254 @@
+"""R8 and R9 of the design: whatever a server does, a request ends in the promised status, in time, without leaks."""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maestro_jax.grpo.advantages import group_advantages
+from maestro_jax.registry.breaker import BreakerState
+from maestro_jax.registry.config import ExpertConfig, parse_registry
+from maestro_jax.registry.dispatch import Registry
+from maestro_jax.registry.http import HttpExpert
+from maestro_jax.registry.interface import Message, Reply, Request
+from maestro_jax.registry.retries import RetryBudget, RetryConfig
+from maestro_jax.types import Call, Status
+from tests.registry.servers import FAULTS, FORGED, LATE, REFUSALS, ChatServer, Flood, answer, first, hang, refused, send
+
+DEADLINE = 0.6
+EPSILON = 0.4  # a busy machine
+QUICK = RetryConfig(first=0.01, longest=0.02)
+
+
+class Unlimited(RetryBudget):
+    """Pays for every retry."""
+
+    def __init__(self) -> None:
+        super().__init__(time.monotonic)
+
+    def take(self) -> bool:
+        return True
+
+
+def expert(*urls: str, budget: RetryBudget | None = None, **fields: Any) -> HttpExpert:
+    config = ExpertConfig("E", "", endpoints=urls, model="m", **({"attempt_timeout": 0.25} | fields))
+    return HttpExpert(config, budget or Unlimited(), QUICK)
+
+
+def request(deadline: float = DEADLINE) -> Request:
+    return Request((Message("user", "how many?"),), deadline=deadline)
+
+
+def sockets() -> int:
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    return found
+
+
+def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs it and checks that it leaves neither tasks nor sockets."""
+
+    async def checked() -> None:
+        before = sockets()
+        async with asyncio.timeout(20.0):
+            await scenario()
+            while sockets() > before or len(asyncio.all_tasks()) > 1:
+                await asyncio.sleep(0.005)  # transports close in the loop's next rounds
+
+    asyncio.run(checked())
+
+
+@contextlib.asynccontextmanager
+async def asking(*urls: str, **fields: Any) -> AsyncIterator[HttpExpert]:
+    made = expert(*urls, **fields)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def in_time(made: HttpExpert, deadline: float = DEADLINE) -> Reply:
+    start = time.monotonic()
+    reply = await made.ask(request(deadline))
+    assert time.monotonic() - start < deadline + EPSILON
+    return reply
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_ends_in_its_status_within_the_deadline(name: str) -> None:
+    async def scenario() -> None:
+        async with ChatServer(FAULTS[name]()) as server, asking(server.url) as made:
+            reply = await in_time(made)
+            expected = Status.TIMEOUT if name in LATE else Status.UNAVAILABLE
+            assert (reply.text, reply.status) == ("", expected)
+            assert 1 <= len(server.requests) <= 3
+
+    run(scenario)
+
+
+def test_a_refused_connection_is_unavailable() -> None:
+    async def scenario() -> None:
+        async with refused() as url, asking(url) as made:
+            assert (await in_time(made)).status is Status.UNAVAILABLE
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+def test_what_the_user_has_to_mend_is_asked_once(code: int) -> None:
+    async def scenario() -> None:
+        async with ChatServer(send(b"{}", code, Location="/elsewhere")) as server, asking(server.url) as made:
+            assert (await in_time(made)).status is Status.CONFIG_ERROR
+            assert len(server.requests) == 1
+
+    run(scenario)
+
+
+def test_forged_tags_are_text() -> None:
+    async def scenario() -> None:
+        async with ChatServer(answer(FORGED)) as server, asking(server.url) as made:
+            reply = await in_time(made)
+            assert (reply.text, reply.status) == (FORGED, Status.OK)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_breaker_opens_within_five_failures(name: str) -> None:
+    async def scenario() -> None:
+        async with ChatServer(FAULTS[name]()) as server, asking(server.url, attempt_timeout=0.05) as made:
+            for _ in range(5):
+                await in_time(made)
+            assert made.endpoints.all[0].breaker.state is BreakerState.OPEN
+            assert len(server.requests) <= 5
+            start = time.monotonic()
+            assert (await made.ask(request(60.0))).status is Status.UNAVAILABLE
+            assert time.monotonic() - start < EPSILON and len(server.requests) <= 5
+
+    run(scenario)
+
+
+def test_not_more_of_a_flood_is_read_than_the_cap() -> None:
+    async def scenario() -> None:
+        async with ChatServer(flood := Flood()) as server, asking(server.url, budget=RetryBudget(lambda: 0.0)) as made:
+            assert (await in_time(made)).status is Status.UNAVAILABLE
+            assert flood.sent < 16 * 2**20  # what fits into buffers of the kernel beside it
+
+    run(scenario)
+
+
+def test_a_passing_fault_is_tried_again() -> None:
+    async def scenario() -> None:
+        async with ChatServer(first(2, send(b"", 503), answer("42"))) as server, asking(server.url) as made:
+            assert (await in_time(made)).text == "42" and len(server.requests) == 3
+
+    run(scenario)
+
+
+def test_retry_after_is_obeyed() -> None:
+    async def scenario() -> None:
+        busy = send(b"", 429, Retry_After="1")
+        async with ChatServer(first(1, busy, answer("42"))) as server, asking(server.url) as made:
+            start = time.monotonic()
+            assert (await made.ask(request(10.0))).text == "42"
+            assert time.monotonic() - start >= 1.0
+
+    run(scenario)
+
+
+def test_the_other_endpoint_takes_over() -> None:
+    async def scenario() -> None:
+        async with refused() as dead, ChatServer(answer("42")) as server, asking(dead, server.url) as made:
+            replies = [await in_time(made) for _ in range(20)]
+            assert {reply.text for reply in replies} == {"42"}
+
+    run(scenario)
+
+
+def test_a_cancelled_request_closes_its_connection() -> None:
+    async def scenario() -> None:
+        async with ChatServer(hang) as server, asking(server.url) as made:
+            task = asyncio.create_task(made.ask(request(60.0)))
+            while not server.requests:
+                await asyncio.sleep(0.001)
+            before = sockets()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            while sockets() >= before:
+                await asyncio.sleep(0.001)  # its transport closes in the loop's next rounds
+
+    run(scenario)
+
+
+def test_waiting_for_a_turn_ends_with_the_deadline() -> None:
+    async def scenario() -> None:
+        one_at_a_time: dict[str, Any] = {"concurrency": 1, "attempt_timeout": 60.0}
+        async with ChatServer(hang) as server, asking(server.url, **one_at_a_time) as made:
+            first_one = asyncio.create_task(made.ask(request(60.0)))
+            while not server.requests:
+                await asyncio.sleep(0.001)
+            assert (await in_time(made, 0.1)).status is Status.TIMEOUT
+            assert len(server.requests) == 1
+            first_one.cancel()
+            await asyncio.gather(first_one, return_exceptions=True)
+
+    run(scenario)
+
+
+# ---- R9: no retry storm --------------------------------------------------------------------------------------
+
+
+def test_an_outage_of_everything_sends_no_storm() -> None:
+    """Twenty experts whose servers all fail, so that breakers leave retries to the budget for long enough."""
+
+    async def scenario() -> None:
+        start = time.monotonic()
+        budget = RetryBudget(time.monotonic)
+        offered = 0
+        async with ChatServer(send(b"", 500)) as server, contextlib.AsyncExitStack() as stack:
+            urls = [f"{server.url}/{number}" for number in range(20)]
+            experts = [await stack.enter_async_context(asking(url, budget=budget)) for url in urls]
+            for _ in range(15):
+                await asyncio.gather(*(made.ask(request()) for made in experts))
+                offered += len(experts)
+                await asyncio.sleep(0.05)
+            seconds = time.monotonic() - start
+            assert len(server.requests) <= 1.10 * offered + 3 * seconds
+            assert len(server.requests) > 5 * len(experts) / 2  # they were asked at all
+
+    run(scenario)
+
+
+# ---- what it means for learning ------------------------------------------------------------------------------
+
+
+def test_an_outage_leaves_the_advantages_of_healthy_members_alone() -> None:
+    async def scenario() -> None:
+        async with ChatServer(answer("42")) as good, ChatServer(send(b"", 500)) as bad:
+            experts = tuple(
+                {"name": name, "description": "", "endpoints": (server.url,), "model": "m"}
+                for name, server in (("Good", good), ("Bad", bad))
+            )
+            stage = {"kind": "ask", "output": "answer", "prompt": "{query}"}
+            skills = ({"name": "S", "stages": (stage,)},)
+            registry = Registry(parse_registry({"experts": experts, "services": (), "skills": skills}))
+            called = ["Good", "Bad", "Good", "Good", "Bad", "Good"]
+            calls = [registry.call(Call(name, "S", str(i)), "q", (), DEADLINE) for i, name in enumerate(called)]
+            observations = await asyncio.gather(*calls)
+            await registry.close()
+        valid = np.array([[not o.status.is_infrastructure for o in observations]])
+        assert valid.tolist() == [[name == "Good" for name in called]]
+        rewards = np.array([[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]])
+        alone = np.flatnonzero(valid[0])
+        together, _ = group_advantages(rewards, valid, "std")
+        healthy, _ = group_advantages(rewards[:, alone], valid[:, alone], "std")
+        assert np.array_equal(together[:, alone], healthy) and not together[~valid].any()
+
+    run(scenario)

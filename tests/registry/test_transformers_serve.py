@@ -1,0 +1,175 @@
+"""A server that is not ours: `transformers serve` with a tiny Qwen3-VL answers through the registry, with an image.
+
+Slow: it makes the environment of `benchmarks/peers/serving.txt` (once, 1.2 GB). The weights are random, so what the
+model says means nothing; that it is said, and how often, is what is tested.
+"""
+
+import asyncio
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks.peers import environment
+from maestro_jax.observe.progress import Progress
+from maestro_jax.registry.config import parse_registry
+from maestro_jax.registry.dispatch import Registry
+from maestro_jax.types import Call, Observation, Status
+from tests.policy import qwen
+
+pytestmark = pytest.mark.slow
+
+START_SECONDS = 180.0
+CONFIG = {
+    "text_config": {
+        "vocab_size": qwen.ROWS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    },
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+    },
+    "image_token_id": qwen.ADDED["<|image_pad|>"],
+    "video_token_id": qwen.ADDED["<|video_pad|>"],
+    "vision_start_token_id": qwen.ADDED["<|vision_start|>"],
+    "vision_end_token_id": qwen.ADDED["<|vision_end|>"],
+    "tie_word_embeddings": True,
+}
+
+
+def write_model(directory: Path) -> None:
+    """A checkpoint as `transformers serve` takes it."""
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig(**CONFIG)).save_pretrained(directory)
+    qwen.write_checkpoint_tokenizer(directory)
+    picture = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "size": {"shortest_edge": 4096, "longest_edge": 65536},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "processor_class": "Qwen3VLProcessor",
+    }
+    for name, kind in (
+        ("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor"}),
+        ("video_preprocessor_config.json", {"video_processor_type": "Qwen3VLVideoProcessor"}),
+    ):
+        (directory / name).write_text(json.dumps(picture | kind))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """An expert whose server is up."""
+    directory = tmp_path_factory.mktemp("model")
+    write_model(directory)
+    requirements = Path(environment.__file__).with_name("serving.txt")
+    with Progress(sys.stderr) as progress:
+        python = environment.python(requirements, environment.CACHE, progress)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(python), "-m", "transformers.cli.transformers", "serve", str(directory)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = directory / "server.log"
+    with log.open("w") as file:
+        quiet = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen(command, env=quiet, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        _wait_until_up(f"http://127.0.0.1:{port}/health", process, log)
+        yield {
+            "name": "Served",
+            "description": "a tiny model",
+            "endpoints": (f"http://127.0.0.1:{port}/v1",),
+            "model": str(directory),
+            "max_tokens": 7,
+            "price_completion": 1.0,
+        }
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=1.0).close()
+            return
+        except OSError:
+            assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.2)
+
+
+def call(expert: dict[str, Any], images: tuple[bytes, ...], times: int = 1) -> tuple[list[Observation], Registry]:
+    stage = {"kind": "ask", "output": "answer", "prompt": "{question} {query}"}
+    skills = ({"name": "Look", "stages": (stage,)},)
+    registry = Registry(parse_registry({"experts": (expert,), "services": (), "skills": skills}))
+
+    async def scenario() -> list[Observation]:
+        assert not any((await registry.check(60.0)).values())
+        calls = [registry.call(Call("Served", "Look", "Be brief."), "How many?", images, 60.0) for _ in range(times)]
+        found = await asyncio.gather(*calls)
+        await registry.close()
+        return found
+
+    return asyncio.run(scenario()), registry
+
+
+def picture(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (96, 64), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_it_answers_text(served: dict[str, Any]) -> None:
+    (found,), _ = call(served, ())
+    assert found.status is Status.OK and found.text
+    assert found.usage.prompt_tokens > 5 and found.usage.completion_tokens == 7
+    assert found.usage.price == pytest.approx(7e-6)
+
+
+def test_it_sees_images(served: dict[str, Any]) -> None:
+    (without,), _ = call(served, ())
+    (red,), _ = call(served, (picture("red"),))
+    (two,), _ = call(served, (picture("red"), picture("blue")))
+    assert {red.status, two.status} == {Status.OK}
+    # 96 x 64 pixels are 3 x 2 tokens, between two marks.
+    prompts = [found.usage.prompt_tokens for found in (without, red, two)]
+    assert [later - before for before, later in zip(prompts, prompts[1:], strict=False)] == [8, 8]
+
+
+def test_equal_calls_share_its_reply(served: dict[str, Any]) -> None:
+    found, registry = call(served, (picture("red"),), times=8)
+    assert len({observation.text for observation in found}) == 1
+    report = registry.report()["Served"]
+    assert (report["calls"], report["cache_hits"], report["success"]) == (1, 7, 1.0)
