@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     if not found and not STATIC.value:
         answers = asyncio.run(ask_experts(registry, SECONDS.value))
         for name, problem in answers.items():
-            print(f'expert "{name}": {problem or "ready"}')
+            print(problem or f'expert "{name}": ready')
         found = [problem for problem in answers.values() if problem]
 
     if found:

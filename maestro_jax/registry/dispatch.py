@@ -141,7 +141,8 @@ class Registry:
                 async with asyncio.timeout(seconds):
                     return await expert.check()
             except TimeoutError:
-                return f"did not say within {seconds:g} s whether it is ready; see whether its servers run"
+                cure = "see whether its servers run"
+                return f'expert "{expert.name}": did not say within {seconds:g} s whether it is ready; {cure}'
 
         found = await asyncio.gather(*(one(expert) for expert in self._experts.values()))
         return {entry.name: line for entry, line in zip(self.config.experts, found, strict=True)}
