@@ -1,12 +1,10 @@
-"""The paper's registries: every skill runs with the calls of its definition, and config alone extends them."""
+"""The paper's registries over HTTP: every skill makes the calls of its definition, and config alone extends them."""
 
 import asyncio
 import dataclasses
 import io
-import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,12 +13,11 @@ from PIL import Image
 from configs.registry import maestro, out_of_domain
 from maestro_jax.registry.config import RegistryConfig, parse_registry
 from maestro_jax.registry.dispatch import Registry
-from maestro_jax.registry.interface import Message
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus
 from maestro_jax.types import Call, Observation, Status
+from tests.registry.servers import ChatServer, Seen, completion, response
 
-OF_SERVERS = ("endpoints", "model")
 MODELS = {
     "GLM-OCR": "ocr",
     "PR1-Qwen2.5-VL-3B-Detection": "detect",
@@ -43,12 +40,10 @@ class Log:
     """Who was asked what, in order; "run" stands for a program in the sandbox."""
 
     asked: list[tuple[str, str, int]] = dataclasses.field(default_factory=list)
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def add(self, model: str, prompt: str, images: int) -> None:
         role = MODELS.get(model, "caption" if prompt.startswith("Describe this picture") else "ask")
-        with self.lock:
-            self.asked.append((role if model != "sandbox" else "run", prompt, images))
+        self.asked.append((role if model != "sandbox" else "run", prompt, images))
 
     @property
     def roles(self) -> list[str]:
@@ -58,14 +53,15 @@ class Log:
 LOG = Log()
 
 
-class Scripted:
-    def __init__(self, model: str):
-        self.model = model
-
-    def answer(self, messages: Sequence[Message]) -> str:
-        (message,) = messages
-        LOG.add(self.model, message.text, len(message.images))
-        return reply(self.model, message.text)
+async def scripted(seen: Seen, writer: asyncio.StreamWriter) -> None:
+    """All models of a registry behind one loopback server."""
+    (message,) = seen.fields["messages"]
+    parts = (
+        message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": message["content"]}]
+    )
+    (prompt,) = (part["text"] for part in parts if part["type"] == "text")
+    LOG.add(seen.fields["model"], prompt, len(parts) - 1)
+    writer.write(response(completion(reply(seen.fields["model"], prompt))))
 
 
 class ScriptedSandbox:
@@ -85,22 +81,15 @@ class ScriptedSandbox:
 
 
 @pytest.fixture(autouse=True)
-def script(specialists: ModuleType) -> None:
+def forget() -> None:
     LOG.asked.clear()
-    specialists.Scripted = Scripted  # type: ignore[attr-defined]
 
 
-def scripted(raw: Any) -> RegistryConfig:
-    """The registry with every server replaced by a scripted model of this process."""
+def served(raw: Any, url: str = "http://127.0.0.1:9/v1") -> RegistryConfig:
+    """The registry with the same server behind every model; nothing is cached, so that calls can be counted."""
     entries = raw.to_dict()
-    implementation = {"implementation": "fake_specialists:Scripted", "deterministic": False}
-    entries["experts"] = tuple(
-        {key: value for key, value in expert.items() if key not in OF_SERVERS}
-        | implementation
-        | {"options": {"model": expert["name"]}}
-        for expert in entries["experts"]
-    )
-    return parse_registry(entries)
+    there = {"endpoints": (url,), "deterministic": False}
+    return parse_registry(entries | {"experts": tuple(expert | there for expert in entries["experts"])})
 
 
 def picture(width: int = 300, height: int = 200) -> bytes:
@@ -109,16 +98,15 @@ def picture(width: int = 300, height: int = 200) -> bytes:
     return file.getvalue()
 
 
-def call(
-    config: RegistryConfig, expert: str, skill: str, query: str = "look", images: int = 1, failures: int = 0
-) -> Observation:
+def call(raw: Any, expert: str, skill: str, query: str = "look", images: int = 1, failures: int = 0) -> Observation:
     async def scenario() -> Observation:
-        registry = Registry(config, sandbox=ScriptedSandbox(failures))
-        try:
-            pictures = tuple(picture(300 + i) for i in range(images))
-            return await registry.call(Call(expert, skill, query), "the question", pictures, 30.0)
-        finally:
-            await registry.close()
+        async with ChatServer(scripted) as server:
+            registry = Registry(served(raw, server.url), sandbox=ScriptedSandbox(failures))
+            try:
+                pictures = tuple(picture(300 + i) for i in range(images))
+                return await registry.call(Call(expert, skill, query), "the question", pictures, 30.0)
+            finally:
+                await registry.close()
 
     return asyncio.run(scenario())
 
@@ -170,7 +158,7 @@ QUERIES = {
 
 
 def test_every_skill_has_its_calls_told() -> None:
-    config = scripted(out_of_domain.get_registry())
+    config = served(out_of_domain.get_registry())
     assert {skill.name for skill in config.skills if skill.stages} == set(LEVELS)
     assert {skill.name for skill in config.skills if skill.tier == 2} == set(QUERIES)
 
@@ -179,7 +167,7 @@ def test_every_skill_has_its_calls_told() -> None:
 def test_a_skill_makes_the_calls_of_its_definition(name: str) -> None:
     skill, query = QUERIES.get(name, (name, "look"))
     images = 2 if name == "Multi_View" else 1
-    observation = call(scripted(out_of_domain.get_registry()), "Step3-VL-10B", skill, query, images)
+    observation = call(out_of_domain.get_registry(), "Step3-VL-10B", skill, query, images)
     assert observation.status is Status.OK and observation.text
     made = LOG.roles
     for level in LEVELS[name]:
@@ -191,27 +179,26 @@ def test_a_skill_makes_the_calls_of_its_definition(name: str) -> None:
 
 @pytest.mark.parametrize(("failures", "asked", "ran"), [(0, 2, 1), (1, 3, 2), (3, 5, 4), (9, 5, 4)])
 def test_a_program_is_repaired_three_times_at_most(failures: int, asked: int, ran: int) -> None:
-    config = scripted(out_of_domain.get_registry())
-    observation = call(config, "Qwen3.5-9B", "Code_Problem_Solver", failures=failures)
+    observation = call(out_of_domain.get_registry(), "Qwen3.5-9B", "Code_Problem_Solver", failures=failures)
     assert (LOG.roles.count("ask"), LOG.roles.count("run")) == (asked, ran)
     assert ("passes" in observation.text) == (failures <= 3)
     assert ("AssertionError" in observation.text) == (failures > 3)  # the last attempt is told as it is
 
 
 def test_what_a_stage_sees() -> None:
-    call(scripted(maestro.get_registry()), "Qwen3-VL-8B-Instruct", "Counting_Problem_Solver")
+    call(maestro.get_registry(), "Qwen3-VL-8B-Instruct", "Counting_Problem_Solver")
     listing = LOG.asked[-2][1]
     assert "1. cup [" in listing and "2. cup [" in listing
     assert [images for _, _, images in LOG.asked[-2:]] == [4, 4]  # picture, drawn boxes, two crops
 
 
 def test_the_chart_type_selects_the_rules() -> None:
-    call(scripted(maestro.get_registry()), "Chart-R1", "Chart_Problem_Solver")
+    call(maestro.get_registry(), "Chart-R1", "Chart_Problem_Solver")
     assert "take its height from the axis" in LOG.asked[-1][1]
 
 
 def test_models_behind_services_are_not_for_the_policy() -> None:
-    config = scripted(maestro.get_registry())
+    config = served(maestro.get_registry())
     prompt = render_system_prompt(config, 4)
     assert [line for line in prompt.splitlines() if "GLM-OCR" in line or "DeepEyes" in line] == []
     assert str(config.resolve("GLM-OCR", "Chart_Problem_Solver")).startswith(
@@ -220,7 +207,7 @@ def test_models_behind_services_are_not_for_the_policy() -> None:
 
 
 def test_the_second_registry_extends_the_first() -> None:
-    first, second = (scripted(module.get_registry()) for module in (maestro, out_of_domain))
+    first, second = (served(module.get_registry()) for module in (maestro, out_of_domain))
     assert second.experts[: len(first.experts)] == first.experts
     assert second.skills[: len(first.skills)] == first.skills and second.services == first.services
     new = [expert.name for expert in second.shown_experts[len(first.shown_experts) :]]
@@ -249,5 +236,5 @@ def test_an_expert_of_six_lines_and_a_skill_of_one_entry_run_by_config_alone() -
         },
     )
     raw.skills[-1]["stages"][-1]["images"] = ("task", "crops")
-    observation = call(scripted(raw), "My-Expert", "Map_Problem_Solver")
-    assert observation.text.startswith("My-Expert says") and sorted(LOG.roles) == ["ask", "ocr", "zoom"]
+    observation = call(raw, "My-Expert", "Map_Problem_Solver")
+    assert observation.text.startswith("my-model says") and sorted(LOG.roles) == ["ask", "ocr", "zoom"]
