@@ -38,6 +38,7 @@ from maestro_jax.policy.tokens import SPECIAL_TOKENS, Tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
+from maestro_jax.rollout.programs import Weights
 from maestro_jax.types import Call, Observation, Task
 
 SEED = 0
@@ -281,7 +282,7 @@ def run_w1(shape: Conversation, progress: Progress) -> dict[str, Figure]:
     return {"W1": Figure(what, bytes_elsewhere(after, read), "bytes", 0, details)}
 
 
-def buffers(params: nnx.State) -> list[tuple[int, int]]:
+def buffers(params: nnx.State | Weights) -> list[tuple[int, int]]:
     """Address and bytes of every parameter."""
     return [(leaf.unsafe_buffer_pointer(), leaf.nbytes) for leaf in jax.tree.leaves(params)]
 

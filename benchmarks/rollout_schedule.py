@@ -15,8 +15,9 @@ same order, ask the same server the same calls and read the same replies; that t
 
 * Decoding: a step takes its time for any number of rows. TRL's loop generates for the longest turn of its batch; the
   async worker posts to a scripted endpoint in place of vLLM's, which spends a step a token for each request, any number
-  side by side; our engine decodes in 64 lanes, its decode program runs truly and sleeps what is left of its time.
-  Reading a prompt or an observation costs nothing on any side but the host's own work.
+  side by side; our engine decodes in 64 lanes, its programs run truly, and its exchange waits for what is left of a
+  chunk's time: programs are queued for a device, so what the host does meanwhile costs nothing. Reading a prompt or an
+  observation costs nothing on any side but the host's own work.
 * TRL's loop and worker render, tokenise and parse with their Qwen3 chat template, as they ship; logits, rewards and
   training are left out. The worker goes on with further groups by itself; the endpoint holds those.
 * Not in the seconds, on all sides: imports, compilation, connections (kept from two warm-up runs, or opened before the
@@ -159,7 +160,7 @@ class Sides:
 
 
 def engine_config(load: Load) -> EngineConfig:
-    """As in `configs/quickstart.py`, with room for the longest episode."""
+    """Chunks as in `configs/quickstart.py`, room for the longest episode, and for as many replies as come at a time."""
     longest = load.turn_tokens[1]
     room = longest * (len(load.calls) + 1) + _OBSERVATION * len(load.calls)
     return EngineConfig(
@@ -167,7 +168,7 @@ def engine_config(load: Load) -> EngineConfig:
         decode_chunk=8,
         turn_budget=longest,
         room=-(-room // _PAGE) * _PAGE,
-        append_rows=16,
+        append_rows=4,
         prefill_groups=0,
         parked_tokens=0,
         parked_on_host=0,

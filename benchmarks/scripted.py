@@ -58,6 +58,7 @@ _WORDS = (
 _SURE = 40.0  # logit of the scripted token; the others have 0
 _PREFIX = 32  # tokens, a bucket
 _SEED = 0
+_LATE = 2e-4  # seconds that a sleep may last too long; a device is on time
 
 
 def make_tokens(directory: Path) -> Tokens:
@@ -196,7 +197,9 @@ class PacedExchange(Exchange):
     free_at = 0.0
 
     def serve(self, *given: Any) -> tuple[Orders, np.ndarray]:
-        time.sleep(max(0.0, self.free_at - time.monotonic()))
+        time.sleep(max(0.0, self.free_at - time.monotonic() - _LATE))
+        while time.monotonic() < self.free_at:
+            time.sleep(0)  # others may run
         return super().serve(*given)
 
 
@@ -232,8 +235,8 @@ class PacedEngine(Engine):
 
     def _paced(self, decode: Callable[..., Lanes]) -> Callable[..., Lanes]:
         def paced(weights: nnx.State, groups: Any, lanes: Lanes, *rest: Any) -> Lanes:
-            before = np.array(lanes.written)  # waits for the programs before: their time is their own
             start = time.monotonic()
+            before = np.array(lanes.written)  # waits for what reads observations, which is not counted on any side
             lanes = decode(weights, groups, lanes, *rest)
             written = (np.asarray(lanes.written) - before)[0]
             self.exchange.free_at = max(time.monotonic(), start + int(written.max()) * self.step_seconds)
@@ -289,7 +292,7 @@ class ScriptedRollouts:
         (_, params), tasks = self._policy(self.scripts(trace)), make_tasks(trace)
         session = self.engine.session(params, groups, self.members, _PREFIX, greedy=True)
         keys = [[lane_key(_SEED, 0, task.id, m) for m in range(self.members)] for task in tasks]
-        return session, session.submit(tasks, self._prompts.batch(tasks), keys), params
+        return session, session.submit(tasks, self._prompts.batch(tasks), keys, len(tasks)), params
 
     def _policy(self, scripts: np.ndarray) -> tuple[nnx.GraphDef, nnx.State]:
         return nnx.split(ScriptedPolicy(self.tokens, scripts, self.members), nnx.Param)

@@ -108,7 +108,7 @@ class Engine:
         prompts = self.prompts.batch(shown)
         session = self.session(params, groups, members, prompts.tokens.shape[1], greedy)
         keys = [[lane_key(seed, step, task.id, m) for m in range(members)] for task in tasks]
-        records = session.submit(tasks, prompts, keys)
+        records = session.submit(tasks, prompts, keys, batch=groups)
         for _ in session.run(params, version=step):
             pass
         return assemble(records, prompts, groups, members, self.config.room)
@@ -184,9 +184,9 @@ def assemble(records: Sequence[GroupRecord], prompts: PrefixBatch, groups: int, 
     tokens, logprobs, authored = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool)
     length = np.zeros(shape[:2], np.int32)
     for g, record in enumerate(records):
-        for m, member in enumerate(record.members if record.finished else ()):
-            n = length[g, m] = len(member.tokens)
-            tokens[g, m, :n], logprobs[g, m, :n], authored[g, m, :n] = member.tokens, member.logprobs, member.authored
+        for m, (ids, found, own) in enumerate(record.arrays if record.finished else ()):
+            n = length[g, m] = len(ids)
+            tokens[g, m, :n], logprobs[g, m, :n], authored[g, m, :n] = ids, found, own
     trajectories = [record.members if record.finished else [] for record in records]
     return Rollout(trajectories, prompts, tokens, logprobs, authored, length)
 

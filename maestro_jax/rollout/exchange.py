@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,8 +77,8 @@ class Exchange:
         self.version = 0  # of the policy that decodes
         self.patient = True  # whether an idle engine waits for replies; False while it has something else to do
         self.history: list[tuple[float, int, np.ndarray]] = []  # time, shard, what its lanes had been doing until then
-        self._written: dict[int, np.ndarray] = {}  # tokens of each lane's turn at the last exchange, by shard
         self._waiting: dict[int, tuple[Scheduler, Trajectory]] = {}  # by ticket, the trajectory's number
+        self._ended: list[tuple[Scheduler, Trajectory, list[int], StopReason]] = []  # turns that are to be read
         self._outgoing: list[Trajectory] = []  # whose calls are to be sent
         self._unsent: list[tuple[int, Observation]] = []  # calls that failed at once
         self._bodies: dict[int, list[int]] = {}  # by ticket, what the dispatcher's thread has encoded
@@ -99,28 +99,19 @@ class Exchange:
     def begin(self, schedulers: dict[int, Scheduler], version: int) -> None:
         """Serves these shards from now on, under a policy of this version. Replies to others' calls are kept."""
         with self.lock:
-            self._end_version()
-            self._written = {}
             self.schedulers, self.version = schedulers, version
             self.patient = True
             self.history = []
             self._rounds = dict.fromkeys(schedulers, 0)
             self._last_news = 0
 
-    def _end_version(self) -> None:
-        """Turns that are being written know which version wrote them so far."""
-        for shard, written in self._written.items():
-            for lane, trajectory in enumerate(self.schedulers[shard].lanes):
-                if trajectory is not None and trajectory.stage is Stage.DECODING:
-                    new = int(written[lane]) - len(trajectory.turn_versions)
-                    trajectory.turn_versions += [self.version] * new
+    def catch_up(self) -> None:
+        """Reads turns that have ended and sends their calls; the engine's loop calls it once the device has work again.
 
-    def send(self) -> None:
-        """Sends the calls of turns that have ended; the engine's loop calls it once the device has work again.
-
-        Whatever sends them competes with this process's only interpreter, and the device would wait meanwhile.
+        Reading takes time, and whatever sends calls competes for the interpreter: the device would wait meanwhile.
         """
         with self.lock:
+            self._read()
             outgoing, self._outgoing = self._outgoing, []
         for trajectory in outgoing:
             remaining = self.config.deadline - sum(trajectory.timing.waiting)
@@ -168,16 +159,16 @@ class Exchange:
         try:
             with self.lock:
                 self.history.append((time.monotonic(), number, _occupation(scheduler, status[0])))
-                self._hear(number, scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
+                self._hear(scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
                 self._collect()
+                if scheduler.wants_lanes:
+                    self._read()  # lanes may become free
             if idle:
-                self.send()
+                self.catch_up()
                 self._wait_for_news(number)
             with self.lock:
                 self._rounds[number] += 1
                 orders, more = scheduler.plan(self.version)
-                begun = np.append(np.flatnonzero(orders.changed), orders.append_lanes)
-                self._written[number][begun[begun < capacity.lanes]] = 0
         except Exception:  # an exception in a callback would hang or abort the device program
             log.exception("the exchange failed; the trajectories of its shard are marked and end here")
             with self.lock:
@@ -187,7 +178,6 @@ class Exchange:
 
     def _hear(
         self,
-        shard: int,
         scheduler: Scheduler,
         status: np.ndarray,
         stop: np.ndarray,
@@ -195,8 +185,7 @@ class Exchange:
         logprobs: np.ndarray,
         written: np.ndarray,
     ) -> None:
-        """Records turns that have ended, and acts on them."""
-        self._written[shard] = np.array(written)
+        """Records turns that have ended."""
         for lane in np.flatnonzero(status == Lane.STOPPED).tolist():
             trajectory, n = scheduler.lanes[lane], int(written[lane])
             if trajectory is None or trajectory.stage is not Stage.DECODING:
@@ -205,7 +194,22 @@ class Exchange:
             trajectory.timing.decoding += time.monotonic() - trajectory.timing.begun
             turn = tokens[lane, :n].tolist()
             trajectory.wrote(turn, logprobs[lane, :n].tolist())
-            self._act(scheduler, trajectory, turn, StopReason(int(stop[lane])))
+            trajectory.stage = Stage.ENDED
+            self._ended.append((scheduler, trajectory, turn, StopReason(int(stop[lane]))))
+
+    def _read(self) -> None:
+        ended, self._ended = self._ended, []
+        for scheduler, trajectory, turn, stop in ended:
+            if trajectory.finished:
+                continue  # it was abandoned
+            try:
+                self._act(scheduler, trajectory, turn, stop)
+            except Exception:  # the others go on
+                log.exception(
+                    "a turn of trajectory %d could not be read; it is marked and ends here", trajectory.number
+                )
+                trajectory.marked = True
+                scheduler.finish(trajectory)
 
     def _act(self, scheduler: Scheduler, trajectory: Trajectory, turn: list[int], stop: StopReason) -> None:
         """Parses a turn that has ended: a call goes out, an answer ends the episode."""
@@ -284,10 +288,10 @@ class Exchange:
     def _count(self, scheduler: Scheduler, orders: Orders, more: bool) -> np.ndarray:
         """What decides about the next programs, in the order of `COUNTED`."""
         lanes = scheduler.capacity.lanes
-        decoding = sum(t is not None and t.stage is Stage.DECODING for t in scheduler.lanes)
+        decoding = scheduler.stages().count(Stage.DECODING)
         rows = [orders.park_lanes, orders.load_lanes, orders.unload_lanes, orders.back_lanes, orders.append_lanes]
-        counts = [scheduler.unfinished, decoding, len(scheduler.admitted), int(orders.changed.sum())]
-        counts += [*(int((x < lanes).sum()) for x in rows), int(more), scheduler.overdue]
+        counts = [scheduler.unfinished, decoding, len(scheduler.admitted), np.count_nonzero(orders.changed)]
+        counts += [*(np.count_nonzero(x < lanes) for x in rows), int(more), scheduler.overdue]
         return np.array([*counts, scheduler.leading, len(scheduler.finished)], np.int32)
 
     # ---- text ----------------------------------------------------------------------------------------------
@@ -330,10 +334,12 @@ COUNTED = tuple(field.name for field in dataclasses.fields(Counts))
 _SUMMED = COUNTED.index("leading")
 
 
+_KNOWN = {None: Lane.EMPTY.value} | dict.fromkeys((Stage.ENDED, Stage.WAITING, Stage.READY), Lane.WAITING.value)
+
+
 def _occupation(scheduler: Scheduler, status: np.ndarray) -> np.ndarray:
-    """What lanes have been doing (`Lane`, `[S]`), given what the device knows of it."""
-    waits = [t is not None and t.stage in (Stage.WAITING, Stage.READY) for t in scheduler.lanes]
-    return np.where([t is None for t in scheduler.lanes], Lane.EMPTY, np.where(waits, Lane.WAITING, status))
+    """What lanes have been doing (`Lane`, int32 `[S]`), given what the device knows of it."""
+    return np.array([_KNOWN.get(stage, n) for stage, n in zip(scheduler.stages(), status.tolist(), strict=True)])
 
 
 def make_exchange_program(
@@ -353,9 +359,13 @@ def make_exchange_program(
         leader = jax.lax.axis_index("tensor") == 0
         idle = jax.lax.psum(jnp.sum(status == Lane.DECODING), BATCH_AXES) == 0
         told = shard, leader.astype(jnp.int32), idle.astype(jnp.int32), status, *turn
+        ends = np.cumsum([x.size for x in told]).tolist()
+        parts = [(end - x.size, end, x.dtype, x.shape) for end, x in zip(ends, told, strict=True)]
 
         def serve(row: np.ndarray) -> np.ndarray:
-            orders, counts = exchange.serve(capacity, *_unpack(np.asarray(row), told))
+            row = np.asarray(row)
+            given = (row[start:end].view(dtype).reshape(shape) for start, end, dtype, shape in parts)
+            orders, counts = exchange.serve(capacity, *given)
             return np.concatenate([orders.packed, counts])
 
         bits = [jax.lax.bitcast_convert_type(x, jnp.int32).ravel() for x in told]
@@ -373,9 +383,3 @@ def make_exchange_program(
         return Orders(packed, **pieces), counts
 
     return program
-
-
-def _unpack(row: np.ndarray, likes: Sequence[Array]) -> list[np.ndarray]:
-    """The arrays whose bits follow each other in an int32 row, given what they are like."""
-    ends = np.cumsum([x.size for x in likes]).tolist()
-    return [row[end - x.size : end].view(x.dtype).reshape(x.shape) for end, x in zip(ends, likes, strict=True)]

@@ -116,6 +116,14 @@ def orders_layout(c: Capacity) -> tuple[np.ndarray, dict[str, Place]]:
     return np.concatenate([np.full(math.prod(shape), value, np.int32) for shape, value in blank.values()]), places
 
 
+@functools.lru_cache(maxsize=64)
+def _no_orders(capacity: Capacity) -> Orders:
+    """Orders that change nothing, to be read only."""
+    orders = Orders.none(capacity)
+    orders.packed.flags.writeable = False
+    return orders
+
+
 class Scheduler:
     """One shard's trajectories. `plan` is called between chunks; the caller holds a lock."""
 
@@ -180,10 +188,19 @@ class Scheduler:
         self.returning.clear()
         self._cleared_at_once = True
 
+    def stages(self) -> list[Stage | None]:
+        """Of each lane's trajectory; None in an empty lane."""
+        return [None if t is None else t.stage for t in self.lanes]
+
     @property
     def unfinished(self) -> int:
         """Groups that are not over."""
         return len(self.queue) + sum(slot is not None for slot in self.slots)
+
+    @property
+    def wants_lanes(self) -> bool:
+        """Whether a trajectory or a group waits for room."""
+        return bool(self.queue or self.fresh or self.returning)
 
     @property
     def overdue(self) -> int:
@@ -201,14 +218,16 @@ class Scheduler:
 
     def plan(self, version: int) -> tuple[Orders, bool]:
         """Orders for the device, and whether more could be ordered at once than a program call takes."""
-        orders = Orders.none(self.capacity)
         self.free_pages += self._vacated
-        self._vacated, self.unloaded, self.brought_back = [], [], []
+        self._vacated, self.unloaded, self.brought_back, self.admitted = [], [], [], []
+        if not self.wants_lanes and not self._cleared_at_once and Stage.READY not in self.stages():
+            return _no_orders(self.capacity), False  # most rounds, and the device waits for each
+        orders = Orders.none(self.capacity)
         self._admit(orders, version)
         self._seat_returning(orders, self._append_in_place(orders))
         self._seat_fresh(orders)
         self._clear(orders)
-        return orders, self._may_seat or any(t is not None and t.stage is Stage.READY for t in self.lanes)
+        return orders, self._may_seat or Stage.READY in self.stages()
 
     def _clear(self, orders: Orders) -> None:
         """Empties lanes that nobody sits in, together with the next seating: until then they stand still anyway."""
@@ -224,7 +243,6 @@ class Scheduler:
         return bool(self.queue) and None in self.slots and len(self.fresh) < self.capacity.lanes
 
     def _admit(self, orders: Orders, version: int) -> None:
-        self.admitted = []
         if not self._may_admit:
             return
         for slot, taken in enumerate(self.slots):
@@ -238,12 +256,11 @@ class Scheduler:
             self.fresh.extend(group.members)
 
     def _append_in_place(self, orders: Orders) -> int:
-        rows = 0
-        for lane, trajectory in enumerate(self.lanes):
-            if rows < self.capacity.append_rows and trajectory is not None and trajectory.stage is Stage.READY:
-                self._append(orders, rows, lane, trajectory)
-                rows += 1
-        return rows
+        ready = [(lane, t) for lane, t in enumerate(self.lanes) if t is not None and t.stage is Stage.READY]
+        chosen = ready[: self.capacity.append_rows]
+        for row, (lane, trajectory) in enumerate(chosen):
+            self._append(orders, row, lane, trajectory)
+        return len(chosen)
 
     def _append(self, orders: Orders, row: int, lane: int, trajectory: Trajectory) -> None:
         ids = trajectory.observation

@@ -24,7 +24,7 @@ from maestro_jax.rollout.moves import Seating
 from maestro_jax.rollout.programs import RolloutPrograms
 from maestro_jax.rollout.scheduler import Capacity, Scheduler
 from maestro_jax.rollout.state import Groups, Lanes, Sizes
-from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
+from maestro_jax.rollout.trajectory import GroupRecord, Stage, Trajectory
 from maestro_jax.types import Task
 
 Array = jax.Array
@@ -65,6 +65,7 @@ class Session:
         tasks: Sequence[Task],
         prompts: PrefixBatch,
         keys: Sequence[Sequence[np.ndarray]],
+        batch: int,
         only: Container[int] | None = None,
     ) -> list[GroupRecord]:
         """Queues groups; every process passes all tasks and runs those of its own shards.
@@ -72,10 +73,10 @@ class Session:
         Args:
           prompts: of these tasks, in their order (more may follow); numpy-valued.
           keys: random key data uint32 `[2]` of each member of each task.
+          batch: the tasks are the first of a batch of so many, which lie over the shards in their order, as arrays do.
           only: which of the tasks are run; None runs all.
         """
         sizes = self.compiled.sizes
-        spread = max(len(tasks), sizes.shards * sizes.groups)
         self._filler = (prompts, 0)
         records = []
         for row, (task, member_keys) in enumerate(zip(tasks, keys, strict=True)):
@@ -84,7 +85,7 @@ class Session:
             first = self._number << 32 | (self.submitted + row) * sizes.members
             members = [Trajectory(task, m, first + m, key) for m, key in enumerate(member_keys)]
             records.append(GroupRecord(task, self.submitted + row, members, prompt=(prompts, row)))
-            scheduler = self.schedulers.get(row * sizes.shards // spread)
+            scheduler = self.schedulers.get(row * sizes.shards // batch)
             if scheduler is not None:
                 scheduler.submit(records[-1])
         self.submitted += len(tasks)
@@ -120,6 +121,7 @@ class Session:
                 self._held = programs.open(params, self.compiled.root)
             elif version != self.version:
                 groups, lanes, pages = self._held
+                self._end_version(lanes)
                 self._held = programs.with_root(params, groups, self.compiled.root), lanes, pages
         self.exchange.begin(self.schedulers, version)
         self.version = version
@@ -131,7 +133,7 @@ class Session:
                     counts, self._held = self._round(params, weights, *self._held)
                 self.exchange.dispatcher.check()
                 if not counts.decoding:
-                    self.exchange.send()  # before the listener takes its time
+                    self.exchange.catch_up()  # before the listener takes its time
                 yield counts
                 if not counts.unfinished:
                     return
@@ -140,9 +142,16 @@ class Session:
                     with jax.set_mesh(mesh):
                         lanes = programs.decode(weights, groups, lanes, self.compiled.tables, self.noise)
                     self._held = groups, lanes, pages
-                self.exchange.send()
+                self._catch_up()
         finally:
-            self.exchange.send()
+            self.exchange.catch_up()
+
+    def _catch_up(self) -> None:
+        """What can be put off until the device has work again."""
+        self.exchange.catch_up()
+        for scheduler in self.schedulers.values():
+            for group in scheduler.finished:
+                group.arrays  # noqa: B018  # kept from now on
 
     def _round(
         self, params: nnx.State, weights: Any, groups: Groups, lanes: Lanes, pages: LaneKV
@@ -167,6 +176,15 @@ class Session:
             said = orders.observation, orders.observation_length
             lanes = programs.append(weights, groups, lanes, orders.append_lanes, *said)
         return counts, (groups, lanes, pages)
+
+    def _end_version(self, lanes: Lanes) -> None:
+        """Turns that are being written know which version wrote them so far."""
+        for shard, scheduler in self.schedulers.items():
+            written = rows_of_shard(lanes.written, shard)
+            for lane, trajectory in enumerate(scheduler.lanes):
+                if trajectory is not None and trajectory.stage is Stage.DECODING:
+                    new = int(written[lane]) - len(trajectory.turn_versions)
+                    trajectory.turn_versions += [self.version] * new
 
     def _prompts(self) -> PrefixBatch:
         """The prompts that this round's orders admit, on the mesh; rows without one get another's."""

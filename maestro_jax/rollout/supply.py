@@ -106,7 +106,7 @@ class Supply:
         self.next_step = step + 1
         prompts = engine.prompts.batch(tasks)
         session = engine.session(params, config.groups, config.members, prompts.tokens.shape[1], greedy=False)
-        records = session.submit(tasks, prompts, self._keys(tasks, step))
+        records = session.submit(tasks, prompts, self._keys(tasks, step), config.groups)
         given = 0
         for counts in session.run(params, version=step):
             ready = counts.leading * config.parts // session.compiled.sizes.groups
@@ -149,7 +149,7 @@ class Supply:
         self.next_step += 1
         left = set(range(len(tasks))) - self._done_before.pop(step, set())
         prompts, keys = self.engine.prompts.batch(tasks, longest=True), self._keys(tasks, step)
-        records = session.submit(tasks, prompts, keys, only=left)
+        records = session.submit(tasks, prompts, keys, self.config.groups, only=left)
         self._origin |= {record: (step, record.prompt[1]) for record in records}
         if left:
             self.pulled[step] = Pulled(step, data, left)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ class Stage(enum.Enum):
 
     FRESH = "fresh"  # not begun; waits for a lane
     DECODING = "decoding"
+    ENDED = "ended"  # its turn has ended and is not yet read
     WAITING = "waiting"  # its call is with the experts
     READY = "ready"  # an observation has come; waits to be read, in its lane or parked
     FINISHED = "finished"
@@ -139,3 +141,11 @@ class GroupRecord:
     @property
     def finished(self) -> bool:
         return all(member.finished for member in self.members)
+
+    @functools.cached_property
+    def arrays(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Tokens int32, log-probabilities float32 and authored bool `[n]` of each member, once they are over."""
+        return [
+            (np.array(m.tokens, np.int32), np.array(m.logprobs, np.float32), np.array(m.authored, bool))
+            for m in self.members
+        ]

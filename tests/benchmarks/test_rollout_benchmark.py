@@ -17,6 +17,7 @@ from benchmarks.pairs import Figure, MismatchError
 from benchmarks.rollout_decode import TOY_PROMPT, TOY_TURNS, Spoken
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.progress import Progress
+from maestro_jax.rollout.programs import Weights
 
 PAIRS = 2
 
@@ -143,7 +144,7 @@ class Scaling:
 def copying(lane_programs: Any) -> Any:
     """Programs whose weights are copies of the parameters."""
     return lambda *args: dataclasses.replace(
-        lane_programs(*args), weights=lambda params: jax.tree.map(jnp.copy, params)
+        lane_programs(*args), weights=lambda params: Weights.of(jax.tree.map(jnp.copy, params))
     )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from maestro_jax.registry.dispatch import GRACE_SECONDS, Dispatcher
 from maestro_jax.rewards.reward import RewardConfig
 from maestro_jax.rollout import protocol
 from maestro_jax.rollout.engine import Rollout
+from maestro_jax.rollout.exchange import Exchange
 from maestro_jax.types import Call, Observation, Status
 from tests.rollout import episodes
 
@@ -172,21 +173,43 @@ def test_exactly_what_failed_is_marked(outage: Outage) -> None:
 # ---- a fault of our own ------------------------------------------------------------------------------------
 
 
-def test_a_bug_in_the_exchange_ends_the_episodes_of_its_shard_only(
-    talker: episodes.Talker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An exception that left the callback would hang or abort the device program."""
-    turns, parse_turn = itertools.count(), protocol.parse_turn
+@pytest.fixture
+def fails_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str, int], None]:
+    """Makes one call of a function raise, the others do as they did."""
 
-    def parse(*args: Any) -> protocol.ParsedTurn:
-        if next(turns) == GROUPS:
-            raise RuntimeError("a bug")
-        return parse_turn(*args)
+    def patch(owner: Any, name: str, call: int) -> None:
+        calls, whole = itertools.count(), getattr(owner, name)
 
-    monkeypatch.setattr(protocol, "parse_turn", parse)
+        def broken(*args: Any) -> Any:
+            if next(calls) == call:
+                raise RuntimeError("a bug")
+            return whole(*args)
+
+        monkeypatch.setattr(owner, name, broken)
+
+    return patch
+
+
+def marked_by_shard(talker: episodes.Talker) -> list[int]:
+    """How many episodes of each of two shards are marked; all are over."""
     mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
     with episodes.engine(talker, Dispatcher(episodes.Experts(0.01)), CONFIG, mesh) as run:
         found = run(TASKS, MEMBERS).trajectories
     assert all(t.finished for group in found for t in group)
-    by_shard = [sum(t.marked for group in half for t in group) for half in (found[:2], found[2:])]
+    return [sum(t.marked for group in half for t in group) for half in (found[:2], found[2:])]
+
+
+def test_a_bug_in_the_exchange_ends_the_episodes_of_its_shard_only(
+    talker: episodes.Talker, fails_once: Callable[[Any, str, int], None]
+) -> None:
+    """An exception that left the callback would hang or abort the device program."""
+    fails_once(Exchange, "_collect", 4)
+    by_shard = marked_by_shard(talker)
     assert min(by_shard) == 0 and max(by_shard) > MEMBERS
+
+
+def test_a_turn_that_cannot_be_read_ends_its_own_episode_only(
+    talker: episodes.Talker, fails_once: Callable[[Any, str, int], None]
+) -> None:
+    fails_once(protocol, "parse_turn", GROUPS)
+    assert sorted(marked_by_shard(talker)) == [0, 1]

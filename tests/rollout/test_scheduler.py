@@ -250,7 +250,10 @@ def test_lanes_of_who_is_over_are_emptied_with_the_next_seating() -> None:
     scheduler.finish(trajectories[2])
     orders, _ = scheduler.plan(0)
     assert orders.changed.tolist() == [1, 0, 1] and orders.seat.tolist() == [3, 6, 4]
-    for trajectory in trajectories[1:]:
+    scheduler.finish(trajectories[1])
+    orders, _ = scheduler.plan(0)
+    assert orders.changed.tolist() == [0, 1, 0]
+    for trajectory in trajectories[3:]:
         scheduler.finish(trajectory)
     orders, _ = scheduler.plan(0)
     assert not orders.changed.any()  # they stand still: no program is called for their sake

@@ -5,9 +5,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.supply import Supply, SupplyConfig
@@ -102,6 +104,18 @@ def test_ahead_every_group_is_trained_once_and_in_time(runner: Runner) -> None:
     assert len(set(trained)) == len(trained) == 4 * GROUPS and set(trained) < pulled
     # The slow task of the first batch was waited for by the second step at the latest.
     assert "toy/001" in trained[: 2 * GROUPS]
+
+
+def test_ahead_every_shard_gets_its_groups(toy_tokens: Tokens) -> None:
+    """They once went to the first shards only, and a step waited for ever for the others'."""
+    mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
+    runner = bigram_runner(toy_tokens, mesh, SlowForSome(0.1, "many 1?"))
+    source, trained = supply(runner, ahead=1, staleness=1), []
+    for step in range(1, 4):
+        (rollout,) = source.step(runner.params, step)
+        trained += ids(rollout)
+    runner.dispatcher.close()
+    assert len(set(trained)) == len(trained) == 3 * GROUPS
 
 
 def test_a_group_that_outlives_its_step_is_as_it_would_have_been(runner: Runner) -> None:
