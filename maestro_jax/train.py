@@ -385,7 +385,7 @@ def measure_baselines(
 ) -> Baselines:
     pairs = sum(
         config.registry.allows(skill, expert.name)
-        for expert in config.registry.experts
+        for expert in config.registry.shown_experts
         for skill in config.registry.shown_skills
     )
     progress.phase("baselines", pairs * len(held_out))

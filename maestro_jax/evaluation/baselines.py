@@ -50,7 +50,7 @@ def run_baselines(
     """Calls every pair on every task; `tick` hears how many calls have been answered."""
     pairs = [
         (expert.name, skill.name)
-        for expert in registry.experts
+        for expert in registry.shown_experts
         for skill in registry.shown_skills
         if registry.allows(skill, expert.name)
     ]

@@ -14,17 +14,35 @@ import json
 import math
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_origin
 
 from maestro_jax.errors import ConfigError
+from maestro_jax.registry.boxes import FRAMES, Frame
 from maestro_jax.registry.chat import OWN_FIELDS
+from maestro_jax.registry.sandbox.choose import KINDS as SANDBOXES
+from maestro_jax.registry.stages import (
+    INPUTS,
+    MOST_ROUNDS,
+    NO_IMAGES,
+    OTHER,
+    PARSED,
+    PLACEHOLDER,
+    STAGES,
+    TASK_IMAGES,
+    AskStage,
+    Kind,
+    ParseStage,
+    RunStage,
+    ServiceStage,
+    Stage,
+    gives,
+    placeholders,
+    uses,
+)
 
-PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
-INPUTS = ("question", "query")  # placeholders that every stage may use
-OTHER = "other"  # the template used when no key of `prompts` matches
-TASK_IMAGES = "task"
-NO_IMAGES = "none"
+SHOWABLE = ("price", "speed")  # what the policy's prompt may say of an expert besides its description
+PARSERS = ("text", "boxes")  # how a service reads what its model wrote
 
 _SEPARATORS = str.maketrans({"-": "_", " ": "_"})
 _FORBIDDEN_IN_NAMES = re.compile(r"@@|[:<>\r\n]")  # they would break the call grammar
@@ -60,6 +78,11 @@ class ExpertConfig:
       attempt_timeout: seconds a single attempt of a request may take; all of them end with the episode's deadline.
       serve: the command, word by word, that `python -m maestro_jax.experts up` starts for each endpoint; {host}, {port}
         and {model} are filled in.
+
+    Of both:
+      shown: whether the policy's prompt lists it and the policy may call it; a model behind a service is not.
+      frame: what its box coordinates mean.
+      typical_seconds: of one call; what the policy's prompt says where the registry shows "speed".
     """
 
     name: str
@@ -81,6 +104,9 @@ class ExpertConfig:
     concurrency: int = 64
     attempt_timeout: float = 60.0
     serve: tuple[str, ...] = ()
+    shown: bool = True
+    frame: Frame = Frame()
+    typical_seconds: float = 0.0
 
     @property
     def cacheable(self) -> bool:
@@ -109,57 +135,29 @@ class LimitsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ServiceConfig:
-    """A helper of skills: "package.module:Class", built with `options`; fields as in `ExpertConfig`."""
+    """A helper of skills: a class of this process, or a model behind the expert interface.
+
+    Attributes:
+      implementation: "package.module:Class", built with `options`; other fields as in `ExpertConfig`.
+      expert: name of the expert that is asked instead, once for each image.
+      prompt: what it is asked; {text} is the text of the stage.
+      parse: how its replies are read, "text" or "boxes" (in the expert's frame).
+    """
 
     name: str
-    implementation: str
+    implementation: str = ""
+    expert: str = ""
+    prompt: str = ""
+    parse: str = "text"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     deterministic: bool = True
     timeout: float = 60.0
 
-
-@dataclasses.dataclass(frozen=True)
-class ServiceStage:
-    """Runs a service.
-
-    Attributes:
-      output: the name under which later stages find its text (as a placeholder) and its images.
-      images: "task", "none" or the output name of an earlier service stage.
-      text: template of the text the service gets. Leave it empty where only the images matter: replies
-        are cached by images and text, and a query in the text makes every call a new one.
-    """
-
-    service: str
-    output: str
-    images: str = TASK_IMAGES
-    text: str = ""
-
     @property
-    def templates(self) -> tuple[str, ...]:
-        return (self.text,)
-
-    @property
-    def uses(self) -> frozenset[str]:
-        """Names of the outputs this stage needs."""
-        return frozenset((*_placeholders(self.templates), self.images)) - {*INPUTS, TASK_IMAGES, NO_IMAGES}
-
-
-@dataclasses.dataclass(frozen=True)
-class AskStage:
-    """Asks the called expert, either with `prompt` or with the entry of `prompts` that the output `by` selects."""
-
-    output: str
-    images: str = TASK_IMAGES
-    prompt: str = ""
-    by: str = ""
-    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        return tuple(self.prompts.values()) if self.by else (self.prompt,)
-
-
-Stage = ServiceStage | AskStage
+    def gives(self) -> frozenset[Kind]:
+        if not self.expert:
+            return frozenset({Kind.TEXT, Kind.IMAGES})
+        return frozenset({Kind.TEXT, Kind.BOXES}) if self.parse == "boxes" else frozenset({Kind.TEXT})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +166,12 @@ class SkillConfig:
 
     Attributes:
       tier: 1 (coarse) or 2 (fine, chosen by a parent).
-      stages: run in order; the last one's text is the skill's result.
-      children: names of tier-2 skills; the one whose `keywords` occur most in query and question runs.
+      stages: each runs when what it needs is there; the last one's text is the skill's result.
+      children: names of tier-2 skills; the one whose `keywords` occur most in query and question runs, the first of
+        several.
+      several_images: occurrences that a task with more than one image adds to those of the keywords.
+      choose: where it is set, the called expert chooses among the children: the template it is asked, with {children}
+        for their names and descriptions. Keywords decide where its reply names none, or more than one.
       experts: the only experts that may run it; empty means all.
       shown: whether the policy's prompt lists it and the policy may call it by name; tier 1 unless said.
     """
@@ -180,6 +182,8 @@ class SkillConfig:
     stages: tuple[Stage, ...] = ()
     children: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
+    several_images: int = 0
+    choose: str = ""
     experts: tuple[str, ...] = ()
     shown: bool = True
 
@@ -193,12 +197,19 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RegistryConfig:
-    """Experts, services and skills, checked against each other. Build it with `parse_registry`."""
+    """Experts, services and skills, checked against each other. Build it with `parse_registry`.
+
+    Attributes:
+      show: what the policy's prompt says of each expert besides its description: "price", "speed", both or nothing.
+      sandbox: which code sandbox "run" stages use (`sandbox/choose.py`).
+    """
 
     experts: tuple[ExpertConfig, ...]
     services: tuple[ServiceConfig, ...]
     skills: tuple[SkillConfig, ...]
     limits: LimitsConfig = LimitsConfig()
+    show: tuple[str, ...] = ()
+    sandbox: str = "auto"
 
     @functools.cached_property
     def experts_by_name(self) -> dict[str, ExpertConfig]:
@@ -207,6 +218,18 @@ class RegistryConfig:
     @functools.cached_property
     def skills_by_name(self) -> dict[str, SkillConfig]:
         return {normalise_name(s.name): s for s in self.skills}
+
+    @functools.cached_property
+    def services_by_name(self) -> dict[str, ServiceConfig]:
+        return {normalise_name(s.name): s for s in self.services}
+
+    @property
+    def shown_experts(self) -> tuple[ExpertConfig, ...]:
+        return tuple(e for e in self.experts if e.shown)
+
+    @property
+    def runs_code(self) -> bool:
+        return any(isinstance(stage, RunStage) for skill in self.skills for stage in skill.stages)
 
     @property
     def shown_skills(self) -> tuple[SkillConfig, ...]:
@@ -227,19 +250,31 @@ class RegistryConfig:
     def resolve(self, expert: str, skill: str) -> Pair | str:
         """Canonical names, or a short text for the policy that says what is wrong and lists what is valid."""
         found = self.experts_by_name.get(normalise_name(expert))
-        if found is None:
-            return f"Unknown expert {_quote(expert)}. Experts: {_listed(e.name for e in self.experts)}."
+        if found is None or not found.shown:
+            return f"Unknown expert {_quote(expert)}. Experts: {_listed(e.name for e in self.shown_experts)}."
         pipeline = self.skills_by_name.get(normalise_name(skill))
         if pipeline is None or not pipeline.shown:
             return f"Unknown skill {_quote(skill)}. Skills: {_listed(s.name for s in self.shown_skills)}."
         if not self.allows(pipeline, found.name):
-            valid = _listed(e.name for e in self.experts if self.allows(pipeline, e.name))
+            valid = _listed(e.name for e in self.shown_experts if self.allows(pipeline, e.name))
             return f"{found.name} cannot run {pipeline.name}. Experts for it: {valid}."
         return Pair(found.name, pipeline.name)
 
 
 def parse_registry(raw: Any) -> RegistryConfig:
-    """Checks a mapping with `experts`, `services` and `skills` (tuples of mappings) and, optionally, `limits`.
+    """Reads a registry (see `read_registry`) and checks it.
+
+    Raises:
+      ConfigError: one line that names the entry, what is wrong and the cure.
+    """
+    config = read_registry(raw)
+    for problem in problems(config):
+        raise ConfigError(problem)
+    return config
+
+
+def read_registry(raw: Any) -> RegistryConfig:
+    """A mapping with `experts`, `services` and `skills` (tuples of mappings) and the rest, keys and types checked.
 
     Args:
       raw: a dict or anything with the methods of one, such as an ml_collections ConfigDict.
@@ -249,26 +284,34 @@ def parse_registry(raw: Any) -> RegistryConfig:
     """
     raw = _mapping(raw, "registry")
     _check_keys(raw, [f.name for f in dataclasses.fields(RegistryConfig)], "registry")
-    config = RegistryConfig(
-        experts=tuple(_read_expert(e, w) for e, w in _entries(raw, "experts")),
-        services=tuple(_read(ServiceConfig, s, w) for s, w in _entries(raw, "services")),
-        skills=tuple(_read_skill(s, w) for s, w in _entries(raw, "skills")),
-        limits=_read_limits(raw.get("limits", {})),
-    )
-    if not config.experts or not config.shown_skills:
-        raise ConfigError("registry needs at least one expert and one shown skill; add them to registry.experts/skills")
+    entries: dict[str, Any] = {
+        "experts": tuple(_read_expert(e, w) for e, w in _entries(raw, "experts")),
+        "services": tuple(_read(ServiceConfig, s, w) for s, w in _entries(raw, "services")),
+        "skills": tuple(_read_skill(s, w) for s, w in _entries(raw, "skills")),
+        "limits": _read_limits(raw.get("limits", {})),
+    }
+    return _read(RegistryConfig, raw | entries, "registry")
+
+
+def problems(config: RegistryConfig) -> Iterator[str]:
+    """Everything that is wrong between the entries, a line with its cure each."""
+    if not config.shown_experts or not config.shown_skills:
+        cure = "add them to registry.experts/skills"
+        yield f"registry needs at least one shown expert and one shown skill; {cure}"
     for kind, entries in (("expert", config.experts), ("service", config.services), ("skill", config.skills)):
-        _check_names(kind, [entry.name for entry in entries])
+        yield from _name_problems(kind, [entry.name for entry in entries])
     for skill in config.skills:
-        _check_skill(skill, config)
-    _check_cycles(config)
-    parts: list[tuple[str, ExpertConfig | ServiceConfig]] = [("expert", e) for e in config.experts]
-    for what, part in parts + [("service", s) for s in config.services]:
-        if part.implementation:
-            load_implementation(part.implementation, f'{what} "{part.name}"')
-        if part.timeout <= 0:
-            raise ConfigError(f'{what} "{part.name}": timeout must be above 0 seconds')
-    return config
+        yield from _skill_problems(skill, config)
+    yield from _cycle_problems(config)
+    for expert in config.experts:
+        yield from _expert_problems(expert, config)
+    for service in config.services:
+        yield from _service_problems(service, config)
+    if config.sandbox not in SANDBOXES:
+        yield f'registry.sandbox "{config.sandbox}" is unknown; {_nearest(config.sandbox, SANDBOXES)}'
+    for word in config.show:
+        if word not in SHOWABLE:
+            yield f'registry.show has "{word}"; {_nearest(word, SHOWABLE)}'
 
 
 def load_implementation(path: str, where: str) -> Any:
@@ -326,8 +369,10 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         return float(value)
     if kind == tuple[str, ...] and isinstance(value, tuple | list) and all(isinstance(v, str) for v in value):
         return tuple(value)
-    if kind == tuple[Stage, ...]:  # already read by `_read_skill`
-        return value
+    if isinstance(value, tuple) and get_origin(kind) is tuple and kind != tuple[str, ...]:
+        return value  # stages, or a registry's entries: read before
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return value if isinstance(value, kind) else _read(kind, value, where)
     if kind == Mapping[str, str] and isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
         return value
     if kind == Mapping[str, Any] and isinstance(value, dict):
@@ -412,11 +457,13 @@ def _read_skill(raw: Any, where: str) -> SkillConfig:
 
 def _read_stage(raw: Any, where: str) -> Stage:
     values = _mapping(raw, where)
-    kinds: dict[str, type[ServiceStage] | type[AskStage]] = {"service": ServiceStage, "ask": AskStage}
     kind = values.pop("kind", None)
-    if kind not in kinds:
-        raise ConfigError(f'{where}.kind must be "service" or "ask", found {kind!r}')
-    return _read(kinds[kind], values, where)
+    if kind not in STAGES:
+        valid = ", ".join(f'"{name}"' for name in STAGES)
+        raise ConfigError(f"{where}.kind must be one of {valid}, found {kind!r}")
+    if isinstance(values.get("images"), str):  # one name may stand alone
+        values["images"] = () if values["images"] == NO_IMAGES else (values["images"],)
+    return _read(STAGES[kind], values, where)
 
 
 # ---- checking ----------------------------------------------------------------------------------------------
@@ -428,89 +475,182 @@ def _check_keys(raw: Mapping[str, Any], valid: list[str], where: str) -> None:
             raise ConfigError(f'{where}: unknown key "{key}"; {_nearest(key, valid)}')
 
 
-def _check_names(kind: str, names: list[str]) -> None:
+def _name_problems(kind: str, names: list[str]) -> Iterator[str]:
     seen: dict[str, str] = {}
     for name in names:
         if not name.strip() or _FORBIDDEN_IN_NAMES.search(name):
-            raise ConfigError(f'{kind} name "{name}" is empty or holds "@@", ":", "<", ">" or a line break; rename it')
+            yield f'{kind} name "{name}" is empty or holds "@@", ":", "<", ">" or a line break; rename it'
         form = normalise_name(name)
         if form in seen:
             same = 'case, "-", "_" and " " do not count'
-            raise ConfigError(f'{kind} "{name}" has the same name as "{seen[form]}" ({same}); rename one')
+            yield f'{kind} "{name}" has the same name as "{seen[form]}" ({same}); rename one'
         seen[form] = name
 
 
-def _check_skill(skill: SkillConfig, config: RegistryConfig) -> None:
+def _expert_problems(expert: ExpertConfig, config: RegistryConfig) -> Iterator[str]:
+    where = f'expert "{expert.name}"'
+    if expert.implementation:
+        yield from _implementation_problems(expert.implementation, where)
+    if expert.timeout <= 0:
+        yield f"{where}: timeout must be above 0 seconds"
+    if expert.frame.kind not in FRAMES:
+        yield f'{where}: frame.kind "{expert.frame.kind}" is unknown; {_nearest(expert.frame.kind, FRAMES)}'
+    if expert.frame.full <= 0 or expert.frame.multiple <= 0:
+        yield f"{where}: frame.full and frame.multiple must be above 0"
+    if "speed" in config.show and expert.shown and not expert.typical_seconds:
+        yield f'{where}: registry.show has "speed"; set its typical_seconds'
+
+
+def _service_problems(service: ServiceConfig, config: RegistryConfig) -> Iterator[str]:
+    where = f'service "{service.name}"'
+    if service.timeout <= 0:
+        yield f"{where}: timeout must be above 0 seconds"
+    if bool(service.implementation) == bool(service.expert):
+        yield f'{where} must have either "implementation" or "expert", and not both'
+    elif service.implementation:
+        yield from _implementation_problems(service.implementation, where)
+    else:
+        yield from _served_problems(service, config, where)
+
+
+def _served_problems(service: ServiceConfig, config: RegistryConfig, where: str) -> Iterator[str]:
+    if normalise_name(service.expert) not in config.experts_by_name:
+        cure = _nearest(service.expert, [e.name for e in config.experts])
+        yield f'{where}: unknown expert "{service.expert}"; {cure}'
+    if not service.prompt:
+        yield f'{where} has an expert and no "prompt"; write what it is asked'
+    for name in placeholders(service.prompt):
+        if name != "text":
+            yield f"{where}: its prompt has {{{name}}}; only {{text}} is filled in, the text of the stage"
+    if service.parse not in PARSERS:
+        yield f'{where}: parse "{service.parse}" is unknown; {_nearest(service.parse, PARSERS)}'
+
+
+def _implementation_problems(path: str, where: str) -> Iterator[str]:
+    try:
+        load_implementation(path, where)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _skill_problems(skill: SkillConfig, config: RegistryConfig) -> Iterator[str]:
     where = f'skill "{skill.name}"'
     if skill.tier not in (1, 2):
-        raise ConfigError(f"{where}: tier must be 1 or 2, found {skill.tier}")
+        yield f"{where}: tier must be 1 or 2, found {skill.tier}"
     if bool(skill.stages) == bool(skill.children):
-        raise ConfigError(f"{where} must have either stages or children, and not both")
+        yield f"{where} must have either stages or children, and not both"
     for expert in skill.experts:
         if normalise_name(expert) not in config.experts_by_name:
-            raise ConfigError(
-                f'{where} names expert "{expert}" that the registry does not have; '
-                f"add it to registry.experts or pick one of: {_listed(e.name for e in config.experts)}"
-            )
-    _check_stages(skill, config)
+            cure = f"add it to registry.experts or pick one of: {_listed(e.name for e in config.experts)}"
+            yield f'{where} names expert "{expert}" that the registry does not have; {cure}'
+    yield from _stages_problems(skill, config)
+    yield from _choice_problems(skill, where)
     for child in skill.children:
         known = config.skills_by_name.get(normalise_name(child))
         if known is None:
-            raise ConfigError(f'{where}: unknown child "{child}"; {_nearest(child, [s.name for s in config.skills])}')
-        if known.tier != 2:
-            raise ConfigError(f'{where}: child "{child}" is of tier {known.tier}; set its tier to 2')
+            yield f'{where}: unknown child "{child}"; {_nearest(child, [s.name for s in config.skills])}'
+        elif known.tier != 2:
+            yield f'{where}: child "{child}" is of tier {known.tier}; set its tier to 2'
 
 
-def _check_stages(skill: SkillConfig, config: RegistryConfig) -> None:
-    services = {normalise_name(s.name): s.name for s in config.services}
-    produced: list[str] = []  # outputs of the stages so far
-    pictured: list[str] = [TASK_IMAGES, NO_IMAGES]  # what `images` may name so far
+def _choice_problems(skill: SkillConfig, where: str) -> Iterator[str]:
+    if skill.choose and not skill.children:
+        yield f'{where} has "choose" and no children; name the children or remove it'
+    for name in placeholders(skill.choose):
+        if name not in (*INPUTS, "children"):
+            yield f"{where}: choose has {{{name}}}; {_nearest(name, [*INPUTS, 'children'])}"
+    if skill.choose and "children" not in placeholders(skill.choose):
+        yield f"{where}: choose does not show what there is to choose from; put {{children}} into it"
+
+
+def _stages_problems(skill: SkillConfig, config: RegistryConfig) -> Iterator[str]:
+    before: dict[str, tuple[Stage, frozenset[Kind]]] = {}  # output → its stage and what it holds
     for i, stage in enumerate(skill.stages):
-        where = f'skill "{skill.name}" stage {i + 1} ("{stage.output}")'
-        if isinstance(stage, ServiceStage) and normalise_name(stage.service) not in services:
-            cure = _nearest(stage.service, services.values())
-            raise ConfigError(f'{where}: unknown service "{stage.service}"; {cure}')
-        if isinstance(stage, AskStage):
-            _check_prompts(stage, produced, where)
-        for name in _placeholders(stage.templates):
-            if name not in (*INPUTS, *produced):
-                raise ConfigError(f"{where}: no earlier stage gives {{{name}}}; {_nearest(name, [*INPUTS, *produced])}")
-        if stage.images not in pictured:
-            cure = _nearest(stage.images, pictured)
-            raise ConfigError(f'{where}: images "{stage.images}" is no earlier service; {cure}')
-        if stage.output in (*INPUTS, *pictured, *produced) or not PLACEHOLDER.fullmatch(f"{{{stage.output}}}"):
-            raise ConfigError(f"{where}: the output name is taken or no identifier; choose another")
-        produced.append(stage.output)
-        if isinstance(stage, ServiceStage):
-            pictured.append(stage.output)
+        where = _at(skill, i)
+        yield from _stage_problems(stage, config, where, before)
+        for name, kind in stage.needs:
+            yield from _need_problems(name, kind, where, {output: held for output, (_, held) in before.items()})
+        taken = (*INPUTS, TASK_IMAGES, NO_IMAGES, *before)
+        if stage.output in taken or not PLACEHOLDER.fullmatch(f"{{{stage.output}}}"):
+            yield f"{where}: the output name is taken or no identifier; choose another"
+        before[stage.output] = stage, _held(stage, config)
+    needed = {name for stage in skill.stages for name in uses(stage)}
+    for i, stage in enumerate(skill.stages[:-1]):
+        if stage.output not in needed:
+            yield f"{_at(skill, i)}: no later stage uses it; use it or remove the stage"
+    if skill.stages and Kind.TEXT not in _held(skill.stages[-1], config):
+        yield f"{_at(skill, len(skill.stages) - 1)} is the last one and gives no text; end with a stage that does"
 
 
-def _check_prompts(stage: AskStage, produced: list[str], where: str) -> None:
+def _at(skill: SkillConfig, i: int) -> str:
+    return f'skill "{skill.name}" stage {i + 1} ("{skill.stages[i].output}")'
+
+
+def _held(stage: Stage, config: RegistryConfig) -> frozenset[Kind]:
+    """What the stage's output holds; everything where that cannot be known, which is another problem's line."""
+    unknown = frozenset(Kind)
+    if isinstance(stage, ServiceStage):
+        service = config.services_by_name.get(normalise_name(stage.service))
+        return unknown if service is None else gives(stage, service.gives)
+    return unknown if isinstance(stage, ParseStage) and stage.into not in PARSED else gives(stage, unknown)
+
+
+def _stage_problems(
+    stage: Stage, config: RegistryConfig, where: str, before: Mapping[str, tuple[Stage, frozenset[Kind]]]
+) -> Iterator[str]:
+    """What is wrong with one stage by itself."""
+    if isinstance(stage, ServiceStage) and normalise_name(stage.service) not in config.services_by_name:
+        cure = _nearest(stage.service, [s.name for s in config.services])
+        yield f'{where}: unknown service "{stage.service}"; {cure}'
+    if isinstance(stage, AskStage):
+        yield from _prompt_problems(stage, where)
+    if isinstance(stage, ParseStage):
+        if stage.into not in PARSED:
+            yield f'{where}: into "{stage.into}" is unknown; {_nearest(stage.into, PARSED)}'
+        if stage.text in before and not isinstance(before[stage.text][0], AskStage):
+            yield f'{where}: "{stage.text}" is no ask stage; parse what an expert was asked'
+    if isinstance(stage, RunStage) and not 0 <= stage.rounds <= MOST_ROUNDS:
+        yield f"{where}: rounds must be 0 to {MOST_ROUNDS}, found {stage.rounds}"
+
+
+def _prompt_problems(stage: AskStage, where: str) -> Iterator[str]:
     if bool(stage.prompt) == bool(stage.by) or bool(stage.by) != bool(stage.prompts):
-        raise ConfigError(f'{where} must have either "prompt", or "by" with "prompts"')
-    if stage.by and stage.by not in produced:
-        raise ConfigError(f'{where}: by "{stage.by}" is no earlier output; {_nearest(stage.by, produced)}')
+        yield f'{where} must have either "prompt", or "by" with "prompts"'
     if stage.by and OTHER not in stage.prompts:
-        raise ConfigError(f'{where}: prompts lack "{OTHER}", used when no key matches; add it')
+        yield f'{where}: prompts lack "{OTHER}", used when no key matches; add it'
 
 
-def _check_cycles(config: RegistryConfig) -> None:
-    def walk(skill: SkillConfig, path: tuple[str, ...]) -> None:
+def _need_problems(name: str, kind: Kind, where: str, held: Mapping[str, frozenset[Kind]]) -> Iterator[str]:
+    """What is wrong with needing the output `name` as `kind` of the stages so far."""
+    if kind in held.get(name, ()):
+        return
+    fitting = [output for output, kinds in held.items() if kind in kinds]
+    valid = {Kind.TEXT: [*INPUTS, *fitting], Kind.IMAGES: [TASK_IMAGES, NO_IMAGES, *fitting]}.get(kind, fitting)
+    if name not in held:
+        written = f"{{{name}}}" if kind is Kind.TEXT else f'{kind.value} "{name}"'
+        yield f"{where}: no earlier stage gives {written}; {_nearest(name, valid)}"
+    else:
+        given = " and ".join(sorted(k.value for k in held[name]))
+        yield f'{where}: "{name}" gives {given}, needed is {kind.value}; {_nearest(name, valid)}'
+
+
+def _cycle_problems(config: RegistryConfig) -> Iterator[str]:
+    def walk(skill: SkillConfig, path: tuple[str, ...]) -> Iterator[str]:
         if skill.name in path:
-            loop = " -> ".join((*path[path.index(skill.name) :], skill.name))
-            raise ConfigError(f'skill "{skill.name}": children form a cycle {loop}; remove one of them')
+            if path[0] == skill.name:  # a loop further down is told by its own members
+                loop = " -> ".join((*path, skill.name))
+                yield f'skill "{skill.name}": children form a cycle {loop}; remove one of them'
+            return
         for child in skill.children:
-            walk(config.skills_by_name[normalise_name(child)], (*path, skill.name))
+            known = config.skills_by_name.get(normalise_name(child))
+            if known is not None:
+                yield from walk(known, (*path, skill.name))
 
     for skill in config.skills:
-        walk(skill, ())
+        yield from walk(skill, ())
 
 
 # ---- wording -----------------------------------------------------------------------------------------------
-
-
-def _placeholders(templates: Iterable[str]) -> list[str]:
-    return [name for template in templates for name in PLACEHOLDER.findall(template)]
 
 
 def _nearest(word: str, valid: Iterable[str]) -> str:

@@ -22,7 +22,10 @@ from maestro_jax.registry.interface import Expert, Service
 from maestro_jax.registry.journal import ASKER, Journal, JournaledExpert, JournaledService
 from maestro_jax.registry.metering import MeteredExpert, Spending
 from maestro_jax.registry.retries import RetryBudget
-from maestro_jax.registry.skills import SkillInput, choose_skill, failure, run_skill
+from maestro_jax.registry.sandbox.choose import make_sandbox
+from maestro_jax.registry.sandbox.interface import Sandbox
+from maestro_jax.registry.served import ServedService
+from maestro_jax.registry.skills import Means, SkillInput, failure, run_called
 from maestro_jax.types import Call, Observation, Status
 
 logger = logging.getLogger(__name__)
@@ -74,12 +77,19 @@ class Registry:
       cache_file: where replies of deterministic experts and services survive a restart; None keeps
         them in memory.
       journal: records what experts and services answer.
+      sandbox: where programs of "run" stages run; None makes the one that the config names, if a skill needs it.
 
     Raises:
-      ConfigError: an expert or a service cannot be built.
+      ConfigError: an expert, a service or the sandbox cannot be built.
     """
 
-    def __init__(self, config: RegistryConfig, cache_file: str | None = None, journal: Journal | None = None):
+    def __init__(
+        self,
+        config: RegistryConfig,
+        cache_file: str | None = None,
+        journal: Journal | None = None,
+        sandbox: Sandbox | None = None,
+    ):
         self.config = config
         self.counters: defaultdict[Pair, CallCounter] = defaultdict(CallCounter)
         self.cache = ReplyCache(cache_file)
@@ -90,11 +100,17 @@ class Registry:
         self._experts = {normalise_name(stack.bare.name): stack.cached or stack.metered for stack in self._stacks}
         self._services: dict[str, Service] = {}
         for part in config.services:
+            if part.expert:
+                model = normalise_name(part.expert)
+                frame = config.experts_by_name[model].frame
+                self._services[normalise_name(part.name)] = ServedService(part, self._experts[model], frame)
+                continue
             helper = InProcessService(part)
             service: Service = JournaledService(helper, helper.identity, journal) if journal else helper
             self._services[normalise_name(part.name)] = (
                 CachedService(service, helper.identity, self.cache) if part.deterministic else service
             )
+        self._sandbox = sandbox or (make_sandbox(config.sandbox) if config.runs_code else None)
 
     def _stack(self, entry: ExpertConfig, journal: Journal | None) -> ExpertStack:
         bare = HttpExpert(entry, self._retries) if entry.endpoints else InProcessExpert(entry)
@@ -118,18 +134,28 @@ class Registry:
             return Observation(pair, Status.UNKNOWN)
         given = SkillInput(question, call.query, images)
         named = self.config.skills_by_name[normalise_name(pair.skill)]
-        skill = choose_skill(self.config, named, pair.expert, f"{call.query}\n{question}")
-        expert = self._experts[normalise_name(pair.expert)]
-        observation = await run_skill(skill, expert, self._services, given, deadline)
+        expert = normalise_name(pair.expert)
+        frame = self.config.experts_by_name[expert].frame
+        means = Means(self._experts[expert], self._services, self._sandbox, frame)
+        observation = await run_called(self.config, named, means, given, deadline)
         if observation.status is not Status.OK:
             self.spending.check()
         self.counters[pair].add(observation)
         return observation
 
-    async def check(self) -> list[str]:
-        """One line, with its cure, for each expert that is not ready."""
-        found = await asyncio.gather(*(expert.check() for expert in self._experts.values()))
-        return [line for line in found if line]
+    async def check(self, seconds: float) -> dict[str, str | None]:
+        """Expert → None if it says within so many seconds that it is ready, else one line with the cure."""
+
+        async def one(expert: Expert) -> str | None:
+            try:
+                async with asyncio.timeout(seconds):
+                    return await expert.check()
+            except TimeoutError:
+                cure = "see whether its servers run"
+                return f'expert "{expert.name}": did not say within {seconds:g} s whether it is ready; {cure}'
+
+        found = await asyncio.gather(*(one(expert) for expert in self._experts.values()))
+        return {entry.name: line for entry, line in zip(self.config.experts, found, strict=True)}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """By expert: requests, success, latencies, tokens, price, cache hits, and what each endpoint's breaker did."""
@@ -139,6 +165,8 @@ class Registry:
         await self.cache.close()
         await asyncio.gather(*(expert.close() for expert in self._experts.values()))
         await asyncio.gather(*(service.close() for service in self._services.values()))
+        if self._sandbox is not None:
+            await self._sandbox.close()
 
 
 class CallRunner(Protocol):

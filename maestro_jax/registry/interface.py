@@ -8,6 +8,7 @@ answering with a status instead of raising.
 import dataclasses
 from typing import Protocol
 
+from maestro_jax.registry.boxes import Box
 from maestro_jax.types import Status, Usage
 
 
@@ -71,12 +72,14 @@ class Expert(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ServiceResult:
-    """What a service produced: text for a prompt, images for the stages after it, or both."""
+    """What a service produced: text for a prompt, images or boxes for the stages after it, and what that cost."""
 
     text: str = ""
     images: tuple[bytes, ...] = ()
     status: Status = Status.OK
     seconds: float = 0.0
+    boxes: tuple[Box, ...] = ()  # in the images it was given
+    usage: Usage = Usage()
 
 
 class Service(Protocol):

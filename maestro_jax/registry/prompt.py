@@ -4,10 +4,12 @@ The same bytes for the same registry, so that prompts of a step share their firs
 short because a tiny policy reads it too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from maestro_jax.registry.config import ExpertConfig, RegistryConfig, SkillConfig
 
+# With a single call there is no other pair to try. That sentence stays all the same: policies were trained and measured
+# with these bytes.
 _RULES = """\
 Answer the question about the image. Every turn does exactly one of two things.
 Call an expert with a skill:
@@ -24,8 +26,17 @@ def render_system_prompt(config: RegistryConfig, max_calls: int) -> str:
     """The system message: rules, then one line for each expert and each shown skill."""
     budget = "You have one call." if max_calls == 1 else f"You have {max_calls} calls, one a turn."
     rules = _RULES.format(budget=budget)
-    return f"{rules}\nExperts:\n{_lines(config.experts)}\n\nSkills:\n{_lines(config.shown_skills)}"
+    experts = [f"{_line(expert)}{_costs(expert, config.show)}" for expert in config.shown_experts]
+    skills = [_line(skill) for skill in config.shown_skills]
+    return "\n".join([rules, "Experts:", *experts, "", "Skills:", *skills])
 
 
-def _lines(entries: Iterable[ExpertConfig | SkillConfig]) -> str:
-    return "\n".join(f"- {entry.name}: {' '.join(entry.description.split())}".rstrip(" :") for entry in entries)
+def _line(entry: ExpertConfig | SkillConfig) -> str:
+    return f"- {entry.name}: {' '.join(entry.description.split())}".rstrip(" :")
+
+
+def _costs(expert: ExpertConfig, show: Sequence[str]) -> str:
+    """What the registry shows of an expert's price (US dollars per million tokens) and speed (seconds a request)."""
+    price = f"${expert.price_prompt:g} in, ${expert.price_completion:g} out per million tokens"
+    texts = {"price": price, "speed": f"{expert.typical_seconds:g} s"}
+    return f" ({'; '.join(texts[what] for what in show)})" if show else ""

@@ -1,32 +1,39 @@
 """Skills at run time: stages in, one observation out.
 
-A skill's stages run in order; neighbouring service stages that do not need each other run together. A
-tier-1 skill with children hands over to the child whose keywords occur most in query and question.
-Every stage gets the seconds that remain, and the first one that fails ends the skill with its status.
+A stage runs as soon as what it needs is there, beside all others that can run. A skill with children hands over to one
+of them, by keywords or as the called expert says. Every stage gets the seconds that remain. Where a stage fails, those
+that need it do not run and the skill ends with its status; those that do not need it still run, so that what is asked
+depends on replies alone and never on who was faster (a journal can then be replayed).
 """
 
 import asyncio
 import dataclasses
-import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from maestro_jax.registry.config import (
-    NO_IMAGES,
+from maestro_jax.registry.boxes import Box, Frame, read_boxes, write_boxes
+from maestro_jax.registry.config import RegistryConfig, SkillConfig, normalise_name
+from maestro_jax.registry.interface import Expert, Message, Reply, Request, Service
+from maestro_jax.registry.pictures import crops, drawn, shown_size
+from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus, Sandbox
+from maestro_jax.registry.served import NOTHING_FOUND
+from maestro_jax.registry.stages import (
     OTHER,
-    PLACEHOLDER,
     TASK_IMAGES,
     AskStage,
-    RegistryConfig,
+    CropStage,
+    DrawStage,
+    ParseStage,
+    RunStage,
     ServiceStage,
-    SkillConfig,
     Stage,
-    normalise_name,
+    uses,
 )
-from maestro_jax.registry.interface import Expert, Message, Request, Service
+from maestro_jax.registry.templates import fill, named_in, occurrences, program_in, said, shortened
 from maestro_jax.types import Observation, Status, Usage
 
 NO_USAGE = Usage()
+LONGEST_ERROR = 2_000  # characters of a program's error that the expert is shown for a repair
 
 # What the policy reads when the infrastructure failed; details go to the log only.
 FAILURE_TEXTS = {
@@ -46,14 +53,34 @@ class SkillInput:
 
 
 @dataclasses.dataclass(frozen=True)
-class StageResult:
-    """What a stage gave; an ask has no images, a service no usage."""
+class Means:
+    """What a skill works with: the called expert, what its box coordinates mean, services by normalised name."""
 
-    text: str
-    status: Status
-    seconds: float
+    expert: Expert
+    services: Mapping[str, Service] = dataclasses.field(default_factory=dict)
+    sandbox: Sandbox | None = None
+    frame: Frame = Frame()
+
+
+@dataclasses.dataclass(frozen=True)
+class StageResult:
+    """What a stage gave.
+
+    Attributes:
+      seconds: its own; a cached reply counts with the seconds it took when it was first given.
+      images, boxes: see `stages.Kind`; boxes are in `seen`.
+      seen: the images it worked on.
+      finished: seconds from the start of the skill, along the longest path to this stage and with it.
+    """
+
+    text: str = ""
+    status: Status = Status.OK
+    seconds: float = 0.0
     images: tuple[bytes, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    seen: tuple[bytes, ...] = ()
     usage: Usage = NO_USAGE
+    finished: float = 0.0
 
 
 def failure(status: Status, seconds: float = 0.0, usage: Usage = NO_USAGE) -> Observation:
@@ -61,93 +88,202 @@ def failure(status: Status, seconds: float = 0.0, usage: Usage = NO_USAGE) -> Ob
     return Observation(FAILURE_TEXTS[status], status, seconds, usage)
 
 
-def choose_skill(config: RegistryConfig, skill: SkillConfig, expert: str, text: str) -> SkillConfig:
-    """Follows children down to a skill with stages: most keyword occurrences in `text`, ties to the first."""
-    while skill.children:
-        skill = max(config.children_for(skill, expert), key=lambda child: _occurrences(child.keywords, text))
-    return skill
+# ---- choosing a child --------------------------------------------------------------------------------------
 
 
-async def run_skill(
-    skill: SkillConfig, expert: Expert, services: Mapping[str, Service], given: SkillInput, deadline: float
+async def run_called(
+    config: RegistryConfig, skill: SkillConfig, means: Means, given: SkillInput, deadline: float
 ) -> Observation:
-    """Runs the stages of `skill` with `expert`.
+    """Runs a skill that was called by name: down to a child where it has children, then the stages.
 
     Args:
-      skill: one with stages (see `choose_skill`).
-      services: by normalised name.
+      deadline: seconds the whole call may take.
+    """
+    end = time.monotonic() + deadline
+    usage, seconds = NO_USAGE, 0.0
+    while skill.children:
+        children = config.children_for(skill, means.expert.name)
+        chosen = None
+        if skill.choose and len(children) > 1:
+            reply = await _choice(skill, children, means.expert, given, end)
+            usage, seconds = usage + reply.usage, seconds + reply.seconds
+            if reply.status is not Status.OK:
+                return failure(reply.status, seconds, usage)
+            chosen = named_in(said(reply.text), [child.name for child in children])
+        named = [child for child in children if child.name == chosen]
+        skill = named[0] if named else choose_child(children, f"{given.query}\n{given.question}", len(given.images))
+    found = await run_skill(skill, means, given, end - time.monotonic())
+    return dataclasses.replace(found, usage=usage + found.usage, seconds=seconds + found.seconds)
+
+
+def choose_child(children: Sequence[SkillConfig], text: str, images: int) -> SkillConfig:
+    """The child whose keywords occur most in `text`; ties go to the first."""
+
+    def score(child: SkillConfig) -> int:
+        return occurrences(child.keywords, text) + (child.several_images if images > 1 else 0)
+
+    return max(children, key=score)
+
+
+async def _choice(
+    skill: SkillConfig, children: Sequence[SkillConfig], expert: Expert, given: SkillInput, end: float
+) -> Reply:
+    listed = "\n".join(f"- {child.name}: {child.description}" for child in children)
+    prompt = fill(skill.choose, {"question": given.question, "query": given.query, "children": listed})
+    return await _ask(expert, prompt, given.images, end)
+
+
+# ---- running stages ----------------------------------------------------------------------------------------
+
+
+async def run_skill(skill: SkillConfig, means: Means, given: SkillInput, deadline: float) -> Observation:
+    """Runs the stages of `skill`, which has no children.
+
+    Args:
       deadline: seconds the whole skill may take.
 
     Returns:
-      The last stage's text; usage summed over all requests; seconds along the longest path, where a
-      cached reply counts with the seconds it took when it was first given.
+      The last stage's text; usage summed over all requests; seconds along the longest path.
     """
-    end = time.monotonic() + deadline
-    results: dict[str, StageResult] = {}
-    usage, seconds = NO_USAGE, 0.0
-    for wave in waves(skill.stages):
-        remaining = end - time.monotonic()
-        if remaining <= 0:
-            return failure(Status.TIMEOUT, seconds, usage)
-        done = await asyncio.gather(*(_run_stage(s, expert, services, given, results, remaining) for s in wave))
-        usage = sum((result.usage for result in done), usage)
-        seconds += max(result.seconds for result in done)
-        for stage, result in zip(wave, done, strict=True):
-            if result.status is not Status.OK:
-                return failure(result.status, seconds, usage)
-            results[stage.output] = result
-    return Observation(results[skill.stages[-1].output].text, Status.OK, seconds, usage)
+    run = _Run(means, given, time.monotonic() + deadline)
+    async with asyncio.TaskGroup() as group:
+        for stage in skill.stages:
+            run.tasks[stage.output] = group.create_task(run.stage(stage))
+    results = [task.result() for task in run.tasks.values()]
+    usage = sum((result.usage for result in results if result), NO_USAGE)
+    for result in results:  # in the order of the stages, whichever failed first
+        if result and result.status is not Status.OK:
+            return failure(result.status, result.finished, usage)
+    last = results[-1]
+    assert last is not None  # nothing failed, so everything ran
+    return Observation(last.text, Status.OK, last.finished, usage)
 
 
-def waves(stages: Sequence[Stage]) -> list[list[Stage]]:
-    """Stages grouped so that those of a group may run together; groups keep the order of the stages."""
-    groups: list[list[Stage]] = []
-    for stage in stages:
-        last = groups[-1] if groups else []
-        services_only = isinstance(stage, ServiceStage) and bool(last) and isinstance(last[-1], ServiceStage)
-        if services_only and isinstance(stage, ServiceStage) and not stage.uses & {other.output for other in last}:
-            last.append(stage)
-        else:
-            groups.append([stage])
-    return groups
+class _Run:
+    """One skill under way: a task for every stage, under the name of its output."""
+
+    def __init__(self, means: Means, given: SkillInput, end: float):
+        self.tasks: dict[str, asyncio.Task[StageResult | None]] = {}
+        self._means, self._given, self._end = means, given, end
+
+    async def stage(self, stage: Stage) -> StageResult | None:
+        """Waits for what `stage` needs, then runs it; None where that did not come."""
+        needed: dict[str, StageResult] = {}
+        for name in sorted(uses(stage)):
+            result = await self.tasks[name]
+            if result is None or result.status is not Status.OK:
+                return None
+            needed[name] = result
+        began = max((result.finished for result in needed.values()), default=0.0)
+        if time.monotonic() >= self._end:
+            return StageResult(status=Status.TIMEOUT, finished=began)
+        result = await self._work(stage, needed)
+        return dataclasses.replace(result, finished=began + result.seconds)
+
+    async def _work(self, stage: Stage, needed: Mapping[str, StageResult]) -> StageResult:
+        if isinstance(stage, AskStage):
+            values = self._values(needed)
+            images = self._images(stage.images, needed)
+            return _answered(await self._ask(fill(select_prompt(stage, values), values), images), images)
+        if isinstance(stage, ServiceStage):
+            return await self._serve(stage, needed)
+        if isinstance(stage, RunStage):
+            return await self._run_program(stage, needed)
+        if isinstance(stage, ParseStage):
+            return _parsed(stage, needed[stage.text], self._means.frame)
+        return await _pictured(stage, needed[stage.boxes])
+
+    async def _serve(self, stage: ServiceStage, needed: Mapping[str, StageResult]) -> StageResult:
+        images = self._images(stage.images, needed)
+        text = fill(stage.text, self._values(needed))
+        found = await self._means.services[normalise_name(stage.service)].run(images, text, self._remaining)
+        return StageResult(found.text, found.status, found.seconds, found.images, found.boxes, images, found.usage)
+
+    async def _run_program(self, stage: RunStage, needed: Mapping[str, StageResult]) -> StageResult:
+        """Runs, and lets the expert repair, until the tests pass or the rounds are over."""
+        program, tests = needed[stage.program].text, needed[stage.tests].text
+        images, values = self._images(stage.images, needed), self._values(needed)
+        usage, seconds = NO_USAGE, 0.0
+        if not tests:
+            return StageResult(_report(program, "There was no test to run."))
+        for repairs_left in reversed(range(stage.rounds + 1)):
+            ran = await self._try(program, tests)
+            seconds += ran.seconds
+            if ran.status is RanStatus.UNAVAILABLE or self._remaining <= 0:
+                lost = Status.UNAVAILABLE if ran.status is RanStatus.UNAVAILABLE else Status.TIMEOUT
+                return StageResult(status=lost, seconds=seconds, usage=usage)
+            if ran.status is RanStatus.OK or not repairs_left:
+                break
+            mine = {"program": program, "error": _error(ran)}
+            reply = await self._ask(fill(stage.repair, values | mine), images)
+            usage, seconds = usage + reply.usage, seconds + reply.seconds
+            if reply.status is not Status.OK:
+                return StageResult(status=reply.status, seconds=seconds, usage=usage)
+            program = program_in(said(reply.text))
+        passed = ran.status is RanStatus.OK
+        verdict = "It passes the tests read from the picture." if passed else f"Its tests fail: {_error(ran)}"
+        return StageResult(_report(program, verdict), seconds=seconds, seen=images, usage=usage)
+
+    async def _try(self, program: str, tests: str) -> Ran:
+        assert self._means.sandbox is not None  # the registry makes one where a skill has such a stage
+        wall = min(Limits().wall_seconds, max(self._remaining, 0.0))
+        return await self._means.sandbox.run(f"{program}\n\n{tests}\n", {}, Limits(wall_seconds=wall))
+
+    async def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Reply:
+        return await _ask(self._means.expert, prompt, images, self._end)
+
+    def _values(self, needed: Mapping[str, StageResult]) -> dict[str, str]:
+        inputs = {"question": self._given.question, "query": self._given.query}
+        return inputs | {name: result.text for name, result in needed.items()}
+
+    def _images(self, names: Sequence[str], needed: Mapping[str, StageResult]) -> tuple[bytes, ...]:
+        sources = {TASK_IMAGES: self._given.images} | {name: result.images for name, result in needed.items()}
+        return tuple(image for name in names for image in sources[name])
+
+    @property
+    def _remaining(self) -> float:
+        return self._end - time.monotonic()
 
 
-def fill(template: str, values: Mapping[str, str]) -> str:
-    """Replaces {name} in one pass: a value is never read as a template."""
-    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
-
-
-def select_prompt(stage: AskStage, results: Mapping[str, StageResult]) -> str:
+def select_prompt(stage: AskStage, values: Mapping[str, str]) -> str:
     """The stage's template: the key of `prompts` that the output `by` equals or alone contains as words."""
     if not stage.by:
         return stage.prompt
-    said = results[stage.by].text
-    equal = [key for key in stage.prompts if normalise_name(key) == normalise_name(said.strip(" \t\r\n.,;:!?\"'"))]
-    named = equal or [key for key in stage.prompts if _occurrences([key], said)]
-    return stage.prompts[named[0] if len(named) == 1 else OTHER]
+    return stage.prompts[named_in(values[stage.by], stage.prompts) or OTHER]
 
 
-async def _run_stage(
-    stage: Stage,
-    expert: Expert,
-    services: Mapping[str, Service],
-    given: SkillInput,
-    results: Mapping[str, StageResult],
-    deadline: float,
-) -> StageResult:
-    values = {"question": given.question, "query": given.query} | {name: r.text for name, r in results.items()}
-    images = {TASK_IMAGES: given.images, NO_IMAGES: ()} | {name: r.images for name, r in results.items()}
-    pictures = images[stage.images]
-    if isinstance(stage, ServiceStage):
-        service = services[normalise_name(stage.service)]
-        found = await service.run(pictures, fill(stage.text, values), deadline)
-        return StageResult(found.text, found.status, found.seconds, images=found.images)
-    prompt = fill(select_prompt(stage, results), values)
-    reply = await expert.ask(Request((Message("user", prompt, pictures),), deadline=deadline))
-    return StageResult(reply.text, reply.status, reply.seconds, usage=reply.usage)
+async def _ask(expert: Expert, prompt: str, images: tuple[bytes, ...], end: float) -> Reply:
+    left = end - time.monotonic()
+    if left <= 0:
+        return Reply("", Status.TIMEOUT)
+    return await expert.ask(Request((Message("user", prompt, images),), deadline=left))
 
 
-def _occurrences(phrases: Iterable[str], text: str) -> int:
-    """How often the phrases occur in `text` as whole words, whatever their case."""
-    folded = text.casefold()
-    return sum(len(re.findall(rf"(?<!\w){re.escape(phrase.casefold())}(?!\w)", folded)) for phrase in phrases)
+def _answered(reply: Reply, seen: tuple[bytes, ...]) -> StageResult:
+    return StageResult(said(reply.text), reply.status, reply.seconds, seen=seen, usage=reply.usage)
+
+
+def _parsed(stage: ParseStage, reply: StageResult, frame: Frame) -> StageResult:
+    if stage.into == "program":
+        return StageResult(program_in(reply.text))
+    sizes = [shown_size(image) for image in reply.seen]
+    boxes = read_boxes(reply.text, sizes, frame)
+    return StageResult(write_boxes(boxes, sizes) or NOTHING_FOUND, boxes=boxes, seen=reply.seen)
+
+
+async def _pictured(stage: CropStage | DrawStage, found: StageResult) -> StageResult:
+    """Crops or drawn boxes, made in a thread: decoding takes longer than the event loop may be held."""
+    if isinstance(stage, CropStage):
+        made = await asyncio.to_thread(crops, found.seen, found.boxes, stage.margin, stage.most)
+    else:
+        made = await asyncio.to_thread(drawn, found.seen, found.boxes)
+    return StageResult(images=made)
+
+
+def _report(program: str, verdict: str) -> str:
+    return f"```python\n{program}\n```\n{verdict}"
+
+
+def _error(ran: Ran) -> str:
+    """What became of a program; the end of a traceback says most."""
+    return shortened(ran.stderr.strip(), LONGEST_ERROR) or f"it ended with: {ran.status.value}"

@@ -47,7 +47,7 @@ class WeakRouter:
     config: WarmStartConfig
 
     def choose(self, source: str, rng: np.random.Generator) -> Call:
-        experts = [expert.name for expert in self.registry.experts]
+        experts = [expert.name for expert in self.registry.shown_experts]
         skills = [skill.name for skill in self.registry.shown_skills]
         expert, skill = experts[rng.integers(len(experts))], skills[rng.integers(len(skills))]
         if source in self.config.claims:
@@ -66,7 +66,7 @@ class WeakRouter:
         """Everything the router can write before an answer, for the tokenizer's training."""
         return [self.thought(source) for source in self.config.thoughts] + [
             call_text(Call(expert.name, skill.name, phrase))
-            for expert in self.registry.experts
+            for expert in self.registry.shown_experts
             for skill in self.registry.shown_skills
             for phrase in self.config.queries.get(skill.name, ())
         ]

@@ -238,7 +238,7 @@ def test_a_server_that_is_down_has_a_line(raw: Raw) -> None:
         async with refused() as url:
             expert = {"name": "Served", "description": "", "endpoints": (url,), "model": "m"}
             registry = Registry(parse_registry(raw(experts=(expert, *raw()["experts"]))))
-            (line,) = await registry.check()
+            (line,) = filter(None, (await registry.check(10.0)).values())
             await registry.close()
             assert line.startswith(f'expert "Served": {url}: no connection') and "start its server" in line
 

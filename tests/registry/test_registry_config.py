@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import AskStage, Pair, ServiceStage, parse_registry
+from maestro_jax.registry.config import Pair, parse_registry
+from maestro_jax.registry.stages import AskStage, ServiceStage
 
 Raw = Callable[..., dict[str, Any]]
 ASK = {"kind": "ask", "output": "answer", "prompt": "{question}"}
@@ -77,7 +78,10 @@ def test_braces_that_are_no_placeholder_stay(raw: Raw) -> None:
 
 MISTAKES = [
     ({"expert": ()}, 'registry: unknown key "expert"; did you mean "experts"?'),
-    ({"experts": ()}, "registry needs at least one expert and one shown skill; add them to registry.experts/skills"),
+    (
+        {"experts": ()},
+        "registry needs at least one shown expert and one shown skill; add them to registry.experts/skills",
+    ),
     ({"experts": {"a": 1}}, "registry.experts must be a tuple of mappings, found dict"),
     ({"experts": ("x",)}, "registry.experts[0] must be a mapping of settings, found str"),
     (
@@ -116,11 +120,11 @@ MISTAKES = [
     ),
     (
         {"skills": (skill(stages=(OCR, {**ASK, "images": "orc"})),)},
-        'skill "S" stage 2 ("answer"): images "orc" is no earlier service; did you mean "ocr"?',
+        'skill "S" stage 2 ("answer"): no earlier stage gives images "orc"; did you mean "ocr"?',
     ),
     (
         {"skills": (skill(stages=(ASK, {**ASK, "output": "more", "images": "answer"})),)},
-        'skill "S" stage 2 ("more"): images "answer" is no earlier service; valid: task, none',
+        'skill "S" stage 2 ("more"): "answer" gives text, needed is images; valid: task, none',
     ),
     (
         {"skills": (skill(stages=(ASK, ASK)),)},
@@ -128,7 +132,8 @@ MISTAKES = [
     ),
     (
         {"skills": (skill(stages=({"kind": "asks", "output": "a"},)),)},
-        'registry.skills[0].stages[0].kind must be "service" or "ask", found \'asks\'',
+        'registry.skills[0].stages[0].kind must be one of "service", "ask", "parse", "crop", "draw", "run", '
+        "found 'asks'",
     ),
     (
         {"skills": (skill(stages=({**ASK, "by": "type"},)),)},
@@ -136,7 +141,7 @@ MISTAKES = [
     ),
     (
         {"skills": (skill(stages=({"kind": "ask", "output": "a", "by": "type", "prompts": {"other": "x"}},)),)},
-        'skill "S" stage 1 ("a"): by "type" is no earlier output; valid: none yet',
+        'skill "S" stage 1 ("a"): no earlier stage gives {type}; valid: question, query',
     ),
     (
         {"skills": (skill(stages=(OCR, {"kind": "ask", "output": "a", "by": "ocr", "prompts": {"bar": "x"}})),)},

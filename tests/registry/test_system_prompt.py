@@ -1,8 +1,10 @@
 """The system prompt: what it names and how short it is."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
+from configs.registry import suite
 from maestro_jax.registry.config import parse_registry
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.rollout import protocol
@@ -40,3 +42,29 @@ def test_a_description_stays_on_its_line(raw: Raw) -> None:
 def test_fixed_text_is_short(raw: Raw) -> None:
     rules = render_system_prompt(parse_registry(raw()), 4).split("\nExperts:")[0]
     assert len(rules.split()) <= 120
+
+
+def test_price_and_speed_are_shown_where_the_registry_says_so(raw: Raw) -> None:
+    experts = [{**expert, "typical_seconds": 2.5} for expert in raw()["experts"]]
+
+    def shown(*show: str) -> str:
+        config = parse_registry(raw(experts=experts, show=show))
+        return next(line for line in render_system_prompt(config, 4).splitlines() if "Echo-One" in line)
+
+    assert shown() == "- Echo-One: says it again"
+    assert shown("price") == "- Echo-One: says it again ($1 in, $2 out per million tokens)"
+    assert shown("speed", "price") == "- Echo-One: says it again (2.5 s; $1 in, $2 out per million tokens)"
+
+
+def test_hidden_experts_are_not_listed(raw: Raw) -> None:
+    experts = (raw()["experts"][0], {**raw()["experts"][1], "shown": False})
+    assert "Echo-Two" not in render_system_prompt(parse_registry(raw(experts=experts)), 4)
+
+
+def test_the_quickstarts_prompt_keeps_its_bytes() -> None:
+    prompt = render_system_prompt(parse_registry(suite.get_registry()), 1)
+    # Of the prompt that the figures in docs/quickstart.md were measured with.
+    assert (
+        hashlib.sha256(prompt.encode()).hexdigest()
+        == "bcf7ed07780263abe99c4372745990fe251f121a5d7cf1f12801fd86c02d4c88"
+    )

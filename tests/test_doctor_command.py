@@ -1,0 +1,87 @@
+"""`python -m maestro_jax.doctor`: every finding on a line with its cure, exit code 0 or 78."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.py"
+READY = [f'expert "{name}": ready' for name in ("Glyph-Reader", "Chart-Lens", "Shape-Sight", "Tally", "Sym-Solver")]
+
+
+def doctor(config: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> tuple[int, list[str], str]:
+    """Exit code, printed lines, and what was written to stderr."""
+    command = [sys.executable, "-m", "maestro_jax.doctor", f"--config={config}", *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=variables, cwd=ROOT)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def written(path: Path, *changes: str) -> Path:
+    """A quickstart config that is changed by a few lines."""
+    lines = ["from configs import quickstart", "def get_config():", "    config = quickstart.get_config()"]
+    lines += ["    registry = config.registry", *(f"    {change}" for change in changes), "    return config"]
+    file = path / "changed.py"
+    file.write_text("\n".join(lines))
+    return file
+
+
+SERVED = textwrap.dedent("""
+    registry.experts += ({{"name": "Far", "description": "d", "endpoints": ("http://127.0.0.1:{port}/v1",),
+    "model": "m", "key": "{key}"}},)
+""").replace("\n", " ")
+
+
+def test_a_sound_registry_is_ready() -> None:
+    code, lines, errors = doctor(QUICKSTART)
+    assert code == 0, errors
+    assert lines == ["config: 5 experts, 4 services, 7 skills, 0 problems", *READY]
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    config = written(
+        tmp_path,
+        "registry.services = registry.services[1:]",
+        'registry.skills[2]["children"] = ("Text_Recognition", "Key_Informations")',
+        'registry.show = ("prize",)',
+        SERVED.format(port=9, key="NO_SUCH_KEY").strip(),
+    )
+    code, lines, errors = doctor(config)
+    assert code == 78
+    assert lines == [
+        'skill "Chart_Problem_Solver" stage 1 ("ocr"): unknown service "ocr"; valid: zoom, detect, caption',
+        'skill "OCR_Problem_Solver": unknown child "Key_Informations"; did you mean "Key_Information"?',
+        'skill "Geometric_Problem_Solver" stage 2 ("ocr"): unknown service "ocr"; valid: zoom, detect, caption',
+        'registry.show has "prize"; did you mean "price"?',
+        'expert "Far": environment variable NO_SUCH_KEY is not set; export it with the API key',
+        "config: 6 experts, 3 services, 7 skills, 5 problems",
+    ]
+    assert errors.strip() == "error: 5 problems in the registry; the lines above say what to do about each"
+
+
+def test_an_expert_that_is_not_there_is_named_and_its_key_is_not(tmp_path: Path) -> None:
+    config = written(tmp_path, SERVED.format(port=9, key="FAR_KEY").strip())
+    code, lines, errors = doctor(config, "--seconds=5", environment={"FAR_KEY": "canary-4711"})
+    assert code == 78 and lines[1:-1] == READY
+    assert lines[-1].startswith('expert "Far": ') and not lines[-1].endswith("ready")
+    assert "4711" not in "".join(lines) + errors
+
+
+def test_the_rest_of_the_run_must_fit_too(tmp_path: Path) -> None:
+    code, lines, _ = doctor(written(tmp_path, "config.grpo.group_size = 1"), "--static")
+    assert code == 78 and lines[0] == "config.grpo.group_size=1 gives no contrast; use at least 2"
+
+
+def test_a_wrong_key_is_one_line(tmp_path: Path) -> None:
+    code, _, errors = doctor(written(tmp_path, 'registry.experts[0]["descriptoin"] = ""'))
+    assert code == 78
+    assert errors.strip() == 'error: registry.experts[0]: unknown key "descriptoin"; did you mean "description"?'
+
+
+def test_the_papers_registries_are_sound() -> None:
+    for name in ("maestro", "out_of_domain"):
+        code, lines, errors = doctor(Path(f"configs/maestro_4b.py:{name}"), "--static")
+        assert code == 0, (lines, errors)
