@@ -42,7 +42,8 @@ def request_key(identity: str, request: Request) -> str:
     """The key of an expert's reply: who is asked, how it decodes, what it is shown. Not the deadline."""
     # An expert's own settings are part of its identity.
     sampling = request.sampling or Sampling()
-    parts: list[str | bytes] = ["ask", identity, repr(dataclasses.astuple(sampling))]
+    settings = (sampling.temperature, sampling.max_tokens, sampling.top_p)
+    parts: list[str | bytes] = ["ask", identity, repr(settings)]
     for message in request.messages:
         parts += [message.role, message.text, str(len(message.images)), *message.images]
     return content_key(parts)

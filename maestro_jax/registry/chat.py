@@ -45,7 +45,9 @@ def request_body(model: str, messages: tuple[Message, ...], sampling: Sampling, 
     fields = {
         "model": model,
         "messages": [{"role": message.role, "content": _content(message)} for message in messages],
-        **dataclasses.asdict(sampling),
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+        "top_p": sampling.top_p,
         "stream": False,
         **further,
     }

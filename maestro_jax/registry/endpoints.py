@@ -59,7 +59,8 @@ class Endpoints:
             endpoint = self._least_outstanding(tried)
             endpoint.outstanding += 1
             try:
-                async with asyncio.timeout_at(end):
+                # A timer costs; most turns are free at once.
+                async with asyncio.timeout_at(end) if endpoint.turns.locked() else contextlib.nullcontext():
                     await endpoint.turns.acquire()
                 try:
                     # While it waited, the breaker may have opened.

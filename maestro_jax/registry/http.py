@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY = 2**20  # bytes of a reply; more are not read
 CONNECT_SECONDS = 5.0
 CHECK_SECONDS = 10.0
+IDLE_SECONDS = 4.0  # a kept connection; uvicorn closes after 5, and a request must not meet that
 QUOTE_SECONDS = 1.0  # to hear why a server refuses
 QUOTE = 300  # characters of it
 RETRIES = RetryConfig()
@@ -167,7 +168,9 @@ class HttpExpert:
         try:
             async with asyncio.timeout(seconds), self._client().post(url, data=data, allow_redirects=False) as response:
                 if response.status != 200:
-                    return await self._refusal(response)
+                    outcome = await self._refusal(response)
+                    response.close()  # a server in trouble may close it as well: uvicorn does after an exception
+                    return outcome
                 return Outcome(Status.OK, read_completion(await read_body(response)))
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no reply in time")
@@ -192,7 +195,7 @@ class HttpExpert:
             if self._key:
                 headers["Authorization"] = f"Bearer {self._key}"
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0),  # `Endpoints` limits
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),  # `Endpoints` limits
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=headers,
@@ -241,7 +244,10 @@ class HttpExpert:
         url = f"{endpoint.url}/models"
         try:
             async with asyncio.timeout(CHECK_SECONDS), self._client().get(url, allow_redirects=False) as response:
-                return response.status == 200 and self._config.model in read_models(await read_body(response))
+                if response.status == 200:
+                    return self._config.model in read_models(await read_body(response))
+                response.close()  # as in `_post`
+                return False
         except (TimeoutError, BadReplyError, aiohttp.ClientError, OSError):
             return False
 

@@ -1,4 +1,4 @@
-"""A server that is not ours: `transformers serve` with a tiny Qwen3-VL answers through the registry, with an image.
+"""A server that is not ours: `transformers serve` with a tiny LLaVA answers through the registry, with an image.
 
 Slow: it makes the environment of `benchmarks/peers/serving.txt` (once, 1.2 GB). The weights are random, so what the
 model says means nothing; that it is said, and how often, is what is tested.
@@ -30,8 +30,11 @@ from tests.policy import qwen
 pytestmark = pytest.mark.slow
 
 START_SECONDS = 180.0
+IMAGE_SIZE, PATCH = 32, 16
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2 + 2  # between two marks
 CONFIG = {
     "text_config": {
+        "model_type": "qwen3",
         "vocab_size": qwen.ROWS,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -39,52 +42,40 @@ CONFIG = {
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 16,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [4, 2, 2],
-            "mrope_interleaved": True,
-        },
     },
     "vision_config": {
-        "depth": 2,
+        "model_type": "clip_vision_model",
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 32,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH,
     },
-    "image_token_id": qwen.ADDED["<|image_pad|>"],
-    "video_token_id": qwen.ADDED["<|video_pad|>"],
-    "vision_start_token_id": qwen.ADDED["<|vision_start|>"],
-    "vision_end_token_id": qwen.ADDED["<|vision_end|>"],
-    "tie_word_embeddings": True,
+    "image_token_index": qwen.ADDED["<|image_pad|>"],
 }
 
 
 def write_model(directory: Path) -> None:
-    """A checkpoint as `transformers serve` takes it."""
+    """A checkpoint as `transformers serve` takes it. LLaVA's, because Qwen3-VL's processor needs torchvision."""
     import torch
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
-    Qwen3VLForConditionalGeneration(Qwen3VLConfig(**CONFIG)).save_pretrained(directory)
+    LlavaForConditionalGeneration(LlavaConfig(**CONFIG)).save_pretrained(directory)
     qwen.write_checkpoint_tokenizer(directory)
-    picture = {
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "size": {"shortest_edge": 4096, "longest_edge": 65536},
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "processor_class": "Qwen3VLProcessor",
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<|image_pad|>",
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
     }
-    for name, kind in (
-        ("preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor"}),
-        ("video_preprocessor_config.json", {"video_processor_type": "Qwen3VLVideoProcessor"}),
-    ):
-        (directory / name).write_text(json.dumps(picture | kind))
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = {"image_processor_type": "CLIPImageProcessor", "size": size, "crop_size": size}
+    (directory / "processor_config.json").write_text(json.dumps(processor))
+    (directory / "preprocessor_config.json").write_text(json.dumps(images))
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +154,8 @@ def test_it_sees_images(served: dict[str, Any]) -> None:
     (red,), _ = call(served, (picture("red"),))
     (two,), _ = call(served, (picture("red"), picture("blue")))
     assert {red.status, two.status} == {Status.OK}
-    # 96 x 64 pixels are 3 x 2 tokens, between two marks.
     prompts = [found.usage.prompt_tokens for found in (without, red, two)]
-    assert [later - before for before, later in zip(prompts, prompts[1:], strict=False)] == [8, 8]
+    assert [later - before for before, later in zip(prompts, prompts[1:], strict=False)] == [IMAGE_TOKENS] * 2
 
 
 def test_equal_calls_share_its_reply(served: dict[str, Any]) -> None:
