@@ -67,6 +67,8 @@ class Tokens:
 
     def encode_foreign(self, text: str) -> list[int]:
         """Ids of untrusted text: no special id can come out, whatever the text says."""
+        # Half a surrogate pair, which JSON can say and UTF-8 cannot: the tokenizer would refuse the whole text.
+        text = text.encode("utf-8", "replace").decode("utf-8")
         for special in self.special_texts:
             text = text.replace(special, special.replace("<", "‹").replace(">", "›"))
         return [i for i in self.encode(text) if i not in self.special_ids]

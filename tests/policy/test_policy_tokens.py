@@ -44,6 +44,11 @@ def test_token_bytes_join_to_the_text(tokens: Tokens, text: str) -> None:
     assert b"".join(table[i] for i in ids) == tokens.decode(ids).encode()
 
 
+def test_half_a_surrogate_pair_is_encoded_as_a_question_mark(tokens: Tokens) -> None:
+    """A reply may hold one, since JSON can; one raised here, and its shard was abandoned."""
+    assert tokens.decode(tokens.encode_foreign("a\ud83db")) == "a?b"
+
+
 def test_special_and_unused_ids_have_no_bytes(tokens: Tokens) -> None:
     table = tokens.token_bytes(1000)
     assert len(table) == 1000
