@@ -15,8 +15,9 @@ same order, ask the same server the same calls and read the same replies; that t
 
 * Decoding: a step takes its time for any number of rows. TRL's loop generates for the longest turn of its batch; the
   async worker posts to a scripted endpoint in place of vLLM's, which spends a step a token for each request, any number
-  side by side; our engine decodes in 64 lanes, its decode program runs truly and sleeps what is left of its time.
-  Reading a prompt or an observation costs nothing on any side but the host's own work.
+  side by side; our engine decodes in 64 lanes, its programs run truly, and its exchange waits for what is left of a
+  chunk's time: programs are queued for a device, so what the host does meanwhile costs nothing. Reading a prompt or an
+  observation costs nothing on any side but the host's own work.
 * TRL's loop and worker render, tokenise and parse with their Qwen3 chat template, as they ship; logits, rewards and
   training are left out. The worker goes on with further groups by itself; the endpoint holds those.
 * Not in the seconds, on all sides: imports, compilation, connections (kept from two warm-up runs, or opened before the

@@ -236,9 +236,7 @@ class PacedEngine(Engine):
     def _paced(self, decode: Callable[..., Lanes]) -> Callable[..., Lanes]:
         def paced(weights: nnx.State, groups: Any, lanes: Lanes, *rest: Any) -> Lanes:
             start = time.monotonic()
-            before = np.array(
-                lanes.written
-            )  # waits for what reads prompts and observations, which costs no device time
+            before = np.array(lanes.written)  # waits for what reads observations, which is not counted on any side
             lanes = decode(weights, groups, lanes, *rest)
             written = (np.asarray(lanes.written) - before)[0]
             self.exchange.free_at = max(time.monotonic(), start + int(written.max()) * self.step_seconds)
