@@ -168,9 +168,7 @@ class HttpExpert:
         try:
             async with asyncio.timeout(seconds), self._client().post(url, data=data, allow_redirects=False) as response:
                 if response.status != 200:
-                    outcome = await self._refusal(response)
-                    response.close()  # a server in trouble may close it as well: uvicorn does after an exception
-                    return outcome
+                    return await self._refusal(response)
                 return Outcome(Status.OK, read_completion(await read_body(response)))
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no reply in time")
@@ -242,12 +240,14 @@ class HttpExpert:
 
     async def _lists_model(self, endpoint: Endpoint) -> bool:
         url = f"{endpoint.url}/models"
+        # Not kept: after an exception uvicorn replies and closes, and the next request would meet that.
+        once = {"Connection": "close"}
         try:
-            async with asyncio.timeout(CHECK_SECONDS), self._client().get(url, allow_redirects=False) as response:
-                if response.status == 200:
-                    return self._config.model in read_models(await read_body(response))
-                response.close()  # as in `_post`
-                return False
+            async with (
+                asyncio.timeout(CHECK_SECONDS),
+                self._client().get(url, headers=once, allow_redirects=False) as response,
+            ):
+                return response.status == 200 and self._config.model in read_models(await read_body(response))
         except (TimeoutError, BadReplyError, aiohttp.ClientError, OSError):
             return False
 
