@@ -254,6 +254,7 @@ def test_a_key_of_the_environment_is_written_nowhere(interrupted: Interrupted) -
     assert CANARY not in interrupted.again.stdout + interrupted.again.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_replayed(interrupted: Interrupted, job: Job, tmp_path: Path) -> None:
     """Nobody is asked: the calls of its three lives are in one journal."""
     workdir = tmp_path / "replayed"
