@@ -4,7 +4,8 @@
 
 One loopback server in a process of its own answers at once; each client has a process of its own too and makes the same
 calls, one load after the other, in turns. Ours are whole calls of a skill with one stage, every one another question:
-resolved, rendered, looked up in the cache, counted, sent, checked, kept. Theirs send a request and read the reply.
+resolved, rendered, looked up in the cache, counted, sent, checked, kept, journaled. Theirs send a request and read the
+reply.
 """
 
 import statistics

@@ -1,12 +1,15 @@
-"""Our registry in a process of its own, as its peers are: whole calls of a skill with one stage."""
+"""Our registry in a process of its own, as its peers are: whole calls of a skill with one stage, journaled."""
 
 import asyncio
+import os
+import tempfile
 from typing import Any
 
 from benchmarks.peers.load import drive
 from benchmarks.peers.protocol import serve
 from maestro_jax.registry.config import parse_registry
 from maestro_jax.registry.dispatch import Registry
+from maestro_jax.registry.journal import Journal
 from maestro_jax.types import Call
 
 _DEADLINE = 300.0
@@ -24,11 +27,14 @@ def registry_config(port: int, in_flight: int) -> dict[str, Any]:
     return {"experts": (expert,), "services": (), "skills": ({"name": "Ask", "stages": (stage,)},)}
 
 
-async def _run(port: int, calls: int, in_flight: int) -> dict[str, float]:
-    registry = Registry(parse_registry(registry_config(port, in_flight)))
+async def _run(port: int, calls: int, in_flight: int, directory: str) -> dict[str, float]:
+    journal = Journal(os.path.join(directory, "journal.jsonl"))
+    registry = Registry(parse_registry(registry_config(port, in_flight)), journal=journal)
 
     async def ask(question: str) -> str:
-        observation = await registry.call(Call("Served", "Ask", question), "", (), _DEADLINE)
+        call = Call("Served", "Ask", question)
+        observation = await registry.call(call, "", (), _DEADLINE)
+        journal.call("benchmark", call, "", (), observation)  # as the dispatcher does
         return observation.text
 
     async def warm_up(question: str) -> str:
@@ -40,6 +46,7 @@ async def _run(port: int, calls: int, in_flight: int) -> dict[str, float]:
         return await drive(ask, calls, in_flight)
     finally:
         await registry.close()
+        journal.close()
 
 
 class Peer:
@@ -47,7 +54,8 @@ class Peer:
 
     def run(self, **load: Any) -> dict[str, float]:
         """One load; see `load.drive`."""
-        return asyncio.run(_run(**load))
+        with tempfile.TemporaryDirectory() as directory:
+            return asyncio.run(_run(**load, directory=directory))
 
 
 if __name__ == "__main__":
