@@ -29,7 +29,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 from safetensors.numpy import save_file
 
@@ -56,10 +55,6 @@ from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.prompts import collate_prompts
-
-PEER_CACHE = flags.DEFINE_string(
-    "peers", str(environment.CACHE), "Directory of the peers' virtual environments, 1.6 GB each."
-)
 
 SEED = 0
 LOSS_TOLERANCE = 1e-5  # relative; fp32, sums are taken in another order
@@ -297,7 +292,7 @@ class Peer:
     def start(self, arguments: Mapping[str, Any], progress: Progress) -> Iterator[PeerUpdate]:
         """Its update, in a process that ends with the block."""
         requirements = Path(environment.__file__).with_name(f"{self.name}.txt")
-        python = environment.python(requirements, Path(PEER_CACHE.value), progress)
+        python = environment.python(requirements, Path(environment.PEERS.value), progress)
         with Worker(python, f"benchmarks.peers.{self.name}_worker") as worker:
             yield PeerUpdate(worker, {**arguments, **self.settings})
 

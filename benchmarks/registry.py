@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 
 from benchmarks import pairs
 from benchmarks.expert_server import ServerProcess
@@ -25,8 +24,6 @@ from benchmarks.peers import environment
 from benchmarks.peers.worker import Worker
 from maestro_jax import command
 from maestro_jax.observe.progress import Progress
-
-PEERS = flags.DEFINE_string("peers", str(environment.CACHE), "Directory of the peers' virtual environments.")
 
 LOADS = {1: 400, 64: 1536, 512: 2048}  # calls by how many are in flight
 SMOKE_LOADS = {1: 110, 8: 110}
@@ -46,7 +43,9 @@ def main(argv: Sequence[str]) -> None:
     del argv
     jax.config.update("jax_platforms", "cpu")  # nothing here computes
     with Progress(sys.stderr) as progress:
-        results = run(SMOKE_LOADS if pairs.SMOKE.value else LOADS, pairs.PAIRS.value, Path(PEERS.value), progress)
+        results = run(
+            SMOKE_LOADS if pairs.SMOKE.value else LOADS, pairs.PAIRS.value, Path(environment.PEERS.value), progress
+        )
     pairs.report(results)
 
 

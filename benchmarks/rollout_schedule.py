@@ -36,7 +36,6 @@ from pathlib import Path
 
 from benchmarks import scripted
 from benchmarks.expert_server import ServerProcess
-from benchmarks.group_update import PEER_CACHE
 from benchmarks.pairs import MismatchError, Result
 from benchmarks.peers import environment
 from benchmarks.peers.worker import Worker
@@ -119,7 +118,7 @@ class Sides:
         self.ours = ScriptedRollouts(tokens, self._server.port, engine_config(load), load.members, STEP_SECONDS)
         stack.callback(self.ours.close)
         requirements = Path(environment.__file__).with_name("trl.txt")
-        python = environment.python(requirements, Path(PEER_CACHE.value), progress)
+        python = environment.python(requirements, Path(environment.PEERS.value), progress)
         self._worker = stack.enter_context(Worker(python, "benchmarks.peers.trl_tools_worker"))
         progress.phase("S1: warm-up", 1 + WARM_UP)
         self.peer = self._worker.call(

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from absl import flags
+
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.progress import Progress
 
 CACHE = Path("~/.cache/maestro_jax/benchmarks")
+PEERS = flags.DEFINE_string("peers", str(CACHE), "Directory of the peers' virtual environments, up to 1.6 GB each.")
 _STAMP = "installed.txt"  # the requirements an environment was made of; written last, so that half of one has none
 _PACKAGE = re.compile(r"(?:Collecting|Processing) (\S+)")  # from the index, from a local file
 
