@@ -184,8 +184,8 @@ class Dispatcher:
     records every call that has ended; it is the caller's to close.
 
     Attributes:
-      reader: called with every ticket and its observation, in the registry's thread, before `collect` gives it: for
-        what would take the engine's time.
+      reader: called with every ticket and its observation before `collect` gives it, in the registry's thread where
+        there was one to run the call: for what would take the engine's time.
     """
 
     reader: Callable[[int, Observation], None] | None = None

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 _BEFORE = f"{END_OF_TURN}\n<|im_start|>user\n"
 _AFTER = f"{END_OF_TURN}\n<|im_start|>assistant\n"
 _NO_CALLS_LEFT = " Answer now."
+_LETTERS = 32  # of a token, at most, where only the head and the tail of a long text are encoded
 # How long an idle engine waits for a reply before it looks round again; other processes may have got one.
 _PATIENCE_SECONDS, _PATIENCE_AMONG_PROCESSES = 1.0, 0.02
 
@@ -63,8 +64,8 @@ class EpisodeConfig:
 class Exchange:
     """Serves the shards of this process, those of one session at a time.
 
-    What the device's callbacks and the engine's loop both touch is touched under `lock`; they take turns, but the
-    devices of one process call back from several threads.
+    The devices of one process call back from several threads: what they do to trajectories, they do under `lock`. The
+    engine's loop takes turns with them. It may be entered again: an abandoned run that is collected catches up, too.
     """
 
     def __init__(self, tokens: Tokens, resolver: protocol.Resolver, dispatcher: Dispatcher, config: EpisodeConfig):
@@ -72,7 +73,7 @@ class Exchange:
         self.resolver = resolver
         self.dispatcher = dispatcher
         self.config = config
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.schedulers: dict[int, Scheduler] = {}
         self.version = 0  # of the policy that decodes
         self.patient = True  # whether an idle engine waits for replies; False while it has something else to do
@@ -81,7 +82,7 @@ class Exchange:
         self._ended: list[tuple[Scheduler, Trajectory, list[int], StopReason]] = []  # turns that are to be read
         self._outgoing: list[Trajectory] = []  # whose calls are to be sent
         self._unsent: list[tuple[int, Observation]] = []  # calls that failed at once
-        self._bodies: dict[int, list[int]] = {}  # by ticket, what the dispatcher's thread has encoded
+        self._replies: dict[int, tuple[float, list[int]]] = {}  # by ticket: when a reply came, and its ids
         dispatcher.reader = self._read_ahead
         self._rounds: dict[int, int] = {}  # of each shard
         self._last_news = 0  # round in which a shard of this process last found something to do
@@ -113,7 +114,11 @@ class Exchange:
         with self.lock:
             self._read()
             outgoing, self._outgoing = self._outgoing, []
+            for trajectory in outgoing:
+                trajectory.timing.called = time.monotonic()
         for trajectory in outgoing:
+            if trajectory.finished:
+                continue  # it was abandoned
             remaining = self.config.deadline - sum(trajectory.timing.waiting)
             task, call, number = trajectory.task, trajectory.pending, trajectory.number
             assert call is not None  # it waits for this one
@@ -158,6 +163,7 @@ class Exchange:
         scheduler = self.schedulers[number]
         try:
             with self.lock:
+                self._rounds[number] += 1
                 self.history.append((time.monotonic(), number, _occupation(scheduler, status[0])))
                 self._hear(scheduler, status[0], stop[0], tokens[0], logprobs[0], written[0])
                 self._collect()
@@ -167,7 +173,6 @@ class Exchange:
                 self.catch_up()
                 self._wait_for_news(number)
             with self.lock:
-                self._rounds[number] += 1
                 orders, more = scheduler.plan(self.version)
         except Exception:  # an exception in a callback would hang or abort the device program
             log.exception("the exchange failed; the trajectories of its shard are marked and end here")
@@ -185,7 +190,8 @@ class Exchange:
         logprobs: np.ndarray,
         written: np.ndarray,
     ) -> None:
-        """Records turns that have ended."""
+        """Records turns that have ended. Those that no tag ended are told so at once, and their lanes go on."""
+        told: list[tuple[Scheduler, Trajectory, list[int], StopReason]] = []
         for lane in np.flatnonzero(status == Lane.STOPPED).tolist():
             trajectory, n = scheduler.lanes[lane], int(written[lane])
             if trajectory is None or trajectory.stage is not Stage.DECODING:
@@ -194,22 +200,30 @@ class Exchange:
             trajectory.timing.decoding += time.monotonic() - trajectory.timing.begun
             turn = tokens[lane, :n].tolist()
             trajectory.wrote(turn, logprobs[lane, :n].tolist())
-            trajectory.stage = Stage.ENDED
-            self._ended.append((scheduler, trajectory, turn, StopReason(int(stop[lane]))))
+            trajectory.stage, reason = Stage.ENDED, StopReason(int(stop[lane]))
+            tagged = reason in (StopReason.CALL, StopReason.ANSWER)
+            (self._ended if tagged else told).append((scheduler, trajectory, turn, reason))
+        for ended in told:
+            self._read_turn(*ended)
 
     def _read(self) -> None:
         ended, self._ended = self._ended, []
-        for scheduler, trajectory, turn, stop in ended:
-            if trajectory.finished:
-                continue  # it was abandoned
-            try:
-                self._act(scheduler, trajectory, turn, stop)
-            except Exception:  # the others go on
-                log.exception(
-                    "a turn of trajectory %d could not be read; it is marked and ends here", trajectory.number
-                )
-                trajectory.marked = True
-                scheduler.finish(trajectory)
+        for turn in ended:
+            self._read_turn(*turn)
+
+    def _read_turn(self, scheduler: Scheduler, trajectory: Trajectory, turn: list[int], stop: StopReason) -> None:
+        if trajectory.finished:
+            return  # it was abandoned
+        try:
+            self._act(scheduler, trajectory, turn, stop)
+        except Exception:
+            self._give_up(scheduler, trajectory, "its turn could not be read")
+
+    def _give_up(self, scheduler: Scheduler, trajectory: Trajectory, why: str) -> None:
+        """Ends a trajectory by a fault of ours; the others go on."""
+        log.exception("trajectory %d is marked and ends here: %s", trajectory.number, why)
+        trajectory.marked = True
+        scheduler.finish(trajectory)
 
     def _act(self, scheduler: Scheduler, trajectory: Trajectory, turn: list[int], stop: StopReason) -> None:
         """Parses a turn that has ended: a call goes out, an answer ends the episode."""
@@ -227,7 +241,6 @@ class Exchange:
             self._deliver(scheduler, trajectory, Observation(parsed.error, parsed.status))
         else:
             trajectory.pending, trajectory.stage = parsed.call, Stage.WAITING
-            trajectory.timing.called = time.monotonic()
             self._waiting[trajectory.number] = scheduler, trajectory
             self._outgoing.append(trajectory)
 
@@ -236,19 +249,24 @@ class Exchange:
         unsent, self._unsent = self._unsent, []
         for ticket, observation in [*unsent, *self.dispatcher.collect()]:
             scheduler, trajectory = self._waiting.pop(ticket)
-            body = self._bodies.pop(ticket, None)
+            came, body = self._replies.pop(ticket, (time.monotonic(), None))
             if trajectory.finished:
                 continue  # it was abandoned
-            timing = trajectory.timing
-            timing.waiting.append(time.monotonic() - timing.called)
+            # Until it came, not until now: the engine may have been busy, and the deadline is the experts'.
+            trajectory.timing.waiting.append(came - trajectory.timing.called)
             if trajectory.pending is not None:
                 trajectory.calls.append((trajectory.pending, observation))
                 trajectory.pending = None
-            self._deliver(scheduler, trajectory, observation, body)
+            try:
+                self._deliver(scheduler, trajectory, observation, body)
+            except Exception:
+                self._give_up(scheduler, trajectory, "a reply could not be delivered")
 
     def _read_ahead(self, ticket: int, observation: Observation) -> None:
-        """Encodes a reply while the device decodes."""
-        self._bodies[ticket] = self.body_ids(observation.text)
+        """Encodes a reply while the device decodes. Others use the dispatcher, too: theirs is not kept."""
+        if ticket in self._waiting:
+            came = time.monotonic()
+            self._replies[ticket] = came, self.body_ids(observation.text)
 
     def _deliver(
         self, scheduler: Scheduler, trajectory: Trajectory, observation: Observation, body: list[int] | None = None
@@ -269,7 +287,7 @@ class Exchange:
         """Returns as soon as a shard of this process has something to do in this round, or patience ends."""
         among_processes = jax.process_count() > 1
         end = time.monotonic() + (_PATIENCE_AMONG_PROCESSES if among_processes else _PATIENCE_SECONDS)
-        this_round = self._rounds[shard] + 1
+        this_round = self._rounds[shard]
         while True:
             with self.lock:
                 self._collect()
@@ -307,6 +325,9 @@ class Exchange:
 
     def body_ids(self, text: str) -> list[int]:
         """Foreign text, neutralised and capped; with its leading space, so that a quote has the same tokens."""
+        most = _LETTERS * self.config.observation_tokens
+        if len(text) > 2 * most:  # megabytes would take seconds, and all but head and tail is cut anyway
+            text = f"{text[:most]} ... {text[-most:]}"
         ids = self.tokens.encode_foreign(f" {protocol.neutralise(text, self.tokens.special_texts)}")
         return protocol.cap_ids(ids, self.config.observation_tokens, self.cut)
 
@@ -339,7 +360,8 @@ _KNOWN = {None: Lane.EMPTY.value} | dict.fromkeys((Stage.ENDED, Stage.WAITING, S
 
 def _occupation(scheduler: Scheduler, status: np.ndarray) -> np.ndarray:
     """What lanes have been doing (`Lane`, int32 `[S]`), given what the device knows of it."""
-    return np.array([_KNOWN.get(stage, n) for stage, n in zip(scheduler.stages(), status.tolist(), strict=True)])
+    known = [_KNOWN.get(stage, n) for stage, n in zip(scheduler.stages(), status.tolist(), strict=True)]
+    return np.array(known, np.int32)
 
 
 def make_exchange_program(

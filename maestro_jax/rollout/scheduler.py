@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -71,7 +72,11 @@ class Orders:
     def none(cls, capacity: Capacity) -> "Orders":
         """Orders that change nothing."""
         blank, places = orders_layout(capacity)
-        packed = blank.copy()
+        return cls.of(blank.copy(), places)
+
+    @classmethod
+    def of(cls, packed: np.ndarray, places: Mapping[str, "Place"]) -> "Orders":
+        """Orders whose fields are views of the packed array."""
         return cls(
             packed, **{name: packed[p.start : p.end].reshape(p.shape).view(p.dtype) for name, p in places.items()}
         )
@@ -119,9 +124,10 @@ def orders_layout(c: Capacity) -> tuple[np.ndarray, dict[str, Place]]:
 @functools.lru_cache(maxsize=64)
 def _no_orders(capacity: Capacity) -> Orders:
     """Orders that change nothing, to be read only."""
-    orders = Orders.none(capacity)
-    orders.packed.flags.writeable = False
-    return orders
+    blank, places = orders_layout(capacity)
+    packed = blank.copy()
+    packed.flags.writeable = False
+    return Orders.of(packed, places)
 
 
 class Scheduler:
@@ -186,7 +192,9 @@ class Scheduler:
                     self.finish(member)
         self.fresh.clear()
         self.returning.clear()
-        self._cleared_at_once = True
+        # Whatever was being ordered when the fault happened: nobody is parked or seated now.
+        self.free_pages, self._vacated, self.host_bytes = list(range(self.capacity.pages)), [], 0
+        self._seated, self._cleared_at_once = set(range(self.capacity.lanes)), True
 
     def stages(self) -> list[Stage | None]:
         """Of each lane's trajectory; None in an empty lane."""

@@ -9,9 +9,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from flax import nnx
 
+from maestro_jax.errors import ConfigError
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import join_prompts, take_prompts
 from maestro_jax.rollout.engine import Engine, Rollout, assemble, lane_key
@@ -63,9 +65,14 @@ class Supply:
 
     Args:
       batches: of `config.groups` tasks each.
+
+    Raises:
+      ConfigError: `ahead` with several processes, which know of their own groups only.
     """
 
     def __init__(self, engine: Engine, batches: TaskBatches, config: SupplyConfig, seed: int):
+        if config.ahead and jax.process_count() > 1:
+            raise ConfigError("config.rollout.ahead=1 is for one process so far; set config.rollout.ahead=0")
         self.engine = engine
         self.batches = batches
         self.config = config

@@ -30,7 +30,7 @@ class Timing:
     seated: float = 0.0  # when it got its first lane
     finished: float = 0.0
     begun: float = 0.0  # when the turn that is being written began
-    called: float = 0.0  # when the call that is out went out
+    called: float = 0.0  # when the last call went out
     answered: float = 0.0  # when the observation that is not yet read came
     decoding: float = 0.0  # seconds
     waiting: list[float] = dataclasses.field(default_factory=list)  # seconds, of each call

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -239,6 +240,62 @@ def test_calls_leave_when_the_device_has_work_again(toy_tokens: Tokens, one_devi
     assert sent == [0] and len(bench.desk.submitted) == 1
     bench.run({(0, 1): CALL_TEXT})  # no lane decodes: they leave before the callback waits for replies
     assert sent == [0, 1, 2]
+
+
+def test_a_turn_that_no_tag_ended_is_told_so_at_once(toy_tokens: Tokens, one_device: Mesh) -> None:
+    """Its lane goes on with the others' next chunk."""
+    bench = quick(toy_tokens, one_device, toy.Desk())
+    found = bench.run({(0, 0): "I am lost."}, StopReason.END_OF_TURN, others=Lane.DECODING)
+    assert found.counts.appended == 1 and found.lane[0, 0] == Lane.DECODING
+
+
+def test_a_reply_that_cannot_be_delivered_ends_its_own_episode_only(toy_tokens: Tokens, mesh: Mesh) -> None:
+    bench = quick(toy_tokens, mesh, toy.Desk(lambda call: Observation(call.query, Status.OK)))
+    deliver = bench.exchange._deliver
+
+    def broken(scheduler: Scheduler, trajectory: Trajectory, observation: Observation, *body: list[int]) -> None:
+        if observation.text == "look 3":
+            raise RuntimeError("a bug")
+        deliver(scheduler, trajectory, observation, *body)
+
+    bench.exchange._deliver = broken  # type: ignore[method-assign]
+    found = bench.run({at: f"<search> Glyph@@Reading: look {n} </search>" for n, at in enumerate(EVERY_LANE)})
+    marked = [bench.trajectory(at).marked for at in EVERY_LANE]
+    assert marked == [n == 3 for n in range(len(EVERY_LANE))]
+    assert found.counts.appended == len(EVERY_LANE) - 1 and found.unfinished == len(EVERY_LANE) - 1
+
+
+def test_replies_to_others_are_not_kept(toy_tokens: Tokens, one_device: Mesh) -> None:
+    """Baselines and demonstrations use the same dispatcher, with tickets of their own."""
+    bench = quick(toy_tokens, one_device, toy.Desk())
+    bench.desk.reader(7, Observation("seven", Status.OK))  # type: ignore[attr-defined]
+    assert not bench.exchange._replies
+
+
+def test_only_the_experts_seconds_count_against_the_deadline(toy_tokens: Tokens, one_device: Mesh) -> None:
+    """The engine may be busy with an update when the reply comes."""
+    bench = quick(toy_tokens, one_device, toy.Desk())
+    bench.run({(0, 0): CALL_TEXT}, others=Lane.DECODING)
+    reply = bench.desk.submitted[0][0], Observation("seven", Status.OK)
+    bench.desk.reader(*reply)  # type: ignore[attr-defined]
+    time.sleep(0.3)
+    bench.desk.ready.append(reply)
+    bench.run({}, waiting=[(0, 0)])
+    assert bench.trajectory((0, 0)).timing.waiting[0] < 0.2
+
+
+def test_megabytes_of_a_reply_are_cut_before_they_are_encoded(toy_tokens: Tokens, one_device: Mesh) -> None:
+    bench, encoded = quick(toy_tokens, one_device, toy.Desk()), []
+    text = "one two " + "three " * 100_000 + "four five"
+    whole = bench.exchange.tokens
+    bench.exchange.tokens = dataclasses.replace(whole)
+    object.__setattr__(
+        bench.exchange.tokens, "encode_foreign", lambda t: encoded.append(len(t)) or whole.encode_foreign(t)
+    )
+    found = bench.exchange.body_ids(text)
+    assert encoded[0] < 5000 and len(found) == CONFIG.observation_tokens
+    said = whole.decode(found)
+    assert said.startswith(" one") and said.endswith("five")
 
 
 def test_an_exception_ends_the_lanes_as_marked(toy_tokens: Tokens, mesh: Mesh) -> None:

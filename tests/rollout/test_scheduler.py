@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -270,6 +271,33 @@ def test_what_is_abandoned_while_it_decodes_is_stopped_at_once() -> None:
     scheduler.abandon()
     orders, _ = scheduler.plan(0)
     assert orders.changed.tolist() == [1, 1, 1] and orders.status.tolist() == [Lane.EMPTY] * 3
+
+
+def test_orders_that_change_nothing_cannot_be_changed() -> None:
+    """They are the same ones, round after round."""
+    scheduler, (only,) = scheduler_of(1, members=1, lanes=1)
+    scheduler.plan(0)
+    orders, _ = scheduler.plan(0)
+    with pytest.raises(ValueError, match="read-only"):
+        orders.changed[0] = 1
+
+
+def test_a_fault_amid_orders_leaves_no_page_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, (first, second) = scheduler_of(1, members=2, lanes=1, pages=0, host_bytes=100)
+    scheduler.plan(0)
+    call_out(first, 6)
+    scheduler.plan(0)
+    assert scheduler.host_bytes
+    call_out(second, 2)
+    scheduler.finish(second)
+    scheduler.ready(first, [9])
+    monkeypatch.setattr(scheduler, "_append", None)  # behind the release of what is brought back
+    with pytest.raises(TypeError):
+        scheduler.plan(0)
+    scheduler.abandon()
+    assert (scheduler.host_bytes, scheduler.unfinished) == (0, 0)
+    orders, _ = scheduler.plan(0)
+    assert orders.changed.tolist() == [1]
 
 
 def test_there_is_work_while_anything_can_be_ordered() -> None:
