@@ -17,6 +17,7 @@ from maestro_jax.policy.tokens import SPECIAL_TOKENS, load_tokens
 from maestro_jax.registry.config import parse_registry
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.interface import Message
+from maestro_jax.registry.templates import said
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.rollout.protocol import TAG_NAMES
 from maestro_jax.rollout.scheduler import Capacity, Scheduler
@@ -165,9 +166,13 @@ def check(text: str, exchange: Exchange, registry: Registry, runner: asyncio.Run
     [(_, call, question, images, _)] = episode.desk.submitted
     assert call == CALL
     observation = runner.run(registry.call(call, question, images, 30.0))
-    assert (observation.status, observation.text) == (Status.OK, text)
-    # Replies are values, never templates.
-    assert Says.asked == [f"Text: {text}. Question: {question}", f"First: {text}. Text: {text}. Query: look"]
+    assert (observation.status, observation.text) == (Status.OK, said(text))
+    # Replies are values, never templates; of an expert's, thoughts are left out.
+    first, text_of_service = said(text), text
+    assert Says.asked == [
+        f"Text: {text_of_service}. Question: {question}",
+        f"First: {first}. Text: {text_of_service}. Query: look",
+    ]
 
     told = episode.hears(observation)
     assert_harmless(told, exchange)
