@@ -274,7 +274,7 @@ def test_greedy_tokens_with_the_cache(pair: Pair) -> None:
         prefill_groups=3,
     )
     nothing, ones, seat = jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.int32), jnp.arange(3)[None]
-    start = Seating(ones, ones, seat, nothing, nothing, jnp.zeros((1, 3, 2), jnp.uint32), nothing)
+    start = Seating(ones, ones, seat, nothing, nothing, jnp.zeros((1, 3, 2), jnp.uint32))
 
     def decode(policy: Policy, batch: PrefixBatch) -> jax.Array:
         groups = prefill(policy, open_groups(policy, batch.root, sizes), batch, seat)
