@@ -63,7 +63,9 @@ class ExpertStack(NamedTuple):
         found = self.metered.counter.to_json() | {"cache_hits": self.cached.hits if self.cached else 0}
         if isinstance(self.bare, HttpExpert):
             found["breakers"] = {
-                endpoint.url: [[round(seconds - began, 3), state.value] for seconds, state in endpoint.breaker.changes]
+                endpoint.url: [
+                    [round(seconds - began, 3), state.value] for seconds, state in list(endpoint.breaker.changes)
+                ]
                 for endpoint in self.bare.endpoints.all
             }
         return found
