@@ -4,7 +4,8 @@
     python -m maestro_jax.experts status --config configs/qwen3_vl_4b.py
 
 `up` starts every expert's `serve` command, once for each of its endpoints, waits until they answer, starts those that
-die again, and stops all of them on SIGTERM or SIGINT. `status` ends with 0 if all endpoints answer, else with 1.
+die again, and stops all of them on SIGTERM, SIGINT or SIGHUP (a closed terminal). `status` ends with 0 if all endpoints
+answer, else with 1.
 """
 
 import asyncio
@@ -45,8 +46,9 @@ def main(argv: Sequence[str]) -> None:
 async def up(servers: Sequence[Server], directory: Path) -> None:
     supervisor = Supervisor(servers, directory, say)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, supervisor.stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            loop.add_signal_handler(number, supervisor.stop)
     await supervisor.run()
     say("all servers have ended")
 

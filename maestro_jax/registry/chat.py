@@ -80,6 +80,8 @@ def _image_type(image: bytes) -> str:
 def read_completion(body: bytes) -> Completion:
     """The first choice's text and the usage.
 
+    Content that is null is no text: of a refusal, or where thoughts have used up the tokens.
+
     Raises:
       BadReplyError: no UTF-8, no JSON, or not what a chat completion has.
     """
@@ -92,6 +94,7 @@ def read_completion(body: bytes) -> Completion:
         prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]
     except (KeyError, IndexError, TypeError) as error:
         raise BadReplyError("the body lacks choices[0].message.content or usage") from error
+    text = "" if text is None else text
     if not isinstance(text, str) or not _is_text(text):
         raise BadReplyError(f"choices[0].message.content is {type(text).__name__} or no valid text")
     return Completion(text, _tokens(prompt), _tokens(completion))

@@ -150,7 +150,10 @@ class HttpExpert:
         try:
             async with self.endpoints.lease(end, tried) as (endpoint, permit):
                 tried.add(endpoint)
-                outcome = await self._post(endpoint, body, min(end - time.monotonic(), self._config.attempt_timeout))
+                left, whole = end - time.monotonic(), self._config.attempt_timeout
+                outcome = await self._post(endpoint, body, min(left, whole))
+                if outcome.status is Status.TIMEOUT and left < whole:
+                    return outcome  # cut short by its caller: says nothing about the endpoint
                 if outcome.is_worth_another:
                     endpoint.breaker.failed(permit)
                 else:

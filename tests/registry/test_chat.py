@@ -76,10 +76,15 @@ def test_tokens_are_numbers_that_can_be(tokens: object) -> None:
         read_completion(json.dumps(body).encode())
 
 
-@pytest.mark.parametrize("text", [None, 42, ["42"], {"text": "42"}])
+@pytest.mark.parametrize("text", [42, ["42"], {"text": "42"}])
 def test_the_text_is_a_text(text: object) -> None:
     with pytest.raises(BadReplyError, match="no valid text"):
         read_completion(completion(text))
+
+
+def test_no_content_is_an_empty_text() -> None:
+    """Servers say null of a refusal, and where thoughts have used up the tokens: that is no fault of theirs."""
+    assert read_completion(completion(None)).text == ""
 
 
 JSON = st.recursive(

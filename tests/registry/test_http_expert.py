@@ -216,7 +216,7 @@ def test_a_model_that_answers_is_ready_though_it_is_not_listed() -> None:
         (send(b"no", 401), ["HTTP 401", "environment variable", '(it says: "no")']),
         (send(b"", 500), ["HTTP 500", "start its server"]),
         (hang, ["no reply in time", "start its server"]),
-        (send(completion(None)), ["no valid text"]),
+        (send(completion("42").replace(b'"42"', b"42")), ["no valid text"]),
     ],
 )
 def test_what_is_not_ready_has_a_line_with_the_cure(

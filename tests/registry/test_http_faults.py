@@ -135,6 +135,16 @@ def test_the_breaker_opens_within_five_failures(name: str) -> None:
     run(scenario)
 
 
+def test_an_attempt_that_its_caller_cut_short_says_nothing_of_the_endpoint() -> None:
+    async def scenario() -> None:
+        async with ChatServer(FAULTS["hang"]()) as server, asking(server.url, attempt_timeout=60.0) as made:
+            for _ in range(6):
+                assert (await made.ask(request(0.05))).status is Status.TIMEOUT
+            assert made.endpoints.all[0].breaker.state is BreakerState.CLOSED
+
+    run(scenario)
+
+
 def test_not_more_of_a_flood_is_read_than_the_cap() -> None:
     async def scenario() -> None:
         async with ChatServer(flood := Flood()) as server, asking(server.url, budget=RetryBudget(lambda: 0.0)) as made:

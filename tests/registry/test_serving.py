@@ -108,7 +108,7 @@ def wait_for(lines: IO[str], *parts: str) -> str:
 # ---- up ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_servers_come_up_and_nothing_is_left_behind(job: Job, number: int) -> None:
     job.write(job.expert("A"), job.expert("B", "slow"))
     lines = job.start("up")
