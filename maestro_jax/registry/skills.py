@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 
+from maestro_jax.errors import UserError
 from maestro_jax.registry.boxes import Box, Frame, read_boxes, write_boxes
 from maestro_jax.registry.config import RegistryConfig, SkillConfig, normalise_name
 from maestro_jax.registry.interface import Expert, Message, Reply, Request, Service
@@ -146,9 +147,14 @@ async def run_skill(skill: SkillConfig, means: Means, given: SkillInput, deadlin
       The last stage's text; usage summed over all requests; seconds along the longest path.
     """
     run = _Run(means, given, time.monotonic() + deadline)
-    async with asyncio.TaskGroup() as group:
-        for stage in skill.stages:
-            run.tasks[stage.output] = group.create_task(run.stage(stage))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for stage in skill.stages:
+                run.tasks[stage.output] = group.create_task(run.stage(stage))
+    except ExceptionGroup as raised:
+        # A journal that cannot be written, say: what only the user can mend is to end the run, not this call.
+        for_user = raised.subgroup(UserError)
+        raise (for_user or raised).exceptions[0] from raised
     results = [task.result() for task in run.tasks.values()]
     usage = sum((result.usage for result in results if result), NO_USAGE)
     for result in results:  # in the order of the stages, whichever failed first

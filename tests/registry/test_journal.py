@@ -154,6 +154,25 @@ def test_a_section_that_begins_again_replaces_itself_and_what_followed(tmp_path:
     assert texts(path) == ["0", "1", "2", "3"]
 
 
+def test_a_request_that_cannot_be_written_ends_the_run(
+    raw: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised within a stage, among the tasks of others."""
+
+    def full(*args: object) -> None:
+        raise JournalError("the disk is full")
+
+    monkeypatch.setattr(Journal, "request", full)
+    journal = Journal(str(tmp_path / "journal.jsonl"))
+    dispatcher = Dispatcher(Registry(parse_registry(raw()), journal=journal), journal)
+    dispatcher.submit(1, Call("Echo-One", "Text_Solver", "q"), QUESTION, IMAGES, 30.0)
+    assert dispatcher.wait(30.0)
+    with pytest.raises(JournalError, match="full"):
+        dispatcher.check()
+    dispatcher.close()
+    journal.close()
+
+
 def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
     class Answers:
         async def call(self, *told: Any) -> Observation:
