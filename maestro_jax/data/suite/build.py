@@ -22,8 +22,8 @@ from pathlib import Path
 from absl import flags
 
 from maestro_jax import command
-from maestro_jax.data.images import check_image
 from maestro_jax.errors import ConfigError, DataError
+from maestro_jax.images import check_image
 from maestro_jax.observe.progress import Progress
 from maestro_jax.types import Task
 
