@@ -129,8 +129,9 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Warm start (cached in the work directory) -----------------------------------------
         if config.warm_start.steps:
-            world = exchange, prompts, router, train_source, journal, progress
-            params = warm_start(config, workdir, params, graph, mesh, *world)
+            params = warm_start(
+                config, workdir, params, graph, mesh, exchange, prompts, router, train_source, journal, progress
+            )
 
         # ---- What can be reached without reinforcement -----------------------------------------
         def evaluate(params: nnx.State, greedy: bool, name: str) -> Evaluation:
