@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -109,14 +110,14 @@ def test_interrupted_build_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: p
 
 @pytest.mark.usefixtures("fakes")
 def test_a_faster_neighbour_wins(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = build._write
+    write = build.write_tasks
 
-    def while_another_builds(directory: pathlib.Path, splits: dict[str, list[Task]]) -> None:
-        monkeypatch.setattr(build, "_write", write)
+    def while_another_builds(*arguments: Any) -> None:
+        monkeypatch.setattr(build, "write_tasks", write)
         make(tmp_path)
-        write(directory, splits)
+        write(*arguments)
 
-    monkeypatch.setattr(build, "_write", while_another_builds)
+    monkeypatch.setattr(build, "write_tasks", while_another_builds)
     path = make(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
     assert len(TfdsSource(path, "test")) == 2 * len(build.DOMAINS)
