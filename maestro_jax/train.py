@@ -23,7 +23,8 @@ from maestro_jax import command
 from maestro_jax.assemble import check_batches, fields, policy_factory, update_config
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import CheckpointStore
-from maestro_jax.config import Config, parse_config
+from maestro_jax.config import Config, MixedConfig, parse_config
+from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.pipeline import Batches
 from maestro_jax.data.source import TaskSource, TfdsSource
 from maestro_jax.data.suite.build import build_suite
@@ -187,10 +188,9 @@ def main(argv: Sequence[str]) -> None:
             prepare=prepare,
             mesh=mesh,
         )
-        batches = iter(
-            Batches(train_source, config.grpo.groups, seed=config.seed, damage_limit=config.data.damage_limit)
-        )
-        supply = Supply(engine, batches, supply_config(config), config.seed)
+        limit = config.data.damage_limit
+        batches = Batches(train_source, config.grpo.groups, prompts.prepare, seed=config.seed, damage_limit=limit)
+        supply = Supply(engine, iter(batches), supply_config(config), config.seed)
         store = CheckpointStore(workdir / "checkpoints", config.checkpoint.keep)
         start, seconds_before = 0, 0.0
         if (latest := store.latest()) is not None:
@@ -285,12 +285,23 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:
     """Training and held-out tasks; the suite is built on first use."""
     data = config.data
+    mixed = open_mixture(data.mixture) if data.mixture else None
     if data.kind == "verl":
         root = data.image_root or None
-        return VerlParquetSource(data.train_files, root), VerlParquetSource(data.test_files, root)
+        train = VerlParquetSource(data.train_files, root) if mixed is None else mixed
+        return train, VerlParquetSource(data.test_files, root)
     directory = data.suite_directory or workdir / "suite"
     suite = build_suite(directory, data.train_per_domain, data.test_per_domain, config.seed, progress)
-    return TfdsSource(suite, "train"), TfdsSource(suite, "test")
+    return TfdsSource(suite, "train") if mixed is None else mixed, TfdsSource(suite, "test")
+
+
+def open_mixture(parts: Sequence[MixedConfig]) -> Mixture:
+    def opened(part: MixedConfig) -> TaskSource:
+        if part.kind == "tfds":
+            return TfdsSource(part.files[0], "train")
+        return VerlParquetSource(part.files, part.image_root or None)
+
+    return Mixture([opened(part) for part in parts], [part.weight for part in parts])
 
 
 def open_params(config: Config, architecture: PolicyArchitecture, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
