@@ -331,9 +331,7 @@ def _check_data(data: DataConfig) -> None:
         cure = "name parquet files, or a mixture in place of the first"
         raise ConfigError(f'config.data.kind "verl" needs config.data.train_files and config.data.test_files; {cure}')
     if data.mixture and data.train_files:
-        raise ConfigError(
-            "config.data.train_files would not be read beside config.data.mixture; leave one of them empty"
-        )
+        raise ConfigError("config.data.train_files is not read beside config.data.mixture; leave one of them empty")
     for number, part in enumerate(data.mixture):
         where = f"config.data.mixture[{number}]"
         if part.kind not in ("verl", "tfds"):
