@@ -109,9 +109,8 @@ class Supply:
     def _own(self, params: nnx.State, step: int) -> Iterator[Rollout]:
         """On-policy: the step's own tasks."""
         config, engine = self.config, self.engine
-        prepared = next(self.batches)
+        tasks, prompts = self._next_batch()
         self.next_step = step + 1
-        tasks, prompts = [one.task for one in prepared], engine.prompts.collate(prepared)
         session = engine.session(params, config.groups, config.members, prompts.tokens.shape[1], greedy=False)
         records = session.submit(tasks, prompts, self._keys(tasks, step), config.groups)
         given = 0
@@ -152,15 +151,18 @@ class Supply:
 
     def _pull(self, session: Session) -> None:
         step, data = self.next_step, self.batches.get_state()
-        prepared = next(self.batches)
+        tasks, prompts = self._next_batch(longest=True)
         self.next_step += 1
-        tasks = [one.task for one in prepared]
         left = set(range(len(tasks))) - self._done_before.pop(step, set())
-        prompts, keys = self.engine.prompts.collate(prepared, longest=True), self._keys(tasks, step)
+        keys = self._keys(tasks, step)
         records = session.submit(tasks, prompts, keys, self.config.groups, only=left)
         self._origin |= {record: (step, record.prompt[1]) for record in records}
         if left:
             self.pulled[step] = Pulled(step, data, left)
+
+    def _next_batch(self, longest: bool = False) -> tuple[list[Task], PrefixBatch]:
+        prepared = next(self.batches)
+        return [one.task for one in prepared], self.engine.prompts.collate(prepared, longest)
 
     def _trained(self, record: GroupRecord) -> None:
         step, row = self._origin.pop(record)
