@@ -301,7 +301,7 @@ def test_a_config_file_that_is_not_there_is_refused(job: Job, tmp_path: Path) ->
 
 def test_another_setting_in_the_same_workdir_is_refused(job: Job, interrupted: Interrupted) -> None:
     result = job.run(interrupted.workdir, seed=1)
-    assert_refused(result, "config.seed=0", "this one has 1", "another --workdir")
+    assert_refused(result, "config.seed=0", "this one has 1", "another directory")
 
 
 def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
@@ -407,8 +407,8 @@ def test_a_broken_image_is_refused(job: Job, tmp_path: Path) -> None:
 @pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")
 def test_the_published_rows_become_tasks() -> None:
     from configs import quickstart
+    from maestro_jax.assemble import open_data
     from maestro_jax.config import parse_config
-    from maestro_jax.train import open_data
 
     assert EXAMPLES is not None
     raw = quickstart.get_config()
