@@ -75,8 +75,9 @@ def check_same_run(path: Path, mine: Mapping[str, str]) -> None:
         return
     for key in sorted(mine.keys() | theirs.keys()):
         if mine.get(key) != theirs.get(key):
+            name = key if key.startswith("--") else f"config.{key}"  # a flag of the command, or a setting
             raise ConfigError(
-                f"{path.parent} holds a run with config.{key}={theirs.get(key)}, this one has {mine.get(key)}; "
+                f"{path.parent} holds a run with {name}={theirs.get(key)}, this one has {mine.get(key)}; "
                 f"use another directory, or the same setting to go on"
             )
 
