@@ -46,11 +46,11 @@ from maestro_jax.types import Task
 WORKDIR = flags.DEFINE_string("workdir", "", "Work directory of a quickstart run: its tasks, tokenizer and seconds.")
 
 GROUPS = 16  # of a quickstart step
-WINDOW = 8  # batches that are timed together
-KEPT = 48  # tasks of a load with larger images
+WINDOW = 3  # batches that are timed together
+KEPT = 32  # tasks of a load with larger images
 WAIT = 0.5  # seconds between two batches where memory is measured: enough for all that is read ahead
-# Of an image while it is prepared: Pillow's pixels, their array, Pillow's pixels to be resized.
-BYTES_A_PIXEL = 4 + 3 + 4
+# Of an image while it is decoded: Pillow's pixels, their bytes, the array.
+BYTES_A_PIXEL = 4 + 3 + 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Load:
 QUICKSTART = Load("quickstart")
 LOADS = (
     QUICKSTART,
-    Load("640 x 480 JPEG", 640, 480, "JPEG"),
-    Load("1024 x 1024 PNG", 1024, 1024, "PNG"),
-    Load("1600 x 1200 JPEG", 1600, 1200, "JPEG"),
-    Load("3840 x 2160 JPEG", 3840, 2160, "JPEG"),
+    Load("640x480", 640, 480, "JPEG"),
+    Load("1024x1024", 1024, 1024, "PNG"),
+    Load("1600x1200", 1600, 1200, "JPEG"),
+    Load("3840x2160", 3840, 2160, "JPEG"),
 )
 
 
@@ -118,13 +118,14 @@ def results_of(load: Load, measured: dict[str, Any], step: float) -> dict[str, R
     }
     ahead = [(seconds, step) for seconds in measured["ahead"]]
     left = list(zip(measured["collate"], measured["whole"], strict=True))
-    what = f"resident memory at its highest, less that before; {GROUPS} tasks a batch, one batch ahead"
+    what = f"resident memory at its highest, less that before the stream, over {2 * WINDOW} batches of {GROUPS}"
+    later = {f"after {len(ahead) * WINDOW} more": measured["later"] / 2**20}
     return {
-        f"{load.name}: ahead": Result(
+        f"{load.name} ahead": Result(
             f"a batch of {GROUPS} read, decoded, cut", "a quickstart step, the median of the run", ahead, details
         ),
-        f"{load.name}: in step": Result("collate a prepared batch", "decode, cut and collate it", left, details),
-        f"{load.name}: memory": Figure(what, measured["peak"] / 2**20, "MiB", measured["bound"] / 2**20, {}),
+        f"{load.name} step": Result("collate a prepared batch", "decode, cut and collate it", left, details),
+        f"{load.name} memory": Figure(what, measured["peak"] / 2**20, "MiB", measured["bound"] / 2**20, later),
     }
 
 
@@ -169,24 +170,34 @@ def measure(load: Load, workdir: Path, directory: Path, windows: int) -> dict[st
     """Seconds of batches and bytes of memory; see `results_of`."""
     source, prompts = TfdsSource(directory, "train"), make_prompts(load, workdir)
     stream = iter(Batches(source, GROUPS, prompts.prepare, seed=0))
-    warm = next(stream)
-    prompts.collate(warm)
-    peak = peak_memory(stream)
-    tasks = [one.task for one in next(stream)]
+    prompts.prepare(source[0])  # loads what reading and decoding need
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+    for _ in range(2 * WINDOW):
+        batch = next(stream)
+        time.sleep(WAIT)  # the next one is read meanwhile
+    peak = resident("VmHWM") - before
+    ahead = [seconds_of(stream) for _ in range(windows)]
+    later = resident("VmHWM") - before
+    prompts.collate(batch)
+    tasks = [one.task for one in batch]
+    waiting = [len(one.task.images[0]) + one.images[0].cut.nbytes for one in batch]
+    pixels = load.width * load.height or batch[0].images[0].cut.size // 3
     return {
-        "ahead": [seconds_of(stream) for _ in range(windows)],
-        "collate": [pairs.timed(lambda: prompts.collate(warm))[0] for _ in range(windows)],
+        "ahead": ahead,
+        "collate": [pairs.timed(lambda: prompts.collate(batch))[0] for _ in range(windows)],
         "whole": [pairs.timed(lambda: prompts.batch(tasks))[0] for _ in range(windows)],
         "encoded": statistics.mean(len(task.images[0]) for task in tasks),
-        "prepared": statistics.mean(one.images[0].cut.nbytes for one in warm),
+        "prepared": statistics.mean(one.images[0].cut.nbytes for one in batch),
         "peak": peak,
-        "bound": bound(load, prompts, source),
+        "later": later,
+        # The batch that was handed out, the one that follows it, the one ahead, and images under preparation.
+        "bound": 3 * GROUPS * max(waiting) + READ_THREADS * BYTES_A_PIXEL * pixels,
     }
 
 
 def make_prompts(load: Load, workdir: Path) -> Prompts:
-    raw = quickstart.get_config()
-    config = parse_config(raw)
+    config = parse_config(quickstart.get_config())
     limits = fields(PromptConfig, load.policy)
     architecture = open_architecture(config.policy.architecture, "")
     system = render_system_prompt(config.registry, config.rollout.max_calls)
@@ -198,30 +209,10 @@ def seconds_of(stream: Any) -> float:
     return pairs.timed(lambda: [len(next(stream)) for _ in range(WINDOW)])[0] / WINDOW
 
 
-def peak_memory(stream: Any) -> int:
-    """Bytes of resident memory at its highest over several batches, less those before. A batch that is read ahead
-    waits there before and after."""
-    time.sleep(WAIT)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
-    for _ in range(WINDOW):
-        next(stream)
-        time.sleep(WAIT)
-    return resident("VmHWM") - before
-
-
 def resident(key: str) -> int:
     """Bytes, as /proc/self/status has them under a key."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) << 10
-
-
-def bound(load: Load, prompts: Prompts, source: TfdsSource) -> int:
-    """Bytes of the batch that is handed out beside the one ahead, and of images under preparation."""
-    prepared = [prompts.prepare(source[row]) for row in range(min(len(source), KEPT))]
-    waiting = max(len(one.task.images[0]) + one.images[0].cut.nbytes for one in prepared)
-    pixels = load.width * load.height or max(one.images[0].cut.size // 3 for one in prepared)
-    return GROUPS * waiting + READ_THREADS * BYTES_A_PIXEL * pixels
 
 
 if __name__ == "__main__":
