@@ -214,11 +214,14 @@ class _Run:
         if not tests:
             return StageResult(_report(program, "There was no test to run."))
         for repairs_left in reversed(range(stage.rounds + 1)):
-            ran = await self._try(program, tests)
+            try:
+                async with asyncio.timeout(self._remaining):
+                    ran = await self._try(program, tests)
+            except TimeoutError:
+                return StageResult(status=Status.TIMEOUT, seconds=seconds, usage=usage)
             seconds += ran.seconds
-            if ran.status is RanStatus.UNAVAILABLE or self._remaining <= 0:
-                lost = Status.UNAVAILABLE if ran.status is RanStatus.UNAVAILABLE else Status.TIMEOUT
-                return StageResult(status=lost, seconds=seconds, usage=usage)
+            if ran.status is RanStatus.UNAVAILABLE:
+                return StageResult(status=Status.UNAVAILABLE, seconds=seconds, usage=usage)
             if ran.status is RanStatus.OK or not repairs_left:
                 break
             mine = {"program": program, "error": _error(ran)}
@@ -233,8 +236,7 @@ class _Run:
 
     async def _try(self, program: str, tests: str) -> Ran:
         assert self._means.sandbox is not None  # the registry makes one where a skill has such a stage
-        wall = min(Limits().wall_seconds, max(self._remaining, 0.0))
-        return await self._means.sandbox.run(f"{program}\n\n{tests}\n", {}, Limits(wall_seconds=wall))
+        return await self._means.sandbox.run(f"{program}\n\n{tests}\n", {}, Limits())
 
     async def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Reply:
         return await _ask(self._means.expert, prompt, images, self._end)

@@ -208,6 +208,17 @@ def test_a_sandbox_that_fails_is_not_the_programs_fault() -> None:
     assert observation.status is Status.UNAVAILABLE and observation.usage.prompt_tokens == 2
 
 
+def test_a_deadline_that_passes_in_the_sandbox_is_not_the_programs_fault() -> None:
+    class Busy(Box):
+        async def run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
+            assert limits == Limits()  # of the program; the deadline is the call's
+            await asyncio.Event().wait()
+            raise AssertionError("not reached")
+
+    observation = run(program(), Means(Model("x", "y"), sandbox=Busy()), deadline=0.2)
+    assert observation.status is Status.TIMEOUT and observation.usage.prompt_tokens == 2
+
+
 def test_a_repair_that_gets_no_reply_ends_the_skill() -> None:
     class Gone(Model):
         async def ask(self, request: Request) -> Reply:

@@ -28,7 +28,9 @@ class Limits:
     Attributes:
       cpu_seconds: of computing. A back end that counts instructions instead turns them into seconds at a fixed rate,
         so that its verdict does not depend on the machine.
-      wall_seconds: from the call to the reply, waiting for a free worker included; the caller's deadline.
+      wall_seconds: that it may take, computing or asleep. Time in which it waits for a core does not count where the
+        kernel tells it apart (/proc/PID/schedstat of Linux), nor does waiting for a turn before it starts: how busy the
+        machine is must not change a verdict. A caller that has to end by a certain time cancels.
       memory_bytes: of the whole program, the interpreter included.
       output_bytes: of standard output and of standard error, each.
     """
@@ -44,7 +46,7 @@ class Ran:
     """What a program left. Texts are foreign, decoded as UTF-8 with replacements, and at most `output_bytes` long.
 
     Attributes:
-      seconds: wall time of the run, the interpreter's start included.
+      seconds: wall time of the run, the interpreter's start included, waiting for a turn not.
     """
 
     stdout: str

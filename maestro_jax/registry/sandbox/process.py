@@ -65,21 +65,14 @@ class ProcessSandbox:
 
     async def run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
         check_names(files)
-        start = time.monotonic()
-        ran = Ran("", "", RanStatus.UNAVAILABLE, 0.0)  # no core became free in time
-        try:
-            async with asyncio.timeout(limits.wall_seconds):
-                await self._free.acquire()
-        except TimeoutError:
+        async with self._free:  # waiting for a turn is no time of the program
+            start = time.monotonic()
+            try:
+                ran = await self._run(program, files, limits)
+            except OSError:
+                logger.exception("the %s sandbox could not run a program", self.name)
+                ran = Ran("", "", RanStatus.UNAVAILABLE, 0.0)
             return dataclasses.replace(ran, seconds=time.monotonic() - start)
-        try:
-            left = limits.wall_seconds - (time.monotonic() - start)
-            ran = await self._run(program, files, dataclasses.replace(limits, wall_seconds=max(left, 0.0)))
-        except OSError:
-            logger.exception("the %s sandbox could not run a program", self.name)
-        finally:
-            self._free.release()
-        return dataclasses.replace(ran, seconds=time.monotonic() - start)
 
     async def close(self) -> None:
         self._back_end.close()
@@ -152,23 +145,51 @@ def _start(
 async def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
     """The exit code, None after `seconds`; the whole process group is gone when this returns, also if cancelled."""
     try:
-        async with asyncio.timeout(seconds):
-            return await _exit_code(process)
-    except TimeoutError:
-        return None
+        return await _exit_code(process, seconds)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()  # returns at once: it is dead or just killed
 
 
-async def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Waits for a child without a thread of its own; the pause grows with the time it takes."""
-    pause = 0.002
+async def _exit_code(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Waits for a child without a thread of its own; the pause grows with the time it takes.
+
+    Time in which it is ready and has no core does not count: else a busy machine would judge programs. Looked up only
+    once the time seems to be over.
+    """
+    began, waited, pause = time.monotonic(), 0.0, 0.002
+    family: frozenset[int] = frozenset()
     while (code := process.poll()) is None:
+        if time.monotonic() - began - waited >= seconds:
+            family = family or await asyncio.to_thread(_family, process.pid)
+            waited = max(map(_waited, family))
+            if time.monotonic() - began - waited >= seconds:
+                return None
         await asyncio.sleep(pause)
         pause = min(pause * 1.2, 0.05)
     return code
+
+
+def _family(pid: int) -> frozenset[int]:
+    """A process and all that came from it: bubblewrap waits for the program that it starts."""
+    children: dict[int, list[int]] = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int(path.read_bytes().rpartition(b")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:  # grows meanwhile
+        found += children.get(one, [])
+    return frozenset(found)
+
+
+def _waited(pid: int) -> float:
+    """Seconds that a process was ready to run and had no core; 0 where the kernel does not say, or it has ended."""
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) * 1e-9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _read(file: IO[bytes]) -> bytes:
