@@ -60,8 +60,10 @@ class Sandbox(Protocol):
 
     name: str  # of the back end: "wasm", "bubblewrap", "unsafe_process"
 
-    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
+    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes = b"") -> Ran:
         """Runs `program` in a fresh interpreter whose working directory holds `files` (relative names → content).
+
+        Standard input is a file with `stdin`.
 
         Raises:
           ValueError: a name in `files` is absolute or leads out of the working directory: the caller's mistake.

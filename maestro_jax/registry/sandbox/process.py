@@ -63,12 +63,12 @@ class ProcessSandbox:
         self._back_end = back_end
         self._free = asyncio.Semaphore(os.cpu_count() or 1)
 
-    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
+    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes = b"") -> Ran:
         check_names(files)
         async with self._free:  # waiting for a turn is no time of the program
             start = time.monotonic()
             try:
-                ran = await self._run(program, files, limits)
+                ran = await self._run(program, files, limits, stdin)
             except OSError:
                 logger.exception("the %s sandbox could not run a program", self.name)
                 ran = Ran("", "", RanStatus.UNAVAILABLE, 0.0)
@@ -77,17 +77,22 @@ class ProcessSandbox:
     async def close(self) -> None:
         self._back_end.close()
 
-    async def _run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
+    async def _run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes) -> Ran:
         with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as made:
-            directory, output = pathlib.Path(made, "work"), pathlib.Path(made, "output")
+            directory, streams = pathlib.Path(made, "work"), pathlib.Path(made, "streams")
             for name, content in {**files, PROGRAM: program.encode("utf-8", "replace")}.items():
                 path = directory / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            output.mkdir()
-            with open(output / "stdout", "w+b") as stdout, open(output / "stderr", "w+b") as stderr:
+            streams.mkdir()
+            (streams / "stdin").write_bytes(stdin)
+            with (
+                open(streams / "stdin", "rb") as given,
+                open(streams / "stdout", "w+b") as stdout,
+                open(streams / "stderr", "w+b") as stderr,
+            ):
                 command = self._back_end.command(str(directory), limits)
-                process = _start(command, str(directory), limits, stdout, stderr)
+                process = _start(command, str(directory), limits, (given, stdout, stderr))
                 code = await _ended(process, limits.wall_seconds)
                 return judge(code, _read(stdout), _read(stderr), limits)
 
@@ -125,7 +130,7 @@ def _signal(code: int) -> int:
 
 
 def _start(
-    command: Command, directory: str, limits: Limits, stdout: IO[bytes], stderr: IO[bytes]
+    command: Command, directory: str, limits: Limits, streams: tuple[IO[bytes], IO[bytes], IO[bytes]]
 ) -> subprocess.Popen[bytes]:
     blocks = limits.output_bytes // _BLOCK + 1  # one more than may be: that shows who wanted to write more
     cpu, memory = str(math.ceil(limits.cpu_seconds)), str(limits.memory_bytes // 1024)
@@ -133,9 +138,9 @@ def _start(
         cpu = memory = _NO_LIMIT
     return subprocess.Popen(
         ["sh", "-c", _LIMITED, "sh", str(blocks), cpu, memory, *command.arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
+        stdin=streams[0],
+        stdout=streams[1],
+        stderr=streams[2],
         cwd=directory,
         env=dict(command.environment),
         start_new_session=True,
