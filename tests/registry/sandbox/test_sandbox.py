@@ -191,9 +191,18 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, soc
     del os.environ["MAESTRO_TEST_KEY"]
 
 
+def aimed(program: str, secret: str, port: int) -> str:
+    """A program of the corpus with its placeholders replaced."""
+    return program.replace("SECRET", secret).replace("MADE", made_by_escapes(secret)).replace("PORT", str(port))
+
+
+def made_by_escapes(secret: str) -> str:
+    return str(Path(secret).with_name("made"))
+
+
 async def escaping(sandbox: Sandbox, secret: str, port: int) -> dict[str, Ran]:
     """What became of every program of the corpus."""
-    programs = [text.replace("SECRET", secret).replace("PORT", str(port)) for text, _ in escapes.ENDS.values()]
+    programs = [aimed(text, secret, port) for text, _ in escapes.ENDS.values()]
     found = await asyncio.gather(*(sandbox.run(program, GIVEN, LIMITS) for program in programs))
     return dict(zip(escapes.ENDS, found, strict=True))
 
@@ -209,7 +218,7 @@ def test_nothing_gets_out(closed: Sandbox, outside: tuple[str, socket.socket]) -
         assert found[name].status in statuses, (name, found[name])
     with pytest.raises(BlockingIOError):  # nobody has called
         server.accept()
-    assert not Path("/tmp/escaped").exists()
+    assert not Path(made_by_escapes(secret)).exists()
     assert Path(secret).read_text() == "canary"
     assert not _children()
 
@@ -232,10 +241,11 @@ def test_the_programs_would_get_out_of_no_sandbox(outside: tuple[str, socket.soc
     """The corpus has teeth: a bare process is left by what stays inside elsewhere."""
     secret, server = outside
     bare = make_sandbox("unsafe_process")
-    names = ("read a file by its path", "connect to a server", "fork", "a thread", "write in the working directory")
+    names = ("read a file by its path", "connect to a server", "fork", "a thread", "write elsewhere")
     for name in names:
-        program = escapes.REFUSED[name].replace("SECRET", secret).replace("PORT", str(server.getsockname()[1]))
+        program = aimed(escapes.REFUSED[name], secret, server.getsockname()[1])
         assert "ESCAPED" in ran(bare, program).stdout, name
+    Path(made_by_escapes(secret)).unlink()
     with server.accept()[0]:
         pass
 
