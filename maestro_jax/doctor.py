@@ -1,10 +1,11 @@
 """Says, before a run, whether its registry is sound and its experts answer.
 
-    python -m maestro_jax.doctor --config configs/qwen3_vl_4b.py [--seconds 10] [--static]
+    python -m maestro_jax.doctor --config configs/qwen3_vl_4b.py [--seconds 60] [--static]
 
 One line for each finding, with its cure. First what the config alone shows: unknown names, cycles, missing services,
-stages that do not fit together, environment variables that are not set. Then, with the sandbox made where a skill needs
-one, every expert is asked whether it is ready, also the models behind services. Exit code 0 if all is well, else 78.
+stages that do not fit together, environment variables that are not set. Then everything is built, the sandbox too where
+a skill needs one, and every endpoint gets one real request with the expert's own settings (`registry/trials.py`), also
+those of models behind services. Exit code 0 if all is well, else 78.
 """
 
 import asyncio
@@ -22,9 +23,12 @@ from maestro_jax.registry.checks import problems
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.reading import read_registry
+from maestro_jax.registry.trials import try_experts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
-SECONDS = flags.DEFINE_float("seconds", 10.0, "How long each expert may take to say that it is ready.", lower_bound=0.1)
+SECONDS = flags.DEFINE_float(
+    "seconds", 60.0, "How long each request may take; no longer than the expert's attempt_timeout.", lower_bound=0.1
+)
 STATIC = flags.DEFINE_bool("static", False, "Look at the config only; no expert is asked.")
 
 
@@ -44,10 +48,11 @@ def main(argv: Sequence[str]) -> None:
 
     # ---- Who answers ---------------------------------------------------------------------------
     if not found and not STATIC.value:
-        answers = asyncio.run(ask_experts(registry, SECONDS.value))
-        for name, problem in answers.items():
-            print(problem or f'expert "{name}": ready')
-        found = [problem for problem in answers.values() if problem]
+        asyncio.run(build(registry))
+        print_lines([f'expert "{expert.name}": ready' for expert in registry.experts if expert.implementation])
+        trials = asyncio.run(try_experts(registry, SECONDS.value))
+        print_lines([trial.line for trial in trials])
+        found = [trial.line for trial in trials if trial.is_problem]
 
     if found:
         raise ConfigError(f"{len(found)} problems in the registry; the lines above say what to do about each")
@@ -74,17 +79,9 @@ def contradictions(raw: Any) -> list[str]:
     return []
 
 
-async def ask_experts(config: RegistryConfig, seconds: float) -> dict[str, str | None]:
-    """Expert → what is wrong with it, None if it is ready.
-
-    Raises:
-      ConfigError: an expert, a service or the sandbox cannot be built.
-    """
-    registry = Registry(config)
-    try:
-        return await registry.check(seconds)
-    finally:
-        await registry.close()
+async def build(config: RegistryConfig) -> None:
+    """Raises ConfigError if an expert, a service or the sandbox cannot be built."""
+    await Registry(config).close()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """`python -m maestro_jax.doctor`: every finding on a line with its cure, exit code 0 or 78."""
 
+import http.server
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -68,6 +70,34 @@ def test_an_expert_that_is_not_there_is_named_and_its_key_is_not(tmp_path: Path)
     assert code == 78 and lines[1:-1] == READY
     assert lines[-1].startswith('expert "Far": ') and not lines[-1].endswith("ready")
     assert "4711" not in "".join(lines) + errors
+
+
+class ListsAndRefuses(http.server.BaseHTTPRequestHandler):
+    """A server that lists the model, and takes no request for it."""
+
+    def do_GET(self) -> None:
+        self._send(200, b'{"data": [{"id": "m"}]}')
+
+    def do_POST(self) -> None:
+        self._send(400, b"max_tokens is too large")
+
+    def _send(self, code: int, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *parts: object) -> None: ...
+
+
+def test_an_expert_that_refuses_what_a_run_would_ask_is_not_ready(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ListsAndRefuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = written(tmp_path, SERVED.format(port=server.server_address[1], key="FAR_KEY").strip())
+        code, lines, _ = doctor(config, environment={"FAR_KEY": "canary-4711"})
+        server.shutdown()
+    assert code == 78 and lines[1:-1] == READY
+    assert "HTTP 400; the server refuses the request" in lines[-1] and "max_tokens is too large" in lines[-1]
 
 
 def test_the_rest_of_the_run_must_fit_too(tmp_path: Path) -> None:

@@ -42,9 +42,6 @@ class Model:
         text = self.texts.pop(0) if self.status is Status.OK else ""
         return Reply(text, self.status, Usage(1, 1, 0.1), 1.0)
 
-    async def check(self) -> str | None:
-        return None
-
     async def close(self) -> None: ...
 
     @property
