@@ -3,12 +3,14 @@
     python -m maestro_jax.doctor --config configs/qwen3_vl_4b.py [--seconds 60] [--static]
 
 One line for each finding, with its cure. First what the config alone shows: unknown names, cycles, missing services,
-stages that do not fit together, environment variables that are not set. Then everything is built, the sandbox too where
-a skill needs one, and every endpoint gets one real request with the expert's own settings (`registry/trials.py`), also
-those of models behind services. Exit code 0 if all is well, else 78.
+stages that do not fit together, environment variables that are not set, `serve` commands that `experts up` would
+refuse. Then everything is built, the sandbox too where a skill needs one, and every endpoint gets one real request with
+the expert's own settings (`registry/trials.py`), also those of models behind services. Exit code 0 if all is well, else
+78.
 """
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +25,7 @@ from maestro_jax.registry.checks import problems
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.reading import read_registry
+from maestro_jax.registry.serving import servers_of
 from maestro_jax.registry.trials import try_experts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
@@ -38,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
 
     # ---- What the config shows -----------------------------------------------------------------
     registry = read_registry(raw.registry)
-    found = [*problems(registry), *unset_variables(registry, os.environ)]
+    found = [*problems(registry), *unset_variables(registry, os.environ), *serve_mistakes(registry)]
     print_lines(found)
     if not found:
         found = contradictions(raw)
@@ -68,6 +71,18 @@ def unset_variables(registry: RegistryConfig, environment: Mapping[str, str]) ->
     for expert in registry.experts:
         if expert.key and not environment.get(expert.key):
             yield f'expert "{expert.name}": environment variable {expert.key} is not set; export it with the API key'
+
+
+def serve_mistakes(registry: RegistryConfig) -> list[str]:
+    """What `experts up` would refuse: of each expert, and if there is nothing, between them."""
+    each = [dataclasses.replace(registry, experts=(expert,)) for expert in registry.experts]
+    found = []
+    for part in [*each, registry]:
+        try:
+            servers_of(part)
+        except ConfigError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
 
 
 def contradictions(raw: Any) -> list[str]:

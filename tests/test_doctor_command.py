@@ -64,6 +64,31 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     assert errors.strip() == "error: 5 problems in the registry; the lines above say what to do about each"
 
 
+def test_what_experts_up_would_refuse_is_told_too(tmp_path: Path) -> None:
+    def local(name: str, words: str, *ports: int, host: str = "127.0.0.1") -> str:
+        urls = "".join(f'"http://{host}:{port}/v1",' for port in ports)
+        entry = f'{{"name": "{name}", "description": "d", "endpoints": ({urls}), "model": "m", "serve": {words}}}'
+        return f"registry.experts += ({entry},)"
+
+    config = written(
+        tmp_path,
+        local("One", '("vllm",)', 1, 2),
+        local("Away", '("vllm",)', 3, host="example.org"),
+        local("Odd", '("vllm", "{prot}")', 4),
+    )
+    code, lines, _ = doctor(config, "--static")
+    assert code == 78 and lines[:-1] == [
+        'expert "One": serve starts a server for each endpoint; let it take {port}',
+        'expert "Away": serve starts servers on this machine, and http://example.org:3/v1 is another; remove serve',
+        'expert "Odd": serve has {prot}; it can have {host}, {port} and {model}',
+    ]
+    config = written(tmp_path, local("One", '("vllm",)', 1), local("Two", '("sglang",)', 1))
+    code, lines, _ = doctor(config, "--static")
+    assert code == 78 and lines[:-1] == [
+        'expert "Two" and expert "One" serve http://127.0.0.1:1/v1 by other commands; keep one'
+    ]
+
+
 def test_an_expert_that_is_not_there_is_named_and_its_key_is_not(tmp_path: Path) -> None:
     config = written(tmp_path, SERVED.format(port=9, key="FAR_KEY").strip())
     code, lines, errors = doctor(config, "--seconds=5", environment={"FAR_KEY": "canary-4711"})

@@ -19,7 +19,7 @@ from maestro_jax.registry.names import normalise_name
 from maestro_jax.registry.pictures import crops, drawn, shown_size
 from maestro_jax.registry.sandbox.interface import Limits, Sandbox
 from maestro_jax.registry.sandbox.tested import Judged, Verdict, run_tests
-from maestro_jax.registry.served import NOTHING_FOUND
+from maestro_jax.registry.served import NOTHING_FOUND, turned
 from maestro_jax.registry.stages import (
     OTHER,
     TASK_IMAGES,
@@ -155,7 +155,7 @@ async def run_skill(skill: SkillConfig, means: Means, given: SkillInput, deadlin
     Returns:
       The last stage's text; usage summed over all requests; seconds along the longest path.
     """
-    run = _Run(means, given, time.monotonic() + deadline)
+    run = _Run(skill, means, given, time.monotonic() + deadline)
     try:
         async with asyncio.TaskGroup() as group:
             for stage in skill.stages:
@@ -177,8 +177,10 @@ async def run_skill(skill: SkillConfig, means: Means, given: SkillInput, deadlin
 class _Run:
     """One skill under way: a task for every stage, under the name of its output."""
 
-    def __init__(self, means: Means, given: SkillInput, end: float):
+    def __init__(self, skill: SkillConfig, means: Means, given: SkillInput, end: float):
         self.tasks: dict[str, asyncio.Task[StageResult | None]] = {}
+        parsed = [stage for stage in skill.stages if isinstance(stage, ParseStage)]
+        self._boxed = {stage.text for stage in parsed if stage.into == "boxes"}  # outputs that say where things are
         self._means, self._given, self._end = means, given, end
 
     async def stage(self, stage: Stage) -> StageResult | None:
@@ -199,6 +201,7 @@ class _Run:
         if isinstance(stage, AskStage):
             values = self._values(needed)
             images = self._images(stage.images, needed)
+            images = await turned(images) if stage.output in self._boxed else images
             return _answered(await self._ask(fill(select_prompt(stage, values), values), images), images)
         if isinstance(stage, ServiceStage):
             return await self._serve(stage, needed)

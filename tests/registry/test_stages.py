@@ -140,6 +140,22 @@ def test_boxes_of_an_expert_are_read_in_its_own_frame_and_its_own_pictures() -> 
     assert Image.open(io.BytesIO(crop)).size == (200, 80)
 
 
+def test_a_picture_in_which_an_expert_finds_boxes_is_turned_as_it_is_shown() -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    Image.new("RGB", (200, 100), "white").save(file, "JPEG", exif=exif)
+    expert = Model('{"bbox_2d": [0, 0, 100, 50]}', "done")
+    stages = (
+        AskStage("reply", prompt="where?"),
+        ParseStage("reply", "places", "boxes"),
+        AskStage("answer", prompt="{places}"),
+    )
+    run(stages, Means(expert), (file.getvalue(),))
+    (asked,), (shown,) = (request.messages[0].images for request in expert.requests)
+    assert Image.open(io.BytesIO(asked)).size == (100, 200) and shown == file.getvalue()
+    assert expert.prompts[-1] == "1. object [0, 0, 1000, 250]"
+
+
 @pytest.mark.parametrize(
     ("reply", "program"),
     [
@@ -291,6 +307,10 @@ MISTAKES = [
         ),
         'skill "S" stage 3 ("answer"): rounds must be 0 to 3, found 4',
     ),
+    (
+        of(FIND, {"kind": "crop", "boxes": "objects", "output": "c", "most": 0}, {**ASK, "images": "c"}),
+        'skill "S" stage 2 ("c"): most must be at least 1, found 0',
+    ),
     (of(FIND, ASK), 'skill "S" stage 1 ("objects"): no later stage uses it; use it or remove the stage'),
     (
         of(FIND, {"kind": "draw", "boxes": "objects", "output": "d"}),
@@ -335,6 +355,13 @@ def test_a_frame_is_checked(raw: Raw) -> None:
     with pytest.raises(
         ConfigError, match='expert "Echo-One": frame.kind "relativ" is unknown; did you mean "relative"'
     ):
+        parse_registry(raw(experts=experts))
+    for key in ("full", "multiple", "max_pixels"):
+        experts = ({**raw()["experts"][0], "frame": {key: 0}},)
+        with pytest.raises(ConfigError, match=f'expert "Echo-One": frame.{key} must be above 0'):
+            parse_registry(raw(experts=experts))
+    experts = ({**raw()["experts"][0], "frame": {"min_pixels": 10, "max_pixels": 9}},)
+    with pytest.raises(ConfigError, match=r"frame.min_pixels must be 0 to frame.max_pixels \(9\)"):
         parse_registry(raw(experts=experts))
     experts = ({**raw()["experts"][0], "frame": {"sort": "relative"}},)
     with pytest.raises(ConfigError, match=r'registry.experts\[0\].frame: unknown key "sort"'):
