@@ -37,7 +37,7 @@ STATIC = flags.DEFINE_bool("static", False, "Look at the config only; no expert 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    raw = command.load_config(CONFIG)
+    raw, file = command.load_config(CONFIG), config_flags.get_config_filename(flags.FLAGS["config"])
 
     # ---- What the config shows -----------------------------------------------------------------
     registry = read_registry(raw.registry)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         found = contradictions(raw)
         print_lines(found)
     told = f"{len(registry.experts)} experts, {len(registry.services)} services, {len(registry.skills)} skills"
-    print(f"config: {told}, {len(found)} problems")
+    print(f"config: {told}, {counted(found)}")
 
     # ---- Who answers ---------------------------------------------------------------------------
     if not found and not STATIC.value:
@@ -58,12 +58,16 @@ def main(argv: Sequence[str]) -> None:
         found = [trial.line for trial in trials if trial.is_problem]
 
     if found:
-        raise ConfigError(f"{len(found)} problems in the registry; the lines above say what to do about each")
+        raise ConfigError(f"{counted(found)} in {file}; the lines above say what to do about each")
 
 
 def print_lines(lines: Sequence[str]) -> None:
     for line in lines:
         print(" ".join(line.split()))
+
+
+def counted(problems_found: Sequence[str]) -> str:
+    return f"{len(problems_found)} problem{'' if len(problems_found) == 1 else 's'}"
 
 
 def unset_variables(registry: RegistryConfig, environment: Mapping[str, str]) -> Iterator[str]:

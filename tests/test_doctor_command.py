@@ -9,6 +9,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.py"
 READY = [f'expert "{name}": ready' for name in ("Glyph-Reader", "Chart-Lens", "Shape-Sight", "Tally", "Sym-Solver")]
@@ -61,7 +63,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         'expert "Far": environment variable NO_SUCH_KEY is not set; export it with the API key',
         "config: 6 experts, 3 services, 7 skills, 5 problems",
     ]
-    assert errors.strip() == "error: 5 problems in the registry; the lines above say what to do about each"
+    assert errors.strip() == f"error: 5 problems in {config}; the lines above say what to do about each"
 
 
 def test_what_experts_up_would_refuse_is_told_too(tmp_path: Path) -> None:
@@ -133,7 +135,26 @@ def test_the_rest_of_the_run_must_fit_too(tmp_path: Path) -> None:
 def test_a_wrong_key_is_one_line(tmp_path: Path) -> None:
     code, _, errors = doctor(written(tmp_path, 'registry.experts[0]["descriptoin"] = ""'))
     assert code == 78
-    assert errors.strip() == 'error: registry.experts[0]: unknown key "descriptoin"; did you mean "description"?'
+    assert (
+        errors.strip()
+        == 'error: registry.experts["Glyph-Reader"]: unknown key "descriptoin"; did you mean "description"?'
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ('registry.experts += ({"name": "X"})', 'TypeError: can only concatenate tuple (not "dict") to tuple'),
+        ("registry.expert += ()", 'Did you mean "experts" instead of "expert"?'),
+        ("registry.experts +", "invalid syntax"),
+    ],
+)
+def test_a_config_file_that_fails_is_named_with_its_line(tmp_path: Path, change: str, words: str) -> None:
+    config = written(tmp_path, change)
+    code, lines, errors = doctor(config, "--static")
+    assert (code, lines) == (78, [])
+    assert errors.startswith(f"error: the config file fails: {config} line 5: ") and errors.count("\n") == 1
+    assert words in errors and errors.endswith("; correct it there\n")
 
 
 def test_the_papers_registries_are_sound() -> None:
