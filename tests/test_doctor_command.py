@@ -157,6 +157,14 @@ def test_a_config_file_that_fails_is_named_with_its_line(tmp_path: Path, change:
     assert words in errors and errors.endswith("; correct it there\n")
 
 
+def test_the_config_file_of_the_docs_is_sound(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "registry.md").read_text()
+    example = text[text.index("from configs import maestro_4b") :].partition("```")[0]
+    (tmp_path / "mine.py").write_text(example)
+    code, lines, errors = doctor(tmp_path / "mine.py", "--static")
+    assert (code, lines) == (0, ["config: 9 experts, 4 services, 6 skills, 0 problems"]), errors
+
+
 def test_the_papers_registries_are_sound() -> None:
     for name in ("maestro", "out_of_domain"):
         code, lines, errors = doctor(Path(f"configs/maestro_4b.py:{name}"), "--static")

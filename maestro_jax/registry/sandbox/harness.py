@@ -27,7 +27,7 @@ def main() -> None:
     run, read, write = exec, os.read, os.write  # the program may put others in their place
     tests, held = _tests(), list[None]()
     if tests is not None:
-        sys.stdin = io.StringIO()  # a program that asks for input gets none
+        sys.stdin = io.TextIOWrapper(io.BytesIO())  # a program that asks for input gets none
         sys.excepthook = _show
         import program
 

@@ -46,6 +46,7 @@ PASSING = {
         TESTS,
     ),
     "a main block": (f"{GOOD}\nif __name__ == '__main__':\n    print(f(int(input())))", TESTS),
+    "input in vain": (f"import sys\n{GOOD}\nprint(sys.stdin.read(), sys.stdin.buffer.read())", TESTS),
     "tests in a main block": (GOOD, "if __name__ == '__main__':\n    assert f(1) == 2"),
     "tests in a function": (GOOD, f"def test():\n    {TESTS.splitlines()[0]}\ntest()"),
     "tests in a loop": (GOOD, "for x in range(3):\n    assert f(x) == x + 1, x"),
