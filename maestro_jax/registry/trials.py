@@ -10,7 +10,7 @@ import functools
 import io
 import time
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from maestro_jax.registry.config import ExpertConfig, RegistryConfig
 from maestro_jax.registry.http import HttpExpert, Outcome, Trial
@@ -22,7 +22,7 @@ from maestro_jax.registry.templates import said
 from maestro_jax.types import Status
 
 QUESTION = "Reply with one word: ready."
-PICTURE_SIDE = 64  # pixels: vision encoders refuse what is thinner than a patch
+PICTURE_SIZE = (96, 64)  # pixels: vision encoders refuse what is thinner than a patch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +80,10 @@ def _request(with_picture: bool, seconds: float) -> Request:
 
 @functools.cache
 def _picture() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), "white").save(file, "PNG")
+    """It says "ready": a model that only reads says nothing of an empty one."""
+    file, picture = io.BytesIO(), Image.new("RGB", PICTURE_SIZE, "white")
+    ImageDraw.Draw(picture).text((12, 16), "ready", "black", ImageFont.load_default(24))
+    picture.save(file, "PNG")
     return file.getvalue()
 
 
