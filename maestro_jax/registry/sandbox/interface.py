@@ -18,7 +18,7 @@ class RanStatus(enum.Enum):
     TIMEOUT = "timeout"  # CPU or wall time was used up
     MEMORY = "memory"  # memory was used up
     OUTPUT = "output"  # it wrote more than it may; what came before is kept
-    UNAVAILABLE = "unavailable"  # the sandbox itself failed: says nothing about the program
+    UNAVAILABLE = "unavailable"  # the sandbox failed, or the machine is too busy: says nothing about the program
 
 
 @dataclasses.dataclass(frozen=True)

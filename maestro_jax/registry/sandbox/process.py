@@ -29,6 +29,7 @@ PROGRAM = "main.py"  # the program's name in its working directory
 _LIMITED = 'ulimit -c 0; ulimit -n 64; ulimit -f "$1"; ulimit -t "$2"; ulimit -v "$3"; shift 3; exec "$@"'
 _BLOCK = 512
 _NO_LIMIT = "unlimited"
+_PATIENCE = 10  # times the wall time that a program may wait for a core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,9 @@ async def _exit_code(process: subprocess.Popen[bytes], seconds: float) -> int | 
 
     Time in which it is ready and has no core does not count: else a busy machine would judge programs. Looked up only
     once the time seems to be over.
+
+    Raises:
+      TimeoutError: it waited for a core for `_PATIENCE` times the seconds.
     """
     began, waited, pause = time.monotonic(), 0.0, 0.002
     family: frozenset[int] = frozenset()
@@ -171,6 +175,8 @@ async def _exit_code(process: subprocess.Popen[bytes], seconds: float) -> int | 
             waited = max(map(_waited, family))
             if time.monotonic() - began - waited >= seconds:
                 return None
+            if waited > _PATIENCE * seconds:
+                raise TimeoutError(f"a program waited {waited:.0f} s for a core; run fewer things beside it")
         await asyncio.sleep(pause)
         pause = min(pause * 1.2, 0.05)
     return code

@@ -48,7 +48,7 @@ async def run_tests(sandbox: Sandbox, program: str, tests: str, limits: Limits) 
     if ran.status is not RanStatus.OK:
         ending = "" if ran.status is RanStatus.ERROR and ran.stderr else f"it ended with: {ran.status.value}"
         return Judged(Verdict.FAILED, f"{ran.stderr.strip()}\n{ending}".strip(), ran.seconds)
-    over = re.search(rf"{token} (\d+)\n", ran.stdout)
+    over = re.search(rf"{token} ([0-9]{{1,9}})\n", ran.stdout)
     if over is None:
         return Judged(Verdict.FAILED, "it ended before its tests were over", ran.seconds)
     return Judged(Verdict.PASSED if int(over[1]) else Verdict.UNTESTED, "", ran.seconds)

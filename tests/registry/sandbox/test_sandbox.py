@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.sandbox import choose
+from maestro_jax.registry.sandbox import choose, process
 from maestro_jax.registry.sandbox.choose import make_sandbox
 from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus, Sandbox
 from maestro_jax.registry.sandbox.process import ProcessSandbox
@@ -161,6 +161,14 @@ def test_a_busy_machine_changes_no_verdict(sandbox: Sandbox) -> None:
         # Who sleeps does not wait for a core; in wasm it takes no time.
         expected = RanStatus.OK if sandbox.name == "wasm" else RanStatus.TIMEOUT
         assert ran(sandbox, asleep, limits=dataclasses.replace(LIMITS, wall_seconds=1.0)).status is expected
+
+
+def test_a_program_that_hardly_gets_a_core_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    monkeypatch.setattr(process, "_waited", lambda pid: time.monotonic() - began)
+    bare = make_sandbox("unsafe_process")
+    found = ran(bare, "import time; time.sleep(1000)", limits=dataclasses.replace(LIMITS, wall_seconds=0.05))
+    assert found.status is RanStatus.UNAVAILABLE and 0.5 <= found.seconds < 10.0
 
 
 def test_in_wasm_sleeping_costs_nothing_and_clocks_are_made_up(sandbox: Sandbox) -> None:

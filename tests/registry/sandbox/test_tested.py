@@ -23,6 +23,8 @@ DECEPTIONS = {
     "leaves with 0 on an error": f"import os, sys; sys.excepthook = lambda *what: os._exit(0)\n{WRONG}",
     "writes a token at exit": f"import atexit; atexit.register(print, '0' * 32, 2)\n{WRONG}",
     "writes a token that it guesses": "import os; os.write(1, b'0' * 32 + b' 2\\n'); os._exit(0)",
+    "writes the token with a number that nobody reads": "import os\n"
+    "os.write(1, os.read(0, 99) + b' ' + b'9' * 5000 + b'\\n'); os._exit(0)",
     "writes what it is asked": "try: print(input(), 2)\nfinally: raise SystemExit",
     "writes its input": "import sys; print(sys.stdin.read(), 2); raise SystemExit",
     "writes the harness": "print(open('main.py').read(), 2); raise SystemExit",
