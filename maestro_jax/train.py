@@ -196,8 +196,6 @@ def main(argv: Sequence[str]) -> None:
         if (latest := store.latest()) is not None:
             state, run = store.restore(latest, state)
             supply.set_state(run["supply"])
-            if registry is not None and run["spent"] is not None:
-                registry.spending.set_state(run["spent"])
             start, seconds_before = latest, run["seconds"]
             progress.note(f"resumed from the checkpoint of step {latest}")
         metrics = MetricsWriter(workdir / "metrics.jsonl")
@@ -224,8 +222,7 @@ def main(argv: Sequence[str]) -> None:
             if step % config.checkpoint.every == 0 or step == config.grpo.steps:
                 elapsed = seconds_before + time.monotonic() - began
                 journal.sync()  # what a checkpoint was trained on is on disk before it is
-                spent = None if registry is None else registry.spending.get_state()
-                store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed, "spent": spent})
+                store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed})
                 if registry is not None:
                     write_json(workdir / "experts.json", registry.report())
 

@@ -118,9 +118,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Interrupted:
-    """A run that was killed before its first checkpoint, killed again after it, and then left to end."""
+    """A run that was killed before its first checkpoint, killed again after it, and then left to end.
+
+    Attributes:
+      early: a copy of the work directory, as the first kill left it.
+    """
 
     workdir: Path
+    early: Path
     rows_at_kill: list[dict[str, Any]]  # at the second one
     again: subprocess.CompletedProcess[str]
 
@@ -138,11 +143,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def interrupted(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
-    workdir = tmp_path_factory.mktemp("interrupted")
-    for step in (KILLED_EARLY, KILLED_LATE):
-        kill_at(job.start(job.command(workdir, {})), step)
-        assert not (workdir / "summary.json").exists()
-    return Interrupted(workdir, read_metrics(workdir / "metrics.jsonl"), job.run(workdir))
+    workdir, early = tmp_path_factory.mktemp("interrupted"), tmp_path_factory.mktemp("early") / "interrupted"
+    kill_at(job.start(job.command(workdir, {})), KILLED_EARLY)
+    shutil.copytree(workdir, early)
+    kill_at(job.start(job.command(workdir, {})), KILLED_LATE)
+    assert not (workdir / "summary.json").exists()
+    return Interrupted(workdir, early, read_metrics(workdir / "metrics.jsonl"), job.run(workdir))
 
 
 def kill_at(process: subprocess.Popen[str], step: int) -> None:
@@ -245,6 +251,23 @@ def test_a_killed_run_equals_a_straight_one(interrupted: Interrupted, job: Job, 
     # The comparison would be empty if nothing was called or learned.
     assert sum(row.get("calls", 0) > 0 for row in straight) > STEPS / 2
     assert sum(row.get("grad_norm", 0) > 0 for row in straight) > STEPS / 2
+
+
+def test_a_cap_counts_what_was_spent_before_a_kill(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    """There was no checkpoint yet, and the run had asked as often as it may: it asks no more."""
+    workdir = tmp_path / "capped"
+    shutil.copytree(interrupted.early, workdir, ignore=shutil.ignore_patterns("expert_cache.jsonl"))
+    asked = requests_in(workdir)
+    assert asked > 0 and not any((workdir / "checkpoints").glob("[0-9]*"))
+    result = job.run(workdir, **{"registry.limits.calls": asked})
+    assert_refused(result, f"the run has reached its cap config.registry.limits.calls={asked};")
+    assert requests_in(workdir) == asked
+
+
+def requests_in(workdir: Path) -> int:
+    """How often experts were asked, by the journal; services have no price and no tokens."""
+    lines = [json.loads(line) for line in (workdir / "journal.jsonl").read_text().splitlines()]
+    return sum(line["kind"] == "request" and line["usage"]["prompt_tokens"] > 0 for line in lines)
 
 
 def test_a_key_of_the_environment_is_written_nowhere(interrupted: Interrupted) -> None:

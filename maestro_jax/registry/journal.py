@@ -6,7 +6,7 @@ Lines are JSON objects of three kinds:
               interrupted in it, replaces its first attempt and all sections that followed that.
     call      what came back to the policy for one call: who asked, a hash of what, the observation.
     request   what one expert or service answered while a call ran: its version, a hash of the request, the reply.
-              Replies from the cache are none: nobody was asked.
+              Replies from the cache are none: nobody was asked. All of them were paid for, whatever section they are in.
 
 A run is served from its calls. They hold all that the policy ever saw: whatever a clock decided (a deadline, which of
 two equal requests came first) is in the observation already, and no skill need be run again.
@@ -55,10 +55,13 @@ class Journal:
 
     Raises:
       JournalError: of every method, when the file cannot be written.
+
+    Attributes:
+      path: of the file.
     """
 
     def __init__(self, path: str):
-        self._path = path
+        self.path = path
         with self._writing():
             self._file = open_for_append(path)
 
@@ -73,6 +76,18 @@ class Journal:
     def request(self, name: str, version: str, key: str, result: dict[str, Any]) -> None:
         who = {"asker": ASKER.get(), "name": name, "version": version}
         self._write({"kind": "request", **who, "request": key, **result, "at": time.time()})
+
+    def spent(self) -> tuple[int, Usage]:
+        """How often experts have been asked, and what that cost, as far as the file tells.
+
+        Nobody knows what requests cost that were under way when a process was killed.
+        """
+        calls, usage = 0, Usage()
+        for line in _lines(self.path):
+            if line["kind"] == "request" and "images" not in line:  # a service of this process costs nothing
+                calls += 1
+                usage += Usage(**line["usage"])
+        return calls, usage
 
     def sync(self) -> None:
         """Returns when everything written so far is on disk."""
@@ -95,7 +110,7 @@ class Journal:
             yield
         except OSError as error:
             cure = "free or mount its disk, and start the run again"
-            raise JournalError(f"the journal {self._path} cannot be written ({error.strerror}); {cure}") from error
+            raise JournalError(f"the journal {self.path} cannot be written ({error.strerror}); {cure}") from error
 
 
 class JournaledExpert:
@@ -226,9 +241,11 @@ def _lines(path: str) -> Iterator[dict[str, Any]]:
 
 
 def _checked(line: Any) -> dict[str, Any]:
-    """Raises KeyError, TypeError or ValueError unless what `read_calls` needs is there."""
+    """Raises KeyError, TypeError or ValueError unless what readers need is there."""
     if line["kind"] == "section":
         str.lower(line["name"])
+    if line["kind"] == "request":
+        _ = Usage() + Usage(**line["usage"])
     if line["kind"] == "call":
         str.lower(line["asker"] + line["request"] + line["text"])
         Status[line["status"]], float(line["seconds"]), Usage(**line["usage"])
