@@ -277,18 +277,41 @@ def test_a_key_of_the_environment_is_written_nowhere(interrupted: Interrupted) -
     assert CANARY not in interrupted.again.stdout + interrupted.again.stderr
 
 
+def test_a_finished_run_that_starts_again_asks_nobody(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    """Its last checkpoint knows what its evaluation found; so it does where fewer steps are asked for than were made."""
+    workdir = tmp_path / "finished"
+    shutil.copytree(interrupted.workdir, workdir)
+    result = job.run(workdir, **{"grpo.steps": STEPS - 1})
+    assert result.returncode == 0, result.stderr
+    first, again = (json.loads((where / "summary.json").read_text()) for where in (interrupted.workdir, workdir))
+    for name in ("accuracy", "accuracy_by_domain", "reward", "calls"):
+        assert again[name] == first[name]
+    assert (workdir / "journal.jsonl").read_text() == (interrupted.workdir / "journal.jsonl").read_text()
+
+
 @pytest.mark.slow
 def test_a_killed_run_is_replayed(interrupted: Interrupted, job: Job, tmp_path: Path) -> None:
-    """Nobody is asked: the calls of its three lives are in one journal."""
+    """Nobody is asked: the calls of its three lives are in one journal. The replay is killed, too, and goes on."""
     workdir = tmp_path / "replayed"
     later = ("checkpoints", "metrics.jsonl", "summary.json", "*.png", "before*.json", "baselines.json", "*.jsonl")
     shutil.copytree(interrupted.workdir, workdir, ignore=shutil.ignore_patterns(*later))
-    result = job.finish([*job.command(workdir, {}), f"--replay={interrupted.workdir / 'journal.jsonl'}"])
+    command = [*job.command(workdir, {}), f"--replay={interrupted.workdir / 'journal.jsonl'}"]
+    kill_at(job.start(command), KILLED_LATE)
+    result = job.finish(command)
     assert result.returncode == 0, result.stderr
+    assert "resumed from the checkpoint" in result.stdout
     replayed, killed = (read_metrics(where / "metrics.jsonl") for where in (workdir, interrupted.workdir))
     assert without_times(replayed) == without_times(killed)
     for name in ("baselines.json", "before.json", "before_sampled.json"):
         assert (workdir / name).read_text() == (interrupted.workdir / name).read_text()
+    own = job.finish([*job.command(workdir, {}), f"--replay={workdir / 'journal.jsonl'}"])
+    assert_refused(own, "is what this run itself writes to", "another --workdir")
+
+
+def test_a_replay_of_a_run_ahead_is_refused(job: Job, tmp_path: Path) -> None:
+    ahead = {"rollout.ahead": 1, "rollout.staleness": 1, "grpo.importance_cap": 2.0}
+    result = job.finish([*job.command(tmp_path, ahead), f"--replay={tmp_path}/journal.jsonl"])
+    assert_refused(result, "config.rollout.ahead=1", "replay with config.rollout.ahead=0")
 
 
 def test_a_shape_of_the_update_is_noted_when_it_is_new() -> None:

@@ -8,7 +8,7 @@ Lines are JSON objects of three kinds:
     request   what one expert or service answered while a call ran: its version, a hash of the request, the reply.
               Replies from the cache are none: nobody was asked. All of them were paid for, whatever section they are in.
 
-A run is served from its calls. They hold all that the policy ever saw: whatever a clock decided (a deadline, which of
+A run is served from its calls, each section from its own. They hold all that the policy ever saw: whatever a clock decided (a deadline, which of
 two equal requests came first) is in the observation already, and no skill need be run again.
 
 A line is one write to the file, so it outlives the process at once; it is on disk (fsync) before a checkpoint is. A
@@ -27,7 +27,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from maestro_jax.errors import ConfigError, UserError
 from maestro_jax.registry.cache import content_key, open_for_append, request_key
@@ -58,14 +58,17 @@ class Journal:
 
     Attributes:
       path: of the file.
+      section: that has begun last.
     """
 
     def __init__(self, path: str):
         self.path = path
+        self.section = ""
         with self._writing():
             self._file = open_for_append(path)
 
     def begin(self, section: str) -> None:
+        self.section = section
         self._write({"kind": "section", "name": section})
 
     def call(self, asker: str, call: Call, question: str, images: tuple[bytes, ...], observation: Observation) -> None:
@@ -160,24 +163,37 @@ class JournaledService:
 # ---- replay ------------------------------------------------------------------------------------------------
 
 
-class Replay:
-    """A `CallRunner` that answers from a journal, at once, and asks nobody.
+class CallKey(NamedTuple):
+    """What a recorded call is known by: the section, who asks, and the hash of what is asked."""
 
-    Equal calls of one asker (a task that is evaluated again and again) get their observations in the order in which
-    they were recorded.
+    section: str
+    asker: str
+    request: str
+
+
+class Replay:
+    """A `CallRunner` that answers from the journal of another run, at once, and asks nobody.
+
+    A call is known by the section in which it is made, by its asker and by what is asked: so a replay that goes on at
+    step k is served the calls of step k. Equal ones get their observations in the order in which they were recorded.
+
+    Args:
+      path: the recorded run's journal.
+      journal: of the run that is served; it tells the section.
 
     Raises:
-      ConfigError: the file cannot be read or holds no calls.
+      ConfigError: the file cannot be read, holds no calls, or is the journal of the run that is served.
     """
 
-    def __init__(self, path: str):
-        self._path = path
-        self._recorded: dict[tuple[str, str], collections.deque[Observation]] = collections.defaultdict(
-            collections.deque
-        )
+    def __init__(self, path: str, journal: Journal):
+        self._path, self._journal = path, journal
+        self._recorded: dict[CallKey, collections.deque[Observation]] = collections.defaultdict(collections.deque)
         try:
-            for asker, key, observation in read_calls(path):
-                self._recorded[asker, key].append(observation)
+            if os.path.samefile(path, journal.path):
+                cure = "use another --workdir, or go on without --replay"
+                raise ConfigError(f"{path} is what this run itself writes to and cannot be replayed into it; {cure}")
+            for key, observation in read_calls(path):
+                self._recorded[key].append(observation)
         except OSError as error:
             reason = error.strerror
             raise ConfigError(f"{path} cannot be replayed ({reason}); name the journal.jsonl of a run") from error
@@ -188,18 +204,18 @@ class Replay:
         """What was observed when this was asked.
 
         Raises:
-          ReplayError: it was not asked by this asker, or not as often.
+          ReplayError: it was not asked by this asker in this section, or not as often.
         """
         await asyncio.sleep(0)  # a call never comes back before `submit` has
-        asker = ASKER.get()
-        found = self._recorded.get((asker, call_key(call, question, images)))
+        key = CallKey(self._journal.section, ASKER.get(), call_key(call, question, images))
+        found = self._recorded.get(key)
         if not found:
-            known = any(other == asker for other, _ in self._recorded)
+            known = any(other[:2] == key[:2] for other in self._recorded)
             what = "asked something else" if known and found is None else "asked less often"
             raise ReplayError(
                 f"{self._path}: the recorded run {what if known else 'has no such call'}: {call.expert} with "
-                f"{call.skill}, query {call.query[:40]!r}, asked by {asker}; replay with the recorded run's config, "
-                "data and code, from its beginning"
+                f"{call.skill}, query {call.query[:40]!r}, asked by {key.asker} in {key.section!r}; replay with the "
+                "recorded run's config, data and code"
             )
         return found.popleft()
 
@@ -207,13 +223,13 @@ class Replay:
         pass
 
 
-def read_calls(path: str) -> Iterator[tuple[str, str, Observation]]:
-    """Asker, request hash and observation of every call that counts, in the order of the file.
+def read_calls(path: str) -> Iterator[tuple[CallKey, Observation]]:
+    """Every call that counts with what was observed, in the order of the file.
 
     Raises:
       OSError: the file cannot be read.
     """
-    sections: dict[str, list[tuple[str, str, Observation]]] = {"": []}
+    sections: dict[str, list[tuple[CallKey, Observation]]] = {"": []}
     for line in _lines(path):
         if line["kind"] == "section":
             names = list(sections)
@@ -221,9 +237,10 @@ def read_calls(path: str) -> Iterator[tuple[str, str, Observation]]:
                 del sections[later]
             sections[line["name"]] = []
         elif line["kind"] == "call":
+            section, calls = next(reversed(sections.items()))
             usage = Usage(**line["usage"])
             observation = Observation(line["text"], Status[line["status"]], float(line["seconds"]), usage)
-            next(reversed(sections.values())).append((line["asker"], line["request"], observation))
+            calls.append((CallKey(section, line["asker"], line["request"]), observation))
     for calls in sections.values():
         yield from calls
 
