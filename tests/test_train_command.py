@@ -22,10 +22,11 @@ import pytest
 from PIL import Image
 
 from maestro_jax.checkpoint.store import ParamReader
-from maestro_jax.errors import EXIT_CONFIG
+from maestro_jax.errors import EXIT_CONFIG, ConfigError
+from maestro_jax.observe.files import write_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
-from maestro_jax.train import note_shape
+from maestro_jax.train import check_same_run, flatten, note_shape
 from tests.data import verl_rows
 
 ROOT = Path(__file__).parents[1]
@@ -278,7 +279,7 @@ def test_a_key_of_the_environment_is_written_nowhere(interrupted: Interrupted) -
 
 
 def test_a_finished_run_that_starts_again_asks_nobody(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
-    """Its last checkpoint knows what its evaluation found; so it does where fewer steps are asked for than were made."""
+    """Its last checkpoint knows what its evaluation found, also where fewer steps are asked for than were made."""
     workdir = tmp_path / "finished"
     shutil.copytree(interrupted.workdir, workdir)
     result = job.run(workdir, **{"grpo.steps": STEPS - 1})
@@ -287,6 +288,23 @@ def test_a_finished_run_that_starts_again_asks_nobody(job: Job, interrupted: Int
     for name in ("accuracy", "accuracy_by_domain", "reward", "calls"):
         assert again[name] == first[name]
     assert (workdir / "journal.jsonl").read_text() == (interrupted.workdir / "journal.jsonl").read_text()
+
+
+def test_a_run_goes_on_where_experts_are_reached_in_another_way(
+    job: Job, interrupted: Interrupted, tmp_path: Path
+) -> None:
+    workdir, config = tmp_path / "moved", tmp_path / "moved.py"
+    shutil.copytree(interrupted.workdir, workdir)
+    config.write_text(
+        "from configs import quickstart\n\n\ndef get_config():\n    config = quickstart.get_config()\n"
+        "    config.registry.experts = tuple(expert | {'timeout': 7.0} for expert in config.registry.experts)\n"
+        "    return config\n"
+    )
+    told = "config.registry.experts.Tally.timeout was (not set) so far and is now 7.0"
+    for tells in (True, False):  # once
+        result = job.finish([*job.command(workdir, {}), f"--config={config}"])
+        assert result.returncode == 0, result.stderr
+        assert (told in result.stdout) is tells
 
 
 @pytest.mark.slow
@@ -354,6 +372,56 @@ def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
     """The mended command may be given the same one: nothing has been made with the wrong setting."""
     for name in ("misspelt.parquet", "other.parquet"):
         assert_refused(job.run(tmp_path, **verl(tmp_path / name, tmp_path / name)), f"{tmp_path / name}: no such file")
+
+
+def settings_of(expert: dict[str, Any], **others: Any) -> dict[str, str]:
+    names = {"name": "Chart-R1.5", "description": "charts"}
+    skill = {"name": "S", "stages": ({"kind": "ask", "output": "a", "prompt": "{question}"},)} | others
+    return flatten({"seed": 0, "registry": {"experts": (names | expert, {"name": "Other"}), "skills": (skill,)}})
+
+
+SERVED = {"endpoints": ("http://127.0.0.1:1/v1",), "model": "m", "options": {"timeout": 1}, "price_prompt": 1.0}
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        {"endpoints": ("http://127.0.0.1:2/v1", "http://127.0.0.1:3/v1")},
+        {"key": "ANOTHER_KEY"},
+        {"concurrency": 8},
+        {"attempt_timeout": 20.0},
+        {"serve": ("vllm", "{port}")},
+    ],
+)
+def test_servers_may_move_between_a_run_and_its_continuation(moved: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, settings_of(SERVED))
+    (name, value), before = *moved.items(), SERVED.get(*moved)
+    was = "(not set)" if before is None else repr(before)
+    told = f"config.registry.experts.Chart-R1.5.{name} was {was} so far and is now {value!r}"
+    assert check_same_run(path, settings_of(SERVED | moved)) == [told]
+    assert check_same_run(path, settings_of(SERVED)) == []
+
+
+@pytest.mark.parametrize(
+    ("expert", "others", "names"),
+    [
+        ({"model": "n"}, {}, "experts.Chart-R1.5.model='m', this one has 'n'"),
+        ({"temperature": 0.5}, {}, "experts.Chart-R1.5.temperature=(not set), this one has 0.5"),
+        ({"options": {"timeout": 2}}, {}, "experts.Chart-R1.5.options={'timeout': 1}, this one has {'timeout': 2}"),
+        ({"price_prompt": 2.0}, {}, "experts.Chart-R1.5.price_prompt=1.0, this one has 2.0"),
+        ({"name": "Chart-R2"}, {}, "experts=['Chart-R1.5', 'Other'], this one has ['Chart-R2', 'Other']"),
+        ({}, {"description": "new"}, "skills.S.description=(not set), this one has 'new'"),
+        ({}, {"stages": ()}, "skills.S.stages="),
+    ],
+)
+def test_what_experts_answer_may_not_change(
+    expert: dict[str, Any], others: dict[str, Any], names: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, settings_of(SERVED))
+    with pytest.raises(ConfigError, match=re.escape(f"holds a run with config.registry.{names}")):
+        check_same_run(path, settings_of(SERVED | expert, **others))
 
 
 # ---- tasks from verl parquet files -------------------------------------------------------------------------

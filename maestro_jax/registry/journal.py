@@ -6,10 +6,11 @@ Lines are JSON objects of three kinds:
               interrupted in it, replaces its first attempt and all sections that followed that.
     call      what came back to the policy for one call: who asked, a hash of what, the observation.
     request   what one expert or service answered while a call ran: its version, a hash of the request, the reply.
-              Replies from the cache are none: nobody was asked. All of them were paid for, whatever section they are in.
+              Replies from the cache are none: nobody was asked. All were paid for, in replaced sections, too.
 
-A run is served from its calls, each section from its own. They hold all that the policy ever saw: whatever a clock decided (a deadline, which of
-two equal requests came first) is in the observation already, and no skill need be run again.
+A run is served from its calls, each section from its own. They hold all that the policy ever saw: whatever a clock
+decided (a deadline, which of two equal requests came first) is in the observation already, and no skill need be run
+again.
 
 A line is one write to the file, so it outlives the process at once; it is on disk (fsync) before a checkpoint is. A
 last line without its end was torn by a kill; its call was not trained on.

@@ -80,9 +80,9 @@ class Spending:
       calls, usage: so far.
     """
 
-    def __init__(self, limits: LimitsConfig, calls: int = 0, usage: Usage = Usage()):
+    def __init__(self, limits: LimitsConfig, calls: int = 0, usage: Usage | None = None):
         self.calls = calls
-        self.usage = usage
+        self.usage = usage or Usage()
         self._limits = limits
         self._refused = ""  # the cap for which a request was refused
 
