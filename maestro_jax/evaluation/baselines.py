@@ -58,7 +58,7 @@ def run_baselines(
     replies = make_calls(dispatcher, calls, deadline, tick)
     right = np.array(
         [
-            reply.status == Status.OK and grade(task.source, reply.text, task.answers)
+            reply.status == Status.OK and grade(task, reply.text)
             for (task, _), reply in zip(calls, replies, strict=True)
         ],
         float,
