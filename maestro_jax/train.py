@@ -87,7 +87,7 @@ FREE_KEYS = (
 
 # Settings of experts and services that say how they are reached, not what they answer: these may change, too, and it
 # is told. Not prices: they enter the reward.
-REACHED_BY = ("endpoints", "key", "concurrency", "attempt_timeout", "timeout", "serve")
+REACHED_BY = ("endpoints", "key", "concurrency", "attempt_timeout", "timeout", "serve", "workers", "processes")
 
 
 def main(argv: Sequence[str]) -> None:
