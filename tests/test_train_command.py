@@ -279,32 +279,27 @@ def test_a_key_of_the_environment_is_written_nowhere(interrupted: Interrupted) -
 
 
 def test_a_finished_run_that_starts_again_asks_nobody(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
-    """Its last checkpoint knows what its evaluation found, also where fewer steps are asked for than were made."""
-    workdir = tmp_path / "finished"
-    shutil.copytree(interrupted.workdir, workdir)
-    result = job.run(workdir, **{"grpo.steps": STEPS - 1})
-    assert result.returncode == 0, result.stderr
-    first, again = (json.loads((where / "summary.json").read_text()) for where in (interrupted.workdir, workdir))
-    for name in ("accuracy", "accuracy_by_domain", "reward", "calls"):
-        assert again[name] == first[name]
-    assert (workdir / "journal.jsonl").read_text() == (interrupted.workdir / "journal.jsonl").read_text()
-
-
-def test_a_run_goes_on_where_experts_are_reached_in_another_way(
-    job: Job, interrupted: Interrupted, tmp_path: Path
-) -> None:
-    workdir, config = tmp_path / "moved", tmp_path / "moved.py"
+    """Its last checkpoint knows what its evaluation found. That experts are reached in another way, it says once."""
+    workdir, config = tmp_path / "finished", tmp_path / "moved.py"
     shutil.copytree(interrupted.workdir, workdir)
     config.write_text(
         "from configs import quickstart\n\n\ndef get_config():\n    config = quickstart.get_config()\n"
         "    config.registry.experts = tuple(expert | {'timeout': 7.0} for expert in config.registry.experts)\n"
         "    return config\n"
     )
-    told = "config.registry.experts.Tally.timeout was (not set) so far and is now 7.0"
-    for tells in (True, False):  # once
-        result = job.finish([*job.command(workdir, {}), f"--config={config}"])
-        assert result.returncode == 0, result.stderr
-        assert (told in result.stdout) is tells
+    flags = [flag for flag in job.command(workdir, {}) if not flag.startswith("--config=")]
+    result = job.finish([*flags, f"--config={config}"])
+    assert result.returncode == 0, result.stderr
+    assert "config.registry.experts.Tally.timeout was (not set) so far and is now 7.0" in result.stdout
+    assert json.loads((workdir / "config.json").read_text())["registry.experts.Tally.timeout"] == "7.0"
+    assert_same_results(interrupted.workdir, workdir)
+    assert (workdir / "journal.jsonl").read_text() == (interrupted.workdir / "journal.jsonl").read_text()
+
+
+def assert_same_results(workdir: Path, other: Path) -> None:
+    one, two = (json.loads((where / "summary.json").read_text()) for where in (workdir, other))
+    for name in ("accuracy", "accuracy_by_domain", "reward", "calls"):
+        assert one[name] == two[name]
 
 
 @pytest.mark.slow
@@ -322,6 +317,11 @@ def test_a_killed_run_is_replayed(interrupted: Interrupted, job: Job, tmp_path: 
     assert without_times(replayed) == without_times(killed)
     for name in ("baselines.json", "before.json", "before_sampled.json"):
         assert (workdir / name).read_text() == (interrupted.workdir / name).read_text()
+    assert_same_results(interrupted.workdir, workdir)
+    # The parameters are those of the last step, also where fewer steps are asked for.
+    fewer = job.run(workdir, **{"grpo.steps": STEPS - 1})
+    assert fewer.returncode == 0, fewer.stderr
+    assert_same_results(interrupted.workdir, workdir)
     own = job.finish([*job.command(workdir, {}), f"--replay={workdir / 'journal.jsonl'}"])
     assert_refused(own, "is what this run itself writes to", "another --workdir")
 
