@@ -2,13 +2,13 @@
 
     python -m maestro_jax.registry.processes        # what `HostedSpecialist` starts; not for the command line
 
-In this process, a `HostedSpecialist` stands for the instance in the other one. They exchange lines of JSON over pipes,
-images as base64: what to build, then one reply for each request. Not `multiprocessing`: its new processes import the
-main module, which for a run is JAX and all else, and its pools cannot end one worker alone.
+In this process, a `HostedSpecialist` stands for the instance in the other one. They exchange packets over pipes: what
+to build, then one reply for each request. A packet is a line of JSON with the bytes of its images behind it. Not
+`multiprocessing`: its new processes import the main module, which for a run is JAX and all else, and its pools cannot
+end one worker alone.
 """
 
 import ast
-import base64
 import contextlib
 import json
 import os
@@ -19,14 +19,18 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import IO, Any
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.implementations import MAX_IMAGES, MAX_TEXT, SpecialistError, answer, build, run
+from maestro_jax.registry.implementations import MAX_TEXT, SpecialistError, answer, build, run
 from maestro_jax.registry.interface import Message
 
-MAX_LINE = 12 * MAX_TEXT + 2 * MAX_IMAGES  # bytes: JSON writes a character in at most 12, base64 three bytes in four
+MAX_LINE = 12 * MAX_TEXT + 2**16  # bytes of a reply, which writes a character in at most 12
+BUFFER = 2**20  # bytes; a line is read in pieces of that size
 QUOTE = 4000  # characters of a traceback
+
+Packet = tuple[dict[str, Any], list[bytes]]  # what is told, and images
 
 
 class HostedSpecialist:
@@ -54,7 +58,8 @@ class HostedSpecialist:
           ConfigError: it cannot be built.
           SpecialistError: the process has ended.
         """
-        if "error" in (said := self._hear()):
+        said, _ = self._hear()
+        if "error" in said:
             self.end()
             raise ConfigError(said["error"])
 
@@ -67,13 +72,14 @@ class HostedSpecialist:
 
     def answer(self, messages: Sequence[Message]) -> str:
         """As the class does, or raises SpecialistError."""
-        told = [{"role": m.role, "text": m.text, "images": _written(m.images)} for m in messages]
-        return str(self._ask({"messages": told})["text"])
+        told = [{"role": m.role, "text": m.text, "images": len(m.images)} for m in messages]
+        said, _ = self._ask({"messages": told}, [image for m in messages for image in m.images])
+        return str(said["text"])
 
     def run(self, images: tuple[bytes, ...], text: str) -> tuple[str, tuple[bytes, ...]]:
         """As the class does, or raises SpecialistError."""
-        made = self._ask({"images": _written(images), "text": text})
-        return made["text"], _read(made["images"])
+        said, made = self._ask({"text": text}, images)
+        return str(said["text"]), tuple(made)
 
     def kill(self) -> None:
         """Ends the process in the middle of what it does; the method that waits for it raises."""
@@ -109,33 +115,32 @@ class HostedSpecialist:
                 [sys.executable, "-m", "maestro_jax.registry.processes"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                bufsize=BUFFER,
                 start_new_session=True,
                 env=os.environ | {"PYTHONPATH": path},
             )
-        self._tell(self._order)
+        self._tell(self._order, ())
 
-    def _ask(self, told: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(self, told: Mapping[str, Any], images: Sequence[bytes]) -> Packet:
         if self._process is None:
             raise SpecialistError("its process could not be started again")
-        self._tell(told)
-        found = self._hear()
-        if "error" in found:
-            raise SpecialistError(found["error"])
-        return found
+        self._tell(told, images)
+        said, made = self._hear()
+        if "error" in said:
+            raise SpecialistError(said["error"])
+        return said, made
 
-    def _tell(self, told: Mapping[str, Any]) -> None:
+    def _tell(self, told: Mapping[str, Any], images: Sequence[bytes]) -> None:
         assert self._process is not None and self._process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended: `_hear` will say so
-            self._process.stdin.write(_line(told))
-            self._process.stdin.flush()
+            _write(self._process.stdin, told, images)
 
-    def _hear(self) -> dict[str, Any]:
+    def _hear(self) -> Packet:
         assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline(MAX_LINE)
-        if not line.endswith(b"\n"):
-            raise SpecialistError(f"its process has ended (exit code {self.end()})")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        try:
+            return _read(self._process.stdout, MAX_LINE)
+        except EOFError:
+            raise SpecialistError(f"its process has ended (exit code {self.end()})") from None
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -144,63 +149,67 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-# ---- lines -------------------------------------------------------------------------------------------------
+# ---- packets -----------------------------------------------------------------------------------------------
 
 
-def _line(told: Mapping[str, Any]) -> bytes:
-    return json.dumps(told).encode("ascii") + b"\n"
+def _write(pipe: IO[bytes], told: Mapping[str, Any], images: Sequence[bytes] = ()) -> None:
+    pipe.write(json.dumps({**told, "sizes": [len(image) for image in images]}).encode("ascii") + b"\n")
+    for image in images:
+        pipe.write(image)
+    pipe.flush()
 
 
-def _written(images: Sequence[bytes]) -> list[str]:
-    return [base64.b64encode(image).decode("ascii") for image in images]
-
-
-def _read(images: Sequence[str]) -> tuple[bytes, ...]:
-    return tuple(base64.b64decode(image) for image in images)
+def _read(pipe: IO[bytes], most: int = -1) -> Packet:
+    """Raises EOFError where the other side has ended."""
+    line = pipe.readline(most)
+    if not line.endswith(b"\n"):
+        raise EOFError
+    told: dict[str, Any] = json.loads(line)
+    images = [pipe.read(size) for size in told["sizes"]]
+    if [len(image) for image in images] != told["sizes"]:
+        raise EOFError
+    return told, images
 
 
 # ---- the other process -------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Builds what the first line says, and replies to every further line with one."""
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    """Builds what the first packet says, and replies to every further one."""
+    requests, replies = os.fdopen(os.dup(0), "rb", BUFFER), os.fdopen(os.dup(1), "wb", BUFFER)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # what a specialist prints is no reply
-    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_take, args=(requests, lines), daemon=True).start()
-
-    def reply(told: Mapping[str, Any]) -> None:
-        replies.write(_line(told))
-        replies.flush()
-
-    order = json.loads(lines.get())
+    packets: queue.SimpleQueue[Packet] = queue.SimpleQueue()
+    threading.Thread(target=_take, args=(requests, packets), daemon=True).start()
+    order, _ = packets.get()
     try:
         specialist = build(order["where"], order["implementation"], ast.literal_eval(order["options"]))
     except ConfigError as error:
-        return reply({"error": str(error)})
-    reply({})
+        return _write(replies, {"error": str(error)})
+    _write(replies, {})
     while True:
-        reply(_outcome(specialist, json.loads(lines.get())))
+        _write(replies, *_outcome(specialist, *packets.get()))
 
 
-def _take(requests: IO[bytes], lines: "queue.SimpleQueue[bytes]") -> None:
-    """Passes lines on. When there are no more, whoever would read a reply is gone, and so does this process."""
-    for line in requests:
-        lines.put(line)
+def _take(requests: IO[bytes], packets: "queue.SimpleQueue[Packet]") -> None:
+    """Passes requests on. When there are no more, whoever would read a reply is gone, and so does this process."""
+    with contextlib.suppress(EOFError):
+        while True:
+            packets.put(_read(requests))
     os._exit(0)
 
 
-def _outcome(specialist: Any, told: Mapping[str, Any]) -> dict[str, Any]:
+def _outcome(specialist: Any, told: dict[str, Any], images: list[bytes]) -> Packet:
     try:
         if "messages" in told:
-            messages = [Message(m["role"], m["text"], _read(m["images"])) for m in told["messages"]]
-            return {"text": answer(specialist, messages)}
-        made, images = run(specialist, _read(told["images"]), told["text"])
-        return {"text": made, "images": _written(images)}
+            left = iter(images)
+            messages = [Message(m["role"], m["text"], tuple(islice(left, m["images"]))) for m in told["messages"]]
+            return {"text": answer(specialist, messages)}, []
+        text, made = run(specialist, tuple(images), told["text"])
+        return {"text": text}, list(made)
     except BaseException:  # foreign code; SystemExit must not end the process, as it does not end a thread's
-        return {"error": traceback.format_exc()[-QUOTE:]}
+        return {"error": traceback.format_exc()[-QUOTE:]}, []
 
 
 if __name__ == "__main__":
