@@ -287,8 +287,9 @@ def test_a_finished_run_that_starts_again_asks_nobody(job: Job, interrupted: Int
         "    config.registry.experts = tuple(expert | {'timeout': 7.0} for expert in config.registry.experts)\n"
         "    return config\n"
     )
-    flags = [flag for flag in job.command(workdir, {}) if not flag.startswith("--config=")]
-    result = job.finish([*flags, f"--config={config}"])
+    command = job.command(workdir, {})
+    command[command.index("--config=configs/quickstart.py")] = f"--config={config}"
+    result = job.finish(command)
     assert result.returncode == 0, result.stderr
     assert "config.registry.experts.Tally.timeout was (not set) so far and is now 7.0" in result.stdout
     assert json.loads((workdir / "config.json").read_text())["registry.experts.Tally.timeout"] == "7.0"

@@ -262,11 +262,11 @@ def _checked(line: Any) -> dict[str, Any]:
     """Raises KeyError, TypeError or ValueError unless what readers need is there."""
     if line["kind"] == "section":
         str.lower(line["name"])
-    if line["kind"] == "request":
-        _ = Usage() + Usage(**line["usage"])
+    if line["kind"] in ("call", "request"):
+        _ = Usage() + Usage(**line["usage"])  # of numbers
     if line["kind"] == "call":
         str.lower(line["asker"] + line["request"] + line["text"])
-        Status[line["status"]], float(line["seconds"]), Usage(**line["usage"])
+        Status[line["status"]], float(line["seconds"])
     return line
 
 

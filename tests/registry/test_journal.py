@@ -138,7 +138,17 @@ def test_a_torn_last_line_is_left_out_and_the_next_one_is_whole(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "line", ["[]", "7", "{}", '{"kind": "call"}', '{"kind": "section", "name": 7}', "\udcff", '{"kind": "call", "text"']
+    "line",
+    [
+        "[]",
+        "7",
+        "{}",
+        '{"kind": "call"}',
+        '{"kind": "request", "usage": {"price": "1"}}',
+        '{"kind": "section", "name": 7}',
+        "\udcff",
+        '{"kind": "call", "text"',
+    ],
 )
 def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, line: str, caplog: Any) -> None:
     path = tmp_path / "journal.jsonl"
