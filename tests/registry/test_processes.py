@@ -43,10 +43,10 @@ def descendants(pid: int) -> set[int]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    before = descendants(os.getpid())
+    processes, threads = descendants(os.getpid()), set(threading.enumerate())
     yield
-    assert descendants(os.getpid()) - before == set()
-    assert [thread.name for thread in threading.enumerate() if thread.name == "specialist E"] == []
+    assert descendants(os.getpid()) - processes == set()
+    assert [thread for thread in set(threading.enumerate()) - threads if thread.name == "specialist E"] == []
 
 
 @contextlib.asynccontextmanager
