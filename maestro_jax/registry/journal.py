@@ -191,7 +191,7 @@ class Replay:
         self._recorded: dict[CallKey, collections.deque[Observation]] = collections.defaultdict(collections.deque)
         try:
             if os.path.samefile(path, journal.path):
-                cure = "use another --workdir, or go on without --replay"
+                cure = "use another directory, or go on without --replay"
                 raise ConfigError(f"{path} is what this run itself writes to and cannot be replayed into it; {cure}")
             for key, observation in read_calls(path):
                 self._recorded[key].append(observation)

@@ -247,7 +247,7 @@ def test_a_journal_is_not_replayed_into_itself(tmp_path: Path, name: str) -> Non
     write(path, "step 1", ("a", "one"))
     (tmp_path / "same.jsonl").symlink_to(path)
     journal = Journal(str(path))
-    with pytest.raises(ConfigError, match=rf"{name} is what this run itself writes to .*another --workdir"):
+    with pytest.raises(ConfigError, match=rf"{name} is what this run itself writes to .*another directory"):
         Replay(str(tmp_path / name), journal)
     journal.close()
     assert texts(path) == ["one"]
