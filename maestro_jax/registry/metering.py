@@ -73,13 +73,16 @@ class Spending:
 
     A cap is checked before a request; those that are under way then still add to it.
 
+    Args:
+      calls, usage: before; a run that goes on has spent what it had.
+
     Attributes:
       calls, usage: so far.
     """
 
-    def __init__(self, limits: LimitsConfig):
-        self.calls = 0
-        self.usage = Usage()
+    def __init__(self, limits: LimitsConfig, calls: int = 0, usage: Usage | None = None):
+        self.calls = calls
+        self.usage = usage or Usage()
         self._limits = limits
         self._refused = ""  # the cap for which a request was refused
 
@@ -111,15 +114,6 @@ class Spending:
             if cap and value >= cap:
                 return f"config.registry.limits.{name}={cap}"
         return ""
-
-    def get_state(self) -> dict[str, Any]:
-        """For a checkpoint: a run that goes on has spent what it had."""
-        return {"calls": self.calls, **dataclasses.asdict(self.usage)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        values = dict(state)
-        self.calls = values.pop("calls")
-        self.usage = Usage(**values)
 
 
 class MeteredExpert:

@@ -20,7 +20,7 @@ from maestro_jax.registry.names import nearest
 from maestro_jax.registry.stages import NO_IMAGES, STAGES, Stage
 
 # Settings that only one kind of expert has.
-_OF_CLASSES = ("latency_mean", "latency_seed", "timeout")
+_OF_CLASSES = ("latency_mean", "latency_seed", "timeout", "workers", "processes")
 _OF_SERVERS = ("model", "key", "temperature", "max_tokens", "top_p", "concurrency", "attempt_timeout", "serve")
 
 T = TypeVar("T")
