@@ -29,6 +29,7 @@ from maestro_jax.registry.chat import (
 from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.endpoints import Endpoint, Endpoints, NoEndpointError
 from maestro_jax.registry.interface import Message, Reply, Request, Sampling
+from maestro_jax.registry.metering import priced
 from maestro_jax.registry.retries import RetryBudget, RetryConfig, parse_retry_after
 from maestro_jax.types import Status, Usage
 
@@ -42,7 +43,6 @@ QUOTE_SECONDS = 1.0  # to hear why a server refuses
 QUOTE = 300  # characters of it
 RETRIES = RetryConfig()
 LARGE = 2**20  # bytes of a request from which on aiohttp wants a file, to send it piece by piece
-TOKENS_PER_PRICE = 1_000_000  # prices are per million tokens
 
 # Refusals that may pass. All others below 500 (and redirects, which are not followed: they would carry the key
 # elsewhere) are there to stay until somebody changes the set-up.
@@ -211,9 +211,7 @@ class HttpExpert:
         return request_body(self._config.model, request.messages, sampling, self._config.options)
 
     def _usage(self, completion: Completion) -> Usage:
-        prompt, made = completion.prompt_tokens, completion.completion_tokens
-        price = prompt * self._config.price_prompt + made * self._config.price_completion
-        return Usage(prompt, made, price / TOKENS_PER_PRICE)
+        return priced(self._config, completion.prompt_tokens, completion.completion_tokens)
 
     def _log(self, outcome: Outcome) -> None:
         """Says what went wrong; each kind of it once."""

@@ -24,11 +24,10 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.registry.cache import request_key
 from maestro_jax.registry.config import ExpertConfig, ServiceConfig, load_implementation
 from maestro_jax.registry.interface import Reply, Request, ServiceResult
+from maestro_jax.registry.metering import priced
 from maestro_jax.types import Status, Usage
 
 logger = logging.getLogger(__name__)
-
-TOKENS_PER_PRICE = 1_000_000  # prices are per million tokens
 
 
 class SpecialistError(Exception):
@@ -112,8 +111,7 @@ class InProcessExpert:
         """A specialist has no tokenizer: words stand for tokens. A request that gave nothing still was read."""
         prompt = sum(len(message.text.split()) for message in request.messages)
         completion = len(text.split())
-        price = prompt * self._config.price_prompt + completion * self._config.price_completion
-        return Usage(prompt, completion, price / TOKENS_PER_PRICE)
+        return priced(self._config, prompt, completion)
 
 
 class InProcessService:
