@@ -43,6 +43,8 @@ QUOTE_SECONDS = 1.0  # to hear why a server refuses
 QUOTE = 300  # characters of it
 RETRIES = RetryConfig()
 LARGE = 2**20  # bytes of a request from which on aiohttp wants a file, to send it piece by piece
+LEAST_SECRET = 8  # characters of a key; a shorter one ("EMPTY", "none") is a placeholder, and may be a word of a reply
+HIDDEN = "[key]"
 
 # Refusals that may pass. All others below 500 (and redirects, which are not followed: they would carry the key
 # elsewhere) are there to stay until somebody changes the set-up.
@@ -172,13 +174,20 @@ class HttpExpert:
             async with asyncio.timeout(seconds), self._client().post(url, data=data, allow_redirects=False) as response:
                 if response.status != 200:
                     return await self._refusal(response)
-                return Outcome(Status.OK, read_completion(await read_body(response)))
+                return Outcome(Status.OK, self._read(await read_body(response)))
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no reply in time")
         except BadReplyError as error:
             return Outcome(Status.UNAVAILABLE, why=str(error))
         except (aiohttp.ClientError, OSError) as error:
             return Outcome(Status.UNAVAILABLE, why=f"no connection ({type(error).__name__})")
+
+    def _read(self, body: bytes) -> Completion:
+        """What a server said, without the key, which some repeat: it must not reach journal, cache or policy."""
+        found = read_completion(body)
+        if self._key in found.text and len(self._key) >= LEAST_SECRET:
+            return dataclasses.replace(found, text=found.text.replace(self._key, HIDDEN))
+        return found
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> Outcome:
         code, why = response.status, f"HTTP {response.status}"
@@ -223,7 +232,7 @@ class HttpExpert:
     def _redacted(self, text: str) -> str:
         """One short line; servers like to repeat the key that they refuse."""
         line = " ".join(text.split())
-        return (line.replace(self._key, "[key]") if self._key else line)[:QUOTE]
+        return (line.replace(self._key, HIDDEN) if self._key else line)[:QUOTE]
 
     # ---- check ---------------------------------------------------------------------------------------------
 
