@@ -67,6 +67,7 @@ class Outcome:
 
     Attributes:
       completion: there if and only if `status` is OK.
+      is_busy: the server refuses since it has too much to do; nothing is wrong with it.
       retry_after: seconds that the server asked to be left alone.
       why: what went wrong; one of few texts, so that each is logged once.
       said: what the server said to it.
@@ -74,6 +75,7 @@ class Outcome:
 
     status: Status
     completion: Completion | None = None
+    is_busy: bool = False
     retry_after: float = 0.0
     why: str = ""
     said: str = ""
@@ -97,7 +99,7 @@ class HttpExpert:
     def __init__(self, config: ExpertConfig, budget: RetryBudget, retries: RetryConfig = RETRIES):
         self.name = config.name
         self.identity = http_identity(config)
-        self.endpoints = Endpoints(config.endpoints, config.concurrency, time.monotonic)
+        self.endpoints = Endpoints(config.endpoints, config.concurrency, retries, time.monotonic)
         self._config, self._budget, self._retries = config, budget, retries
         self._sampling = Sampling(config.temperature, config.max_tokens, config.top_p)
         self._key = _read_key(config)
@@ -136,8 +138,11 @@ class HttpExpert:
         tried: set[Endpoint] = set()
         while True:
             outcome = await self._attempt(body, end, tried)
-            if outcome.status is not Status.OK:
-                self._log(outcome)
+            if outcome.status is Status.OK:
+                return outcome
+            self._log(outcome)
+            if outcome.is_busy:
+                continue  # to the end of the line, which moves when the server wants; no failure, no retry
             failures += 1
             if not outcome.is_worth_another or failures == self._retries.attempts:
                 return outcome
@@ -148,23 +153,25 @@ class HttpExpert:
             await asyncio.sleep(wait)
 
     async def _attempt(self, body: bytes, end: float, tried: set[Endpoint]) -> Outcome:
-        """One attempt on one endpoint, which joins those tried; its breaker hears how the attempt ended."""
+        """One attempt on one endpoint, which joins those tried; it hears how the attempt ended."""
         try:
-            async with self.endpoints.lease(end, tried) as (endpoint, permit):
-                tried.add(endpoint)
+            with await self.endpoints.lease(end, tried) as lease:
+                tried.add(lease.endpoint)
                 left, whole = end - time.monotonic(), self._config.attempt_timeout
-                outcome = await self._post(endpoint, body, min(left, whole))
+                outcome = await self._post(lease.endpoint, body, min(left, whole))
                 if outcome.status is Status.TIMEOUT and left < whole:
                     return outcome  # cut short by its caller: says nothing about the endpoint
+                if outcome.is_busy:
+                    return dataclasses.replace(outcome, is_busy=not lease.refused(outcome.retry_after))
                 if outcome.is_worth_another:
-                    endpoint.breaker.failed(permit)
+                    lease.failed()
                 else:
-                    endpoint.breaker.succeeded(permit)
+                    lease.succeeded()
                 return outcome
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no turn before the deadline (more endpoints or concurrency would help)")
-        except NoEndpointError:
-            return Outcome(Status.UNAVAILABLE, why="its endpoints keep failing and are left alone for a while")
+        except NoEndpointError as error:
+            return Outcome(Status.UNAVAILABLE, why=str(error))
 
     async def _post(self, endpoint: Endpoint, body: bytes, seconds: float) -> Outcome:
         """Sends a request and reads its reply, in so many seconds."""
@@ -192,10 +199,12 @@ class HttpExpert:
     async def _refusal(self, response: aiohttp.ClientResponse) -> Outcome:
         code, why = response.status, f"HTTP {response.status}"
         if code >= 500 or code in _PASSING:
-            now = datetime.datetime.now(datetime.UTC)
-            return Outcome(
-                Status.UNAVAILABLE, retry_after=parse_retry_after(response.headers.get("Retry-After", ""), now), why=why
-            )
+            asked = response.headers.get("Retry-After", "")
+            is_busy = code == 429 or (code == 503 and bool(asked))
+            if is_busy:
+                await _quote(response)  # a connection is kept only if its reply was read
+            seconds = parse_retry_after(asked, datetime.datetime.now(datetime.UTC))
+            return Outcome(Status.UNAVAILABLE, is_busy=is_busy, retry_after=seconds, why=why)
         cure = _CURES.get(code, _OTHER_CURE)
         return Outcome(Status.CONFIG_ERROR, why=f"{why}; {cure}", said=self._redacted(await _quote(response)))
 
@@ -289,9 +298,9 @@ async def read_body(response: aiohttp.ClientResponse) -> bytes:
     """
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise BadReplyError("the body is compressed")
-    body = bytearray()
-    async for piece in response.content.iter_any():
-        body += piece
+    body, content = bytearray(), response.content
+    while not content.at_eof():
+        body += await content.readany()
         if max(len(body), response.content_length or 0) > MAX_BODY:
             raise BadReplyError(f"the body has more than {MAX_BODY} bytes")
     return bytes(body)
