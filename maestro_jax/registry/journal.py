@@ -17,7 +17,6 @@ last line without its end was torn by a kill; its call was not trained on.
 
 import asyncio
 import collections
-import contextlib
 import contextvars
 import errno
 import functools
@@ -25,6 +24,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -51,16 +51,21 @@ class ReplayError(UserError):
 class Journal:
     """Appends to the journal of a run; see the module's docstring. Used from several threads.
 
-    A journal that cannot be written ends the run: it could not be replayed, and what was paid for would be lost.
+    A journal that cannot be written ends the run: it could not be replayed, and what was paid for would be lost. After
+    the first error nothing is written any more, since what follows would be glued to the line that was torn.
 
     Raises:
-      JournalError: of every method, when the file cannot be written.
+      JournalError: of every method, when the file cannot be written, or could not be before.
     """
 
     def __init__(self, path: str):
         self._path = path
-        with self._writing():
+        self._lock = threading.Lock()
+        self._error: JournalError | None = None
+        try:
             self._file = open_for_append(path)
+        except OSError as error:
+            raise self._broken(error) from error
 
     def begin(self, section: str) -> None:
         self._write({"kind": "section", "name": section})
@@ -76,26 +81,37 @@ class Journal:
 
     def sync(self) -> None:
         """Returns when everything written so far is on disk."""
-        with self._writing():
-            os.fsync(self._file)
+        with self._lock:
+            self._check()
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                raise self._broken(error) from error
 
     def close(self) -> None:
-        self.sync()
-        os.close(self._file)
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
 
     def _write(self, line: dict[str, Any]) -> None:
         data = json.dumps(line).encode("ascii") + b"\n"
-        with self._writing():
-            if os.write(self._file, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with self._lock:
+            self._check()
+            try:
+                if os.write(self._file, data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise self._broken(error) from error
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            cure = "free or mount its disk, and start the run again"
-            raise JournalError(f"the journal {self._path} cannot be written ({error.strerror}); {cure}") from error
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _broken(self, error: OSError) -> JournalError:
+        cure = "free or mount its disk, and start the run again"
+        self._error = JournalError(f"the journal {self._path} cannot be written ({error.strerror}); {cure}")
+        return self._error
 
 
 class JournaledExpert:
