@@ -27,9 +27,9 @@ from benchmarks import group_update, models, pairs, policy
 from benchmarks.group_update import OurUpdate
 from benchmarks.models import OurGeneration, OurLanes, OurPolicy, Prompt, TheirGeneration
 from benchmarks.pairs import Figure, MismatchError, Result
-from maestro_jax.data.images import decode_image
 from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.update import GroupBatch, batch_shardings, make_reference
+from maestro_jax.images import decode_image
 from maestro_jax.observe.progress import Progress
 from maestro_jax.policy import preprocess
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig

@@ -18,7 +18,8 @@ from maestro_jax.grpo.optimizer import MOMENTS, OptimizerConfig
 from maestro_jax.grpo.update import FREEZABLE
 from maestro_jax.parallel.mesh import MeshConfig
 from maestro_jax.policy.attention import BACKENDS
-from maestro_jax.registry.config import RegistryConfig, parse_registry
+from maestro_jax.registry.config import RegistryConfig
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.rewards.reward import RewardConfig
 
 T = TypeVar("T")

@@ -18,8 +18,10 @@ from ml_collections import config_flags
 from maestro_jax import command
 from maestro_jax.config import parse_config
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import RegistryConfig, problems, read_registry
+from maestro_jax.registry.checks import problems
+from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Registry
+from maestro_jax.registry.reading import read_registry
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
 SECONDS = flags.DEFINE_float("seconds", 10.0, "How long each expert may take to say that it is ready.", lower_bound=0.1)

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from maestro_jax import command
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import parse_registry
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.serving import Server, Supervisor, problem_of, servers_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)

@@ -48,6 +48,9 @@ class Task:
       answers: accepted gold answers; never leaves the reward process.
       source: where the task comes from; selects the grader ("charts", "ChartQA", ...). The
         domains of a routing heat map are the sources.
+      choices: the options of a multiple-choice question in the order of their letters, without these; the gold answer
+        is then a letter, the text of an option, or both.
+      kind: what a source's grader tells apart within it, such as "open" and "closed".
     """
 
     id: str
@@ -55,6 +58,8 @@ class Task:
     images: tuple[bytes, ...]
     answers: tuple[str, ...]
     source: str
+    choices: tuple[str, ...] = ()
+    kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

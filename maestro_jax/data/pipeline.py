@@ -11,9 +11,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Generic, SupportsIndex, TypeVar
 
-from maestro_jax.data.images import decode_image
 from maestro_jax.data.source import TaskSource
 from maestro_jax.errors import ConfigError, DataError
+from maestro_jax.images import decode_image
 from maestro_jax.types import Task
 
 logger = logging.getLogger(__name__)

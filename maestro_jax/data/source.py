@@ -9,7 +9,7 @@ import numpy as np
 from maestro_jax.errors import DataError
 from maestro_jax.types import Task
 
-FIELDS = ("id", "question", "images", "answers", "source")
+FIELDS = ("id", "question", "images", "answers", "source")  # "choices" and "kind" may be there
 
 
 class TaskSource(Protocol):
@@ -51,6 +51,8 @@ class TfdsSource:
                 images=tuple(record["images"]),
                 answers=tuple(answer.decode() for answer in record["answers"]),
                 source=record["source"].decode(),
+                choices=tuple(choice.decode() for choice in record.get("choices", ())),
+                kind=record.get("kind", b"").decode(),
             )
         # ArrayRecord reports a flipped bit as RuntimeError or IndexError, protobuf as its own ValueError-like kinds
         except Exception as error:

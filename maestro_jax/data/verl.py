@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from maestro_jax.data.images import check_image
 from maestro_jax.errors import ConfigError, DataError
+from maestro_jax.images import check_image
 from maestro_jax.types import Task
 
 PLACEHOLDER = "<image>"

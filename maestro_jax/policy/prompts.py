@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from maestro_jax.data.images import decode_image
 from maestro_jax.errors import ConfigError
+from maestro_jax.images import decode_image
 from maestro_jax.policy import preprocess
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import PrefixBatch

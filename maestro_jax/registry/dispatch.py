@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, Protocol
 
 from maestro_jax.errors import UserError
 from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
-from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig, normalise_name
+from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig
 from maestro_jax.registry.http import HttpExpert
 from maestro_jax.registry.inprocess import InProcessExpert, InProcessService
 from maestro_jax.registry.interface import Expert, Service
 from maestro_jax.registry.journal import ASKER, Journal, JournaledExpert, JournaledService
 from maestro_jax.registry.metering import MeteredExpert, Spending
+from maestro_jax.registry.names import normalise_name
 from maestro_jax.registry.retries import RetryBudget
 from maestro_jax.registry.sandbox.choose import make_sandbox
 from maestro_jax.registry.sandbox.interface import Sandbox

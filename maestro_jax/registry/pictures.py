@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from maestro_jax.data.images import check_image, decode_image
 from maestro_jax.errors import DataError
+from maestro_jax.images import check_image, decode_image, is_turned
 from maestro_jax.registry.boxes import Box
 
 SHORTEST_SIDE = 28  # pixels of a crop: vision encoders refuse what is thinner than a patch
 _INK = (255, 0, 255)  # seldom in photographs and charts
-_EXIF_ORIENTATION = 0x0112
 
 
 def shown_size(image: bytes) -> tuple[int, int]:
@@ -28,10 +27,8 @@ def shown_size(image: bytes) -> tuple[int, int]:
 def upright(image: bytes) -> bytes:
     """The image with its EXIF rotation applied: not every server does that, and boxes are read in the frame it saw."""
     try:
-        if Image.open(io.BytesIO(image)).getexif().get(_EXIF_ORIENTATION, 1) == 1:
-            return image
-        return _png(Image.fromarray(decode_image(image, "picture")))
-    except Exception:  # decoders raise nearly anything on hostile bytes
+        return _png(Image.fromarray(decode_image(image, "picture"))) if is_turned(image, "picture") else image
+    except DataError:
         return image
 
 

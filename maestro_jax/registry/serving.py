@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable
 from typing import IO
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import PLACEHOLDER, RegistryConfig
+from maestro_jax.registry.config import RegistryConfig
+from maestro_jax.registry.stages import PLACEHOLDER
 
 LOOK_SECONDS = 0.2  # between two looks at a server
 ANSWER_SECONDS = 5.0  # for saying that it is ready

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from maestro_jax.errors import UserError
 from maestro_jax.registry.boxes import Box, Frame, read_boxes, write_boxes
-from maestro_jax.registry.config import RegistryConfig, SkillConfig, normalise_name
+from maestro_jax.registry.config import RegistryConfig, SkillConfig
 from maestro_jax.registry.interface import Expert, Message, Reply, Request, Service
+from maestro_jax.registry.names import normalise_name
 from maestro_jax.registry.pictures import crops, drawn, shown_size
 from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus, Sandbox
 from maestro_jax.registry.served import NOTHING_FOUND

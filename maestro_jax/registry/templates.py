@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 
-from maestro_jax.registry.config import normalise_name
+from maestro_jax.registry.names import normalise_name
 from maestro_jax.registry.stages import PLACEHOLDER
 
 # What one value may add to a prompt, in characters: an expert that repeats itself must not overflow the next context.

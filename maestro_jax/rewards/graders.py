@@ -1,6 +1,6 @@
 """Is an answer right? One grader for each task source.
 
-In: the source's name, the policy's answer and the accepted gold answers. Out: True or False. Plain
+In: a task with its gold answers, and the policy's answer. Out: True or False. Plain
 formatting is forgiven (case, quotes, edge punctuation, thousands separators, currency and percent signs,
 unicode minus, a lead-in such as "the answer is"); content is not: nothing matches as a substring. Nothing
 is evaluated, and length and exponent are capped, so a hostile answer costs microseconds.
@@ -9,10 +9,11 @@ is evaluated, and length and exponent are capped, so a hostile answer costs micr
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
 
 from maestro_jax.errors import ConfigError
+from maestro_jax.types import Task
 
 MAX_ANSWER_CHARS = 4096
 MAX_EXPONENT = 99
@@ -41,16 +42,16 @@ class Number:
     sign: str
 
 
-def grade(source: str, answer: str, answers: Sequence[str]) -> bool:
-    """Whether `answer` equals one of the gold `answers` by the rules of `source`.
+def grade(task: Task, answer: str) -> bool:
+    """Whether `answer` equals one of the task's gold answers by the rules of its source.
 
     Raises:
       ConfigError: no grader is known for the source.
     """
-    matches = grader_for(source)
+    matches = grader_for(task.source)
     if len(answer) > MAX_ANSWER_CHARS or not answer.strip():
         return False
-    return any(matches(answer, gold) for gold in answers)
+    return any(matches(answer, gold) for gold in task.answers)
 
 
 def grader_for(source: str) -> Callable[[str, str], bool]:

@@ -63,7 +63,7 @@ def score(task: Task, episode: EpisodeSummary, config: RewardConfig) -> RewardPa
     Raises:
       ConfigError: the task's source has no grader.
     """
-    right = episode.answer is not None and grade(task.source, episode.answer, task.answers)
+    right = episode.answer is not None and grade(task, episode.answer)
     called = episode.executed_calls > 0 or not config.require_call
     outcome = 1.0 if right else 0.0
     format_term = 0.0 if episode.answer is not None and called and episode.well_formed else FORMAT_PENALTY

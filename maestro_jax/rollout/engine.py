@@ -184,7 +184,7 @@ def assemble(records: Sequence[GroupRecord], prompts: PrefixBatch, groups: int, 
     tokens, logprobs, authored = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool)
     length = np.zeros(shape[:2], np.int32)
     for g, record in enumerate(records):
-        for m, (ids, found, own) in enumerate(record.arrays if record.finished else ()):
+        for m, (ids, found, own) in enumerate(record.arrays() if record.finished else ()):
             n = length[g, m] = len(ids)
             tokens[g, m, :n], logprobs[g, m, :n], authored[g, m, :n] = ids, found, own
     trajectories = [record.members if record.finished else [] for record in records]

@@ -80,7 +80,7 @@ class Exchange:
         self.history: list[tuple[float, int, np.ndarray]] = []  # time, shard, what its lanes had been doing until then
         self._waiting: dict[int, tuple[Scheduler, Trajectory]] = {}  # by ticket, the trajectory's number
         self._ended: list[tuple[Scheduler, Trajectory, list[int], StopReason]] = []  # turns that are to be read
-        self._outgoing: list[Trajectory] = []  # whose calls are to be sent
+        self._outgoing: list[tuple[Scheduler, Trajectory]] = []  # whose calls are to be sent
         self._unsent: list[tuple[int, Observation]] = []  # calls that failed at once
         self._replies: dict[int, tuple[float, list[int]]] = {}  # by ticket: when a reply came, and its ids
         dispatcher.reader = self._read_ahead
@@ -113,12 +113,12 @@ class Exchange:
         """
         with self.lock:
             self._read()
-            outgoing, self._outgoing = self._outgoing, []
-            for trajectory in outgoing:
+            outgoing = [waiting for waiting in self._outgoing if not waiting[1].finished]  # those were abandoned
+            self._outgoing = []
+            for scheduler, trajectory in outgoing:
+                self._waiting[trajectory.number] = scheduler, trajectory
                 trajectory.timing.called = time.monotonic()
-        for trajectory in outgoing:
-            if trajectory.finished:
-                continue  # it was abandoned
+        for _, trajectory in outgoing:
             remaining = self.config.deadline - sum(trajectory.timing.waiting)
             task, call, number = trajectory.task, trajectory.pending, trajectory.number
             assert call is not None  # it waits for this one
@@ -241,8 +241,7 @@ class Exchange:
             self._deliver(scheduler, trajectory, Observation(parsed.error, parsed.status))
         else:
             trajectory.pending, trajectory.stage = parsed.call, Stage.WAITING
-            self._waiting[trajectory.number] = scheduler, trajectory
-            self._outgoing.append(trajectory)
+            self._outgoing.append((scheduler, trajectory))
 
     def _collect(self) -> None:
         """Takes what the experts have answered, for whichever shard."""

@@ -151,7 +151,7 @@ class Session:
         self.exchange.catch_up()
         for scheduler in self.schedulers.values():
             for group in scheduler.finished:
-                group.arrays  # noqa: B018  # kept from now on
+                group.arrays()  # makes them
 
     def _round(
         self, params: nnx.State, weights: Any, groups: Groups, lanes: Lanes, pages: LaneKV

@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import functools
 import time
 from typing import Any
 
@@ -138,6 +137,7 @@ class GroupRecord:
     prompt: Any = None
     version: int = -1
     slot: int = -1
+    _arrays: list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def __post_init__(self) -> None:
         for member in self.members:
@@ -147,10 +147,14 @@ class GroupRecord:
     def finished(self) -> bool:
         return all(member.finished for member in self.members)
 
-    @functools.cached_property
     def arrays(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Tokens int32, log-probabilities float32 and authored bool `[n]` of each member, once they are over."""
-        return [
-            (np.array(m.tokens, np.int32), np.array(m.logprobs, np.float32), np.array(m.authored, bool))
-            for m in self.members
-        ]
+        """Tokens int32, log-probabilities float32 and authored bool `[n]` of each member, once they are over.
+
+        Made at the first call and kept: turning long lists into arrays takes time.
+        """
+        if self._arrays is None:
+            self._arrays = [
+                (np.array(m.tokens, np.int32), np.array(m.logprobs, np.float32), np.array(m.authored, bool))
+                for m in self.members
+            ]
+        return self._arrays

@@ -7,11 +7,13 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from maestro_jax.data.source import TfdsSource
+from maestro_jax.data.store import write_tasks
 from maestro_jax.data.suite import build
 from maestro_jax.errors import EXIT_CONFIG, ConfigError, DataError
 from maestro_jax.observe.progress import Progress
@@ -52,6 +54,13 @@ def test_what_is_written_is_read(tmp_path: pathlib.Path) -> None:
     read = {train[index].id: train[index] for index in range(len(train))}
     assert read == {task.id: task for domain in build.DOMAINS for task in fake_domain(domain)("train", 4, 0)}
     assert len(TfdsSource(path, "test")) == 2 * len(build.DOMAINS)
+
+
+def test_choices_and_kinds_are_kept_and_need_not_be_there(tmp_path: pathlib.Path) -> None:
+    tasks = [Task("a/1", "Which?", (), ("B",), "a", ("red", "blue"), "closed"), Task("a/2", "How?", (), ("so",), "a")]
+    write_tasks(tmp_path, "toy", "", {"test": iter(tasks)})
+    read = TfdsSource(tmp_path, "test")
+    assert [read[0], read[1]] == tasks
 
 
 @pytest.mark.usefixtures("fakes")
@@ -101,14 +110,14 @@ def test_interrupted_build_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: p
 
 @pytest.mark.usefixtures("fakes")
 def test_a_faster_neighbour_wins(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = build._write
+    write = build.write_tasks
 
-    def while_another_builds(directory: pathlib.Path, splits: dict[str, list[Task]]) -> None:
-        monkeypatch.setattr(build, "_write", write)
+    def while_another_builds(*arguments: Any) -> None:
+        monkeypatch.setattr(build, "write_tasks", write)
         make(tmp_path)
-        write(directory, splits)
+        write(*arguments)
 
-    monkeypatch.setattr(build, "_write", while_another_builds)
+    monkeypatch.setattr(build, "write_tasks", while_another_builds)
     path = make(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
     assert len(TfdsSource(path, "test")) == 2 * len(build.DOMAINS)
@@ -191,6 +200,7 @@ import io, socket, sys
 def refuse(*args, **kwargs): raise RuntimeError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
 from maestro_jax.data.source import TfdsSource
+from maestro_jax.data.store import write_tasks
 from maestro_jax.data.suite import build
 from maestro_jax.observe.progress import Progress
 from maestro_jax.types import Task

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import ExpertConfig, LimitsConfig, parse_registry
+from maestro_jax.registry.config import ExpertConfig, LimitsConfig
+from maestro_jax.registry.reading import parse_registry
 
 Raw = Callable[..., dict[str, Any]]
 URL = "http://127.0.0.1:8000/v1"

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import ExpertConfig, parse_registry
+from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.http import HttpExpert
 from maestro_jax.registry.interface import Message, Request, Sampling
 from maestro_jax.registry.journal import Journal
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.retries import RetryBudget
 from maestro_jax.types import Call, Status, Usage
 from tests.registry.servers import FORGED, ChatServer, Seen, answer, completion, hang, models, refused, response, send

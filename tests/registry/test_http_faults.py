@@ -12,10 +12,11 @@ import pytest
 
 from maestro_jax.grpo.advantages import group_advantages
 from maestro_jax.registry.breaker import BreakerState
-from maestro_jax.registry.config import ExpertConfig, parse_registry
+from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.http import HttpExpert
 from maestro_jax.registry.interface import Message, Reply, Request
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.retries import RetryBudget, RetryConfig
 from maestro_jax.types import Call, Status
 from tests.registry.servers import (

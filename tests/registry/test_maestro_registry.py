@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from configs.registry import maestro, out_of_domain
-from maestro_jax.registry.config import RegistryConfig, parse_registry
+from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus
 from maestro_jax.types import Call, Observation, Status
 from tests.registry.servers import ChatServer, Seen, completion, response

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from maestro_jax.registry.config import LimitsConfig, parse_registry
+from maestro_jax.registry.config import LimitsConfig
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.interface import Reply
 from maestro_jax.registry.metering import ExpertCounter, Latencies, LimitError, Spending
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.types import Call, Status, Task, Usage
 from maestro_jax.warm_start.demonstrations import make_calls
 from tests.registry.servers import ChatServer, answer, send

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from maestro_jax.registry.boxes import Box, Frame, read_boxes
 from maestro_jax.registry.pictures import SHORTEST_SIDE, crops, drawn, shown_size, upright
@@ -93,6 +93,14 @@ def test_turned_photographs_are_cropped_as_they_are_shown() -> None:
 
 def test_upright_pictures_stay_as_they_are() -> None:
     image = encoded(scene())
+    assert upright(image) is image
+
+
+def test_a_picture_too_large_to_decode_is_not_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = encoded(Image.new("L", (5000, 4000)), "JPEG", exif=exif)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     assert upright(image) is image
 
 

@@ -7,7 +7,8 @@ import pytest
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import Pair, parse_registry
+from maestro_jax.registry.config import Pair
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.stages import AskStage, ServiceStage
 
 Raw = Callable[..., dict[str, Any]]

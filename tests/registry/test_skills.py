@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from maestro_jax.registry.config import SkillConfig, parse_registry
+from maestro_jax.registry.config import SkillConfig
 from maestro_jax.registry.interface import Reply, Request, ServiceResult
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.skills import Means, SkillInput, choose_child, run_called, run_skill, select_prompt
 from maestro_jax.registry.stages import AskStage, ServiceStage
 from maestro_jax.registry.templates import fill

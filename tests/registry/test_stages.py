@@ -10,8 +10,10 @@ from PIL import Image
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.registry.boxes import Frame
-from maestro_jax.registry.config import ServiceConfig, SkillConfig, parse_registry, problems, read_registry
+from maestro_jax.registry.checks import problems
+from maestro_jax.registry.config import ServiceConfig, SkillConfig
 from maestro_jax.registry.interface import Reply, Request, Service
+from maestro_jax.registry.reading import parse_registry, read_registry
 from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus
 from maestro_jax.registry.served import ServedService
 from maestro_jax.registry.skills import Means, SkillInput, run_skill

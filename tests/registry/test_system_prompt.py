@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.registry import suite
-from maestro_jax.registry.config import parse_registry
 from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.rollout import protocol
 
 Raw = Callable[..., dict[str, Any]]

@@ -22,8 +22,8 @@ from PIL import Image
 
 from benchmarks.peers import environment
 from maestro_jax.observe.progress import Progress
-from maestro_jax.registry.config import parse_registry
 from maestro_jax.registry.dispatch import Registry
+from maestro_jax.registry.reading import parse_registry
 from maestro_jax.types import Call, Observation, Status
 from tests.policy import qwen
 

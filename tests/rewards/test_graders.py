@@ -1,6 +1,7 @@
 """Graders: hand-checked (answer, gold, verdict) rows for each family, and hostile answers."""
 
 import time
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.rewards.graders import GRADERS, MAX_ANSWER_CHARS, grade, grader_for, parse_number
+from maestro_jax.types import Task
 
 SAME_NUMBER = [  # right in every family but counting, where money and percent are no count
     ("1,000", "1000"),
@@ -114,25 +116,31 @@ DIFFERENT_TEXT = [
     ("a & b", "a b"),
 ]
 ALL = tuple(GRADERS)
+
+
+def verdict_of(source: str, answer: str, gold: Sequence[str]) -> bool:
+    return grade(Task("", "", (), tuple(gold), source), answer)
+
+
 NUMERIC_AND_TEXT = tuple(source for source in GRADERS if source != "counting")
 
 
 @pytest.mark.parametrize("source", NUMERIC_AND_TEXT)
 @pytest.mark.parametrize(("answer", "gold"), SAME_NUMBER + SAME_TEXT)
 def test_plain_formatting_is_forgiven(source: str, answer: str, gold: str) -> None:
-    assert grade(source, answer, [gold])
+    assert verdict_of(source, answer, [gold])
 
 
 @pytest.mark.parametrize("source", ALL)
 @pytest.mark.parametrize(("answer", "gold"), NEVER_EQUAL + DIFFERENT_TEXT)
 def test_content_is_not_forgiven(source: str, answer: str, gold: str) -> None:
-    assert not grade(source, answer, [gold])
+    assert not verdict_of(source, answer, [gold])
 
 
 @pytest.mark.parametrize("source", ["visual_qa", "reading", "counting"])
 @pytest.mark.parametrize(("answer", "gold"), [("3.5", "3.4999999"), ("103", "100"), ("4", "5"), ("1000", "1001")])
 def test_exact_families_allow_no_tolerance(source: str, answer: str, gold: str) -> None:
-    assert not grade(source, answer, [gold])
+    assert not verdict_of(source, answer, [gold])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,7 @@ def test_exact_families_allow_no_tolerance(source: str, answer: str, gold: str) 
     ],
 )
 def test_counting(answer: str, gold: str, verdict: bool) -> None:
-    assert grade("counting", answer, [gold]) is verdict
+    assert verdict_of("counting", answer, [gold]) is verdict
 
 
 @pytest.mark.parametrize("source", ["charts", "ChartQA", "chartqa"])
@@ -201,7 +209,7 @@ def test_counting(answer: str, gold: str, verdict: bool) -> None:
     ],
 )
 def test_relaxed_accuracy(source: str, answer: str, gold: str, verdict: bool) -> None:
-    assert grade(source, answer, [gold]) is verdict
+    assert verdict_of(source, answer, [gold]) is verdict
 
 
 @pytest.mark.parametrize(
@@ -222,18 +230,18 @@ def test_relaxed_accuracy(source: str, answer: str, gold: str, verdict: bool) ->
     ],
 )
 def test_geometry(answer: str, gold: str, verdict: bool) -> None:
-    assert grade("geometry", answer, [gold]) is verdict
+    assert verdict_of("geometry", answer, [gold]) is verdict
 
 
 def test_any_accepted_answer_counts() -> None:
-    assert grade("reading", "two", ["one", "Two"])
-    assert not grade("reading", "two", [])
+    assert verdict_of("reading", "two", ["one", "Two"])
+    assert not verdict_of("reading", "two", [])
 
 
 def test_an_unknown_source_names_the_known_ones() -> None:
     message = r'^no grader for source "chart"; known: visual_qa, .*chartqa; add one to GRADERS$'
     with pytest.raises(ConfigError, match=message):
-        grade("chart", "x", ["x"])
+        verdict_of("chart", "x", ["x"])
     with pytest.raises(ConfigError):
         grader_for("")
 
@@ -261,23 +269,23 @@ HOSTILE = [
 @pytest.mark.parametrize("source", ALL)
 def test_hostile_answers_are_cheap_and_wrong(source: str) -> None:
     start = time.perf_counter()
-    assert not any(grade(source, answer, ["100", "red"]) for answer in HOSTILE)
+    assert not any(verdict_of(source, answer, ["100", "red"]) for answer in HOSTILE)
     assert time.perf_counter() - start < 0.5
 
 
 def test_a_too_long_answer_is_wrong_even_if_padded_with_spaces() -> None:
-    assert grade("counting", "5" + " " * (MAX_ANSWER_CHARS - 1), ["5"])
-    assert not grade("counting", "5" + " " * MAX_ANSWER_CHARS, ["5"])
+    assert verdict_of("counting", "5" + " " * (MAX_ANSWER_CHARS - 1), ["5"])
+    assert not verdict_of("counting", "5" + " " * MAX_ANSWER_CHARS, ["5"])
 
 
 @given(st.sampled_from(ALL), st.text(max_size=30), st.text(max_size=30))
 def test_grading_never_raises(source: str, answer: str, gold: str) -> None:
-    grade(source, answer, [gold])
+    verdict_of(source, answer, [gold])
 
 
 @given(st.sampled_from(NUMERIC_AND_TEXT), st.text(min_size=1, max_size=30).filter(str.strip))
 def test_the_gold_answer_is_right(source: str, gold: str) -> None:
-    assert grade(source, gold, [gold])
+    assert verdict_of(source, gold, [gold])
 
 
 @given(st.integers(-(10**12), 10**12))

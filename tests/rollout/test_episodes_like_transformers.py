@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maestro_jax.data.images import decode_image
 from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.update import GroupBatch, member_logprobs
+from maestro_jax.images import decode_image
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.preprocess import PreparedImage, prepare_image
 from maestro_jax.policy.prompts import Prompts

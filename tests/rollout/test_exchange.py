@@ -284,17 +284,16 @@ def test_only_the_experts_seconds_count_against_the_deadline(toy_tokens: Tokens,
     assert bench.trajectory((0, 0)).timing.waiting[0] < 0.2
 
 
-def test_megabytes_of_a_reply_are_cut_before_they_are_encoded(toy_tokens: Tokens, one_device: Mesh) -> None:
-    bench, encoded = quick(toy_tokens, one_device, toy.Desk()), []
+def test_megabytes_of_a_reply_are_cut_before_they_are_encoded(
+    toy_tokens: Tokens, one_device: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchange, encoded = quick(toy_tokens, one_device, toy.Desk()).exchange, []
     text = "one two " + "three " * 100_000 + "four five"
-    whole = bench.exchange.tokens
-    bench.exchange.tokens = dataclasses.replace(whole)
-    object.__setattr__(
-        bench.exchange.tokens, "encode_foreign", lambda t: encoded.append(len(t)) or whole.encode_foreign(t)
-    )
-    found = bench.exchange.body_ids(text)
+    encode = Tokens.encode_foreign
+    monkeypatch.setattr(Tokens, "encode_foreign", lambda self, t: encoded.append(len(t)) or encode(self, t))
+    found = exchange.body_ids(text)
     assert encoded[0] < 5000 and len(found) == CONFIG.observation_tokens
-    said = whole.decode(found)
+    said = toy_tokens.decode(found)
     assert said.startswith(" one") and said.endswith("five")
 
 
@@ -306,6 +305,15 @@ def test_an_exception_ends_the_lanes_as_marked(toy_tokens: Tokens, mesh: Mesh) -
     assert (found.lane == Lane.EMPTY).all() and found.counts.reseated == len(EVERY_LANE)
     assert found.unfinished == 0
     assert all(bench.trajectory(at).marked and bench.trajectory(at).finished for at in EVERY_LANE)
+
+
+def test_a_call_of_an_abandoned_episode_is_not_sent(toy_tokens: Tokens, one_device: Mesh) -> None:
+    bench = quick(toy_tokens, one_device, toy.Desk())
+    bench.run({(0, 0): "<answer> seven </answer>"}, StopReason.ANSWER, others=Lane.DECODING)
+    bench.exchange._outgoing.append((bench.exchange.schedulers[0], bench.trajectory((0, 1))))
+    bench.exchange.schedulers[0].abandon()
+    bench.exchange.catch_up()
+    assert not bench.desk.submitted and not bench.exchange._waiting and not bench.exchange._outgoing
 
 
 def test_an_episode_that_was_over_is_not_marked_by_a_later_exception(toy_tokens: Tokens, one_device: Mesh) -> None:

@@ -10,7 +10,6 @@ written beside its place and moved there in one step: what is there is complete.
 import hashlib
 import importlib
 import importlib.metadata
-import io
 import itertools
 import json
 import os
@@ -22,8 +21,9 @@ from pathlib import Path
 from absl import flags
 
 from maestro_jax import command
-from maestro_jax.data.images import check_image
+from maestro_jax.data.store import write_tasks
 from maestro_jax.errors import ConfigError, DataError
+from maestro_jax.images import check_image
 from maestro_jax.observe.progress import Progress
 from maestro_jax.types import Task
 
@@ -33,7 +33,7 @@ SPLITS = ("train", "test")
 PACKAGES = ("easy-vqa", "vega_datasets", "reasoning-gym", "numpy", "pillow", "opencv-python", "opencv-python-headless")
 
 _FINGERPRINT = "fingerprint.json"
-_SHARD = 10_000  # tasks a file
+_DESCRIPTION = "Multimodal questions of several domains, made from data that ships inside packages."
 
 
 def build_suite(
@@ -65,7 +65,7 @@ def build_suite(
         return target
     building = _place_beside(target)
     try:
-        _write(building, _all_tasks(counts, seed, progress))
+        write_tasks(building, "maestro_suite", _DESCRIPTION, _all_tasks(counts, seed, progress))
         (building / _FINGERPRINT).write_text(json.dumps(fingerprint, indent=1, sort_keys=True) + "\n")
         building.chmod(0o755)  # mkdtemp makes it private
         _move(building, target)
@@ -142,41 +142,6 @@ def _checked(tasks: Iterable[Task], domain: str, split: str, count: int, seen: s
         raise DataError(
             f"suite domain {domain} has only {number + 1} {split} tasks, {count} are asked for; ask for fewer"
         )
-
-
-def _write(directory: Path, splits: dict[str, list[Task]]) -> None:
-    """Writes a TFDS data set without TensorFlow: images go in encoded, records in ArrayRecord."""
-    import tensorflow_datasets as tfds
-
-    features = tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "question": tfds.features.Text(),
-            "images": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3))),
-            "answers": tfds.features.Sequence(tfds.features.Text()),
-            "source": tfds.features.Text(),
-        }
-    )
-    identity = tfds.core.dataset_info.DatasetIdentity(
-        name="maestro_suite", version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name=__name__
-    )
-    description = "Multimodal questions of several domains, made from data that ships inside packages."
-    info = tfds.core.DatasetInfo(builder=identity, description=description, features=features)
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_SHARD, file_format="array_record")
-    writer.initialize_splits(list(splits))
-    for split, tasks in splits.items():
-        writer.add_examples({split: [_example(task) for task in tasks]})
-    writer.close_all()
-
-
-def _example(task: Task) -> dict[str, object]:
-    return {
-        "id": task.id,
-        "question": task.question,
-        "images": [io.BytesIO(image) for image in task.images],  # a file object is stored as it is
-        "answers": list(task.answers),
-        "source": task.source,
-    }
 
 
 def _place_beside(target: Path) -> Path:

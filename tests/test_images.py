@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
-from maestro_jax.data.images import check_image, decode_image
 from maestro_jax.errors import DataError
+from maestro_jax.images import check_image, decode_image, is_turned
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -104,3 +104,18 @@ def test_a_flipped_byte_gives_pixels_or_a_data_error(position: int, value: int) 
         assert decode_image(bytes(data), "x").ndim == 3
     except DataError as error:
         assert "\n" not in str(error)
+
+
+def test_judging_a_png_decodes_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow decodes all of it to look for EXIF behind the pixels."""
+    data = encode(Image.new("RGB", (6, 4)))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert check_image(data, "x") == (6, 4)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_sizes_pixels_and_orientation_agree(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.new("RGB", (6, 4)), kind, exif=exif)
+    assert is_turned(data, "x") and check_image(data, "x") == (4, 6) and decode_image(data, "x").shape == (6, 4, 3)

@@ -37,6 +37,11 @@ def check_image(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> tup
     return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
+def is_turned(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> bool:
+    """Whether the image is shown otherwise than it is stored; arguments and errors as of `check_image`."""
+    return _orientation(_open(data, where, max_pixels)) != 1
+
+
 def decode_image(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes an image to RGB; transparent parts become white, EXIF rotation is applied.
 
@@ -52,9 +57,10 @@ def decode_image(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> np
       DataError: as `check_image`, or pixels that cannot be decoded.
     """
     image = _open(data, where, max_pixels)
+    turned = _orientation(image) != 1
     try:
         image.load()
-        if _orientation(image) != 1:
+        if turned:
             image = ImageOps.exif_transpose(image)
         return np.array(_flatten(image))
     except Exception as error:  # decoders raise nearly anything on hostile bytes; all of it means "damaged"
@@ -83,6 +89,9 @@ def _open(data: bytes, where: str, max_pixels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    """As EXIF says; 1 is upright. A PNG may say it behind its pixels: not worth decoding all of them to look."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
     try:
         return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # a damaged EXIF block does not make the picture unusable
