@@ -14,6 +14,7 @@ import base64
 import binascii
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -36,6 +37,10 @@ _ENTRY_BYTES = 600  # of a reply and its key, without text and images (tracemall
 
 def content_key(parts: Iterable[str | bytes]) -> str:
     """sha256 over parts, each with its type and length, so that no two lists of parts collide by joining."""
+    return hashlib.sha256(_joined(parts)).hexdigest()
+
+
+def _joined(parts: Iterable[str | bytes]) -> bytes:
     pieces: list[bytes] = []
     for part in parts:
         if isinstance(part, str):
@@ -43,18 +48,26 @@ def content_key(parts: Iterable[str | bytes]) -> str:
             pieces += (b"t%d:" % len(data), data)
         else:
             pieces += (b"b%d:" % len(part), part)
-    return hashlib.sha256(b"".join(pieces)).hexdigest()
+    return b"".join(pieces)
 
 
 def request_key(identity: str, request: Request) -> str:
     """The key of an expert's reply: who is asked, how it decodes, what it is shown. Not the deadline."""
-    # An expert's own settings are part of its identity.
-    sampling = request.sampling or Sampling()
-    settings = (sampling.temperature, sampling.max_tokens, sampling.top_p)
-    parts: list[str | bytes] = ["ask", identity, repr(settings)]
+    parts: list[str | bytes] = []
     for message in request.messages:
-        parts += [message.role, message.text, str(len(message.images)), *message.images]
-    return content_key(parts)
+        parts += [message.role, message.text, str(len(message.images)), *map(image_digest, message.images)]
+    # An expert's own settings are part of its identity.
+    return hashlib.sha256(_asked(identity, request.sampling or Sampling()) + _joined(parts)).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)  # the members of a group show the same images, turn after turn
+def image_digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)  # experts and how they are asked are few
+def _asked(identity: str, sampling: Sampling) -> bytes:
+    return _joined(["ask", identity, repr((sampling.temperature, sampling.max_tokens, sampling.top_p))])
 
 
 class ReplyCache:
@@ -204,7 +217,7 @@ class CachedService:
         def run(seconds: float) -> Coroutine[Any, Any, ServiceResult]:
             return self._service.run(images, text, seconds)
 
-        key = content_key(["run", self._identity, text, *images])
+        key = content_key(["run", self._identity, text, *map(image_digest, images)])
         late = ServiceResult(status=Status.TIMEOUT, seconds=deadline)
         return await self._cache.fetch(key, run, deadline, late)
 

@@ -19,7 +19,6 @@ import asyncio
 import collections
 import contextvars
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -30,7 +29,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from maestro_jax.errors import ConfigError, UserError
-from maestro_jax.registry.cache import content_key, open_for_append, request_key
+from maestro_jax.registry.cache import content_key, image_digest, open_for_append, request_key
 from maestro_jax.registry.interface import Expert, Reply, Request, Service, ServiceResult
 from maestro_jax.types import Call, Observation, Status, Usage
 
@@ -149,8 +148,8 @@ class JournaledService:
 
     async def run(self, images: tuple[bytes, ...], text: str, deadline: float) -> ServiceResult:
         made = await self._service.run(images, text, deadline)
-        result = _result(made.text, made.status, made.seconds, Usage()) | {"images": [*map(_digest, made.images)]}
-        key = content_key(["run", self._identity, text, *map(_digest, images)])
+        result = _result(made.text, made.status, made.seconds, Usage()) | {"images": [*map(image_digest, made.images)]}
+        key = content_key(["run", self._identity, text, *map(image_digest, images)])
         self._journal.request(self.name, self._version, key, result)
         return made
 
@@ -256,12 +255,7 @@ def _checked(line: Any) -> dict[str, Any]:
 
 def call_key(call: Call, question: str, images: tuple[bytes, ...]) -> str:
     """The hash of all that a call asks."""
-    return content_key(["call", call.expert, call.skill, call.query, question, *map(_digest, images)])
-
-
-@functools.lru_cache(maxsize=256)  # the members of a group show the same images, turn after turn
-def _digest(image: bytes) -> str:
-    return hashlib.sha256(image).hexdigest()
+    return content_key(["call", call.expert, call.skill, call.query, question, *map(image_digest, images)])
 
 
 def _short(identity: str) -> str:

@@ -9,7 +9,8 @@ depends on replies alone and never on who was faster (a journal can then be repl
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
 
 from maestro_jax.errors import UserError
 from maestro_jax.registry.boxes import Box, Frame, read_boxes, write_boxes
@@ -255,8 +256,8 @@ class _Run:
         wall = min(Limits().wall_seconds, max(self._remaining, 0.0))
         return await self._means.sandbox.run(f"{program}\n\n{tests}\n", {}, Limits(wall_seconds=wall))
 
-    async def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Reply:
-        return await _ask(self._means.expert, prompt, images, self._end)
+    def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Coroutine[Any, Any, Reply]:
+        return _ask(self._means.expert, prompt, images, self._end)
 
     def _values(self, needed: Mapping[str, StageResult]) -> dict[str, str]:
         inputs = {"question": self._given.question, "query": self._given.query}
