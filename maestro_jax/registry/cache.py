@@ -14,6 +14,7 @@ import base64
 import binascii
 import collections
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -131,7 +132,8 @@ class ReplyCache:
             return
         try:
             # One write call a line: lines of several processes do not mix.
-            os.write(self._file, _to_line(key, reply))
+            if os.write(self._file, line := _to_line(key, reply)) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the next line would be glued to half of one
         except OSError as error:
             logger.warning("reply cache: cannot write (%s); going on in memory only", error)
             self.close()

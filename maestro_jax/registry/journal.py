@@ -11,8 +11,9 @@ Lines are JSON objects of three kinds:
 A run is served from its calls. They hold all that the policy ever saw: whatever a clock decided (a deadline, which of
 two equal requests came first) is in the observation already, and no skill need be run again.
 
-A line is one write to the file, so it outlives the process at once; it is on disk (fsync) before a checkpoint is. A
-last line without its end was torn by a kill; its call was not trained on.
+A line is one write to the file, so it outlives the process at once, and the line of a call is written before its
+observation goes to the engine; it is on disk (fsync) before a checkpoint is. A last line without its end was torn by a
+kill; its call was not trained on.
 """
 
 import asyncio

@@ -150,7 +150,7 @@ async def run_skill(skill: SkillConfig, means: Means, given: SkillInput, deadlin
     """
     run = _Run(means, given, time.monotonic() + deadline)
     results: Sequence[StageResult | None]
-    if len(skill.stages) == 1:  # most skills; a task would be a third of what a call costs here
+    if len(skill.stages) == 1:  # nothing to wait for, so no task
         results = [await run.begin(skill.stages[0], {})]
     else:
         results = await _together(run, skill.stages)

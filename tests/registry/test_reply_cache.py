@@ -313,16 +313,22 @@ def test_damaged_lines_are_skipped_with_a_warning(
     assert "skipped 1 damaged of 3 lines" in caplog.text
 
 
-def test_a_file_that_cannot_be_written_does_not_lose_the_reply(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(descriptor: int, data: bytes) -> int:
-        raise OSError(28, "No space left on device")
+def full(descriptor: int, data: bytes) -> int:
+    raise OSError(28, "No space left on device")
 
+
+def short(descriptor: int, data: bytes) -> int:
+    return len(data) // 2
+
+
+@pytest.mark.parametrize("broken", [full, short])
+def test_a_file_that_cannot_be_written_does_not_lose_the_reply(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: Any
+) -> None:
     async def scenario() -> None:
         cache, source = ReplyCache(str(tmp_path / "replies.jsonl")), Source(GOOD)
         source.gate.set()
-        monkeypatch.setattr("maestro_jax.registry.cache.os.write", full)
+        monkeypatch.setattr("maestro_jax.registry.cache.os.write", broken)
         assert await cache.fetch("k", source.ask, 5.0, LATE) == GOOD
         assert len(cache) == 1
 
