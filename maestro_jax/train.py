@@ -52,6 +52,7 @@ from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.journal import Journal, Replay
 from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.rewards.graders import check_sources
 from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.rollout.supply import Supply, SupplyConfig
@@ -95,6 +96,7 @@ def main(argv: Sequence[str]) -> None:
         # ---- Tasks -----------------------------------------------------------------------------
         train_source, test_source = open_data(config, workdir, progress)
         held_out = [test_source[i] for i in range(config.evaluate.tasks or len(test_source))]
+        check_sources(task.source for task in (train_source[0], *held_out))
 
         # ---- Registry, tokens, prompts ---------------------------------------------------------
         journal = Journal(str(workdir / "journal.jsonl"))

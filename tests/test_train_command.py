@@ -404,6 +404,13 @@ def test_a_broken_image_is_refused(job: Job, tmp_path: Path) -> None:
     assert_refused(result, f"{train} row 1, field images[0]")
 
 
+def test_a_source_that_nobody_can_grade_is_refused_before_anything_is_computed(job: Job, tmp_path: Path) -> None:
+    path = verl_rows.write_rows(tmp_path / "train.parquet", [verl_rows.row(0, png(0), data_source="riddles")])
+    result = job.run(tmp_path / "run", **verl(path, path))
+    assert_refused(result, 'no grader for source "riddles"', "add one to GRADERS")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")
 def test_the_published_rows_become_tasks() -> None:
     from configs import quickstart
