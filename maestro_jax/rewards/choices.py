@@ -9,7 +9,7 @@ explanation that names no other option.
 
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from maestro_jax.rewards.numbers import exact_text
 from maestro_jax.rewards.reading import fold_text, stated
@@ -27,7 +27,7 @@ _LETTER_FIRST = re.compile(
     r"|([A-Z])(?:[.):,;\n]| [-–—]| (?=because\b|since\b|as\b)))\s*(.+)",
     re.DOTALL,
 )
-_LETTER_LAST = re.compile(r"(.+?)[\s,]*[(\[]([A-Z])[)\]]", re.DOTALL)
+_LETTER_LAST = re.compile(r"(.+)[(\[]([A-Z])[)\]]", re.DOTALL)
 _MENTIONED = re.compile(
     r"(?<![\w'])([B-Z])(?![\w'])|\((A)\)|(?:\b(?:or|and|not|option|choice|than|nor)\s|[,/&] ?)(A)\b"
 )
@@ -46,44 +46,41 @@ def chooses(task: Task, answer: str, same: Same) -> bool:
     The gold answer is a letter, the option's text, or both (then `task.choices` may be missing, as in verl files).
     """
     letter, texts = gold_option(task, same)
-    said = chosen(answer, task.choices, same)
-    if said is not None:
-        return said == letter
-    return not task.choices and any(same(answer, text) for text in texts)
+    if not task.choices and any(same(answer, text) for text in texts):  # first: "E. coli" is no letter
+        return True
+    return letter is not None and chosen(answer, task, same) == letter
 
 
 def gold_option(task: Task, same: Same) -> tuple[str | None, tuple[str, ...]]:
-    """The letter of the right option, if it is known, and its texts."""
-    letters = string.ascii_uppercase[: len(task.choices) or UNKNOWN_CHOICES]
+    """The letter of the right option, if it is known, and the gold answers that are texts."""
     for answer in task.answers:
         bare = answer.strip(" ()[].:")
-        if len(bare) == 1 and bare.upper() in letters and (bare.isupper() or not task.choices):
+        if len(bare) == 1 and bare.upper() in _letters(task) and (bare.isupper() or not task.choices):
             return bare.upper(), tuple(other for other in task.answers if other != answer)
-    for letter, choice in zip(letters, task.choices, strict=False):
+    for letter, choice in zip(_letters(task), task.choices, strict=False):
         if any(same(answer, choice) for answer in task.answers):
             return letter, task.answers
     return None, task.answers
 
 
-def chosen(answer: str, choices: Sequence[str], same: Same = exact_text) -> str | None:
+def chosen(answer: str, task: Task, same: Same) -> str | None:
     """The letter of the one option that `answer` names; None if it names none, several, or contradicts itself."""
-    letters = string.ascii_uppercase[: len(choices) or UNKNOWN_CHOICES]
+    letters, options = _letters(task), _options(task, same)
     form = undressed(answer)
     if match := _LETTER.fullmatch(form):
-        return match[1].upper() if match[1].upper() in letters else _of_text(form, choices, same)
-    if letter := _of_text(form, choices, same):
+        return match[1].upper() if match[1].upper() in letters else _of_text(form, options, same)
+    if letter := _of_text(form, options, same):
         return letter
     if match := _LETTER_LAST.fullmatch(form):
-        return match[2] if _of_text(match[1], choices, same) == match[2] else None
+        return match[2] if _of_text(match[1], options, same) == match[2] else None
     match = _LETTER_FIRST.fullmatch(form)
     if match is None:
         return None
     letter, rest = (match[1] or match[2]).upper(), match[3]
-    if letter not in letters or _of_text(rest, choices, same) not in (None, letter):
+    of_rest = _of_text(rest, options, same)
+    if letter not in letters or of_rest not in (None, letter):
         return None
-    if _of_text(rest, choices, same) is None and _others(rest, letters, letter):
-        return None
-    return letter
+    return None if of_rest is None and _others(rest, letters, letter) else letter
 
 
 def undressed(answer: str) -> str:
@@ -93,11 +90,23 @@ def undressed(answer: str) -> str:
     return _CHOSEN.sub("", form, count=1).strip(_EDGES)
 
 
-def _of_text(text: str, choices: Sequence[str], same: Same) -> str | None:
+def _letters(task: Task) -> str:
+    return string.ascii_uppercase[: len(task.choices) or UNKNOWN_CHOICES]
+
+
+def _options(task: Task, same: Same) -> dict[str, str]:
+    """Letter → text of the options; where nobody says what they were, of the right one."""
+    if task.choices:
+        return dict(zip(_letters(task), task.choices, strict=False))
+    letter, texts = gold_option(task, same)
+    return {letter: texts[0]} if letter and texts else {}
+
+
+def _of_text(text: str, options: Mapping[str, str], same: Same) -> str | None:
     """The letter of the one option whose text it is."""
-    equal = [letter for letter, choice in zip(string.ascii_uppercase, choices, strict=False) if same(text, choice)]
+    equal = [letter for letter, option in options.items() if same(text, option)]
     if len(equal) > 1:  # such as "20" and "20 %", which are the same number
-        equal = [letter for letter in equal if fold_text(text) == fold_text(choices[ord(letter) - ord("A")])]
+        equal = [letter for letter in equal if fold_text(text) == fold_text(options[letter])]
     return equal[0] if len(equal) == 1 else None
 
 

@@ -12,6 +12,7 @@ _WORDS = dict(
         strict=True,
     )
 )
+_HEDGES = {"yes", "no", "or", "not", *_WORDS} - {"one"}  # "the one that is circled"
 _BRACED = re.compile(r"\{([^{}]*)\}")
 _DIGITS = r"[{(]?(\d{1,4})[)}]?"
 _GRID = (
@@ -75,7 +76,8 @@ def parse_grid(text: str) -> tuple[int, int] | None:
 
 
 def _braced(answer: str) -> str:
-    """What the one pair of braces holds, if no number stands beside it; else all of the answer."""
+    """What the one pair of braces holds, if nothing beside it is an answer too; else all of the answer."""
     inside = _BRACED.findall(answer)
-    outside = _BRACED.sub("", answer)
-    return inside[0] if len(inside) == 1 and not any(c.isdigit() for c in outside) else answer
+    outside = re.findall(r"\w+", _BRACED.sub(" ", answer.casefold()))
+    alone = not any(word in _HEDGES or word.isdigit() for word in outside)
+    return inside[0] if len(inside) == 1 and alone else answer

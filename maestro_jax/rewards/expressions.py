@@ -120,7 +120,8 @@ class Expression:
 
 def expression(text: str) -> Expression | None:
     """The mathematics that an answer is, without dress, degree sign or "x ="; None if it is a text, or too large."""
-    form = stated(text).lstrip(_LEFT).rstrip(_RIGHT)
+    # The published test.jsonl of MathVision has a gold answer whose "\\f" was read as a form feed.
+    form = stated(text.replace("\f", "\\f")).lstrip(_LEFT).rstrip(_RIGHT)
     if len(form) > 2 * MAX_EXPRESSION_CHARS:
         return None
     form = stated(_DROPPED.sub("", form.translate(_SIGNS))).lstrip(_LEFT).rstrip(_RIGHT)

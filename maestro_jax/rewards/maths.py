@@ -37,7 +37,7 @@ def maths(task: Task, answer: str) -> bool | Equation:
     if chooses(task, answer, plainly_equal):
         return True
     letter, _ = gold_option(task, plainly_equal)
-    if letter is None or chosen(answer, task.choices, plainly_equal):
+    if letter is None or chosen(answer, task, plainly_equal):
         return False
     return equals(answer, (task.choices[ord(letter) - ord("A")],))
 

@@ -5,7 +5,8 @@
     + ANSWER                               is right
     - ANSWER                               is wrong
 
-⏎ is a line break, ␣ a space at an end; lines with # are remarks. Programs have a table of their own kind, code.txt.
+⏎ is a line break, ␣ a space at an end, ␌ a form feed; lines with # are remarks. Programs have a
+table of their own kind, code.txt.
 """
 
 import dataclasses
@@ -64,4 +65,4 @@ def _listed(text: str) -> tuple[str, ...]:
 
 
 def _text(text: str) -> str:
-    return text.replace("⏎", "\n").replace("␣", " ")
+    return text.replace("⏎", "\n").replace("␣", " ").replace("␌", "\f")

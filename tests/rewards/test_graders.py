@@ -225,7 +225,7 @@ def test_grading_never_raises(source: str, answer: str, gold: str) -> None:
     verdict_of(source, answer, [gold])
 
 
-@given(st.sampled_from(NUMERIC_AND_TEXT), st.text(min_size=1, max_size=30).filter(str.strip))
+@given(st.sampled_from((*NUMERIC_AND_TEXT, "MathVision")), st.text(min_size=1, max_size=30).filter(str.strip))
 def test_the_gold_answer_is_right(source: str, gold: str) -> None:
     assert verdict_of(source, gold, [gold])
 
