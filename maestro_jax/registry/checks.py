@@ -21,6 +21,7 @@ from maestro_jax.registry.stages import (
     PLACEHOLDER,
     TASK_IMAGES,
     AskStage,
+    CropStage,
     Kind,
     ParseStage,
     RunStage,
@@ -78,8 +79,11 @@ def _expert_problems(expert: ExpertConfig, config: RegistryConfig) -> Iterator[s
         yield f"{where}: timeout must be above 0 seconds"
     if expert.frame.kind not in FRAMES:
         yield f'{where}: frame.kind "{expert.frame.kind}" is unknown; {nearest(expert.frame.kind, FRAMES)}'
-    if expert.frame.full <= 0 or expert.frame.multiple <= 0:
-        yield f"{where}: frame.full and frame.multiple must be above 0"
+    for key in ("full", "multiple", "max_pixels"):
+        if getattr(expert.frame, key) <= 0:
+            yield f"{where}: frame.{key} must be above 0"
+    if not 0 <= expert.frame.min_pixels <= expert.frame.max_pixels:
+        yield f"{where}: frame.min_pixels must be 0 to frame.max_pixels ({expert.frame.max_pixels})"
     if "speed" in config.show and expert.shown and not expert.typical_seconds:
         yield f'{where}: registry.show has "speed"; set its typical_seconds'
 
@@ -192,6 +196,8 @@ def _stage_problems(
             yield f'{where}: into "{stage.into}" is unknown; {nearest(stage.into, PARSED)}'
         if stage.text in before and not isinstance(before[stage.text][0], AskStage):
             yield f'{where}: "{stage.text}" is no ask stage; parse what an expert was asked'
+    if isinstance(stage, CropStage) and stage.most < 1:
+        yield f"{where}: most must be at least 1, found {stage.most}"
     if isinstance(stage, RunStage) and not 0 <= stage.rounds <= MOST_ROUNDS:
         yield f"{where}: rounds must be 0 to {MOST_ROUNDS}, found {stage.rounds}"
 

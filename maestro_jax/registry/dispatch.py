@@ -146,20 +146,6 @@ class Registry:
         self.counters[pair].add(observation)
         return observation
 
-    async def check(self, seconds: float) -> dict[str, str | None]:
-        """Expert → None if it says within so many seconds that it is ready, else one line with the cure."""
-
-        async def one(expert: Expert) -> str | None:
-            try:
-                async with asyncio.timeout(seconds):
-                    return await expert.check()
-            except TimeoutError:
-                cure = "see whether its servers run"
-                return f'expert "{expert.name}": did not say within {seconds:g} s whether it is ready; {cure}'
-
-        found = await asyncio.gather(*(one(expert) for expert in self._experts.values()))
-        return {entry.name: line for entry, line in zip(self.config.experts, found, strict=True)}
-
     def report(self) -> dict[str, dict[str, Any]]:
         """By expert: requests, success, latencies, tokens, price, cache hits, and what each endpoint's breaker did."""
         return {stack.bare.name: stack.report(self._began) for stack in self._stacks}

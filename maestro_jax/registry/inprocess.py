@@ -88,9 +88,6 @@ class InProcessExpert:
             status = Status.UNAVAILABLE
         return Reply(text, status, self._usage(request, text), time.monotonic() - start)
 
-    async def check(self) -> str | None:
-        return None  # it was built, so it is there
-
     async def close(self) -> None:
         self._worker.close()
 

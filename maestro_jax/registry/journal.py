@@ -116,9 +116,6 @@ class JournaledExpert:
         self._journal.request(self.name, self._version, request_key(self._identity, request), result)
         return reply
 
-    async def check(self) -> str | None:
-        return await self._expert.check()
-
     async def close(self) -> None:
         await self._expert.close()
 

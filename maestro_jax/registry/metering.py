@@ -138,8 +138,5 @@ class MeteredExpert:
         self.counter.add(reply)
         return reply
 
-    async def check(self) -> str | None:
-        return await self._expert.check()
-
     async def close(self) -> None:
         await self._expert.close()
