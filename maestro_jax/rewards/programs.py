@@ -1,7 +1,7 @@
 """Code graded by its tests (HumanEval-V), in the sandbox that experts' programs run in.
 
 In: an answer that holds a program, and the task's test program. Out: a `TestRun`, and its verdict. A program passes if
-the tests ran to their end: a word that is new in every run is printed behind them, so leaving early is no way to pass.
+the tests ran to their end (registry/sandbox/tested.py), so leaving early is no way to pass.
 
 Source: HumanEval-V/HumanEval-V-Benchmark evaluate.py (`post_process`: the last fenced block that defines the function;
 the signature with its imports stands in front, the tests behind) and execution.py (2 s a program).
@@ -10,40 +10,24 @@ the signature with its imports stands in front, the tests behind) and execution.
 import asyncio
 import atexit
 import dataclasses
-import os
 import re
-import secrets
 from collections.abc import Sequence
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.registry.sandbox.choose import make_sandbox
-from maestro_jax.registry.sandbox.interface import Limits, RanStatus, Sandbox
+from maestro_jax.registry.sandbox.interface import Limits, Sandbox
+from maestro_jax.registry.sandbox.tested import Verdict, run_tests
 from maestro_jax.types import Task
 
 CPU_SECONDS = 2.0  # as in the authors' execution.py
-WALL_SECONDS = 60.0  # the interpreter's start on a busy machine included
 _ATTEMPTS = 2  # where the sandbox itself fails
 
 _FENCE = re.compile(r"```[ \t]*([A-Za-z0-9_+-]*)[ \t]*\r?\n(.*?)```", re.DOTALL)
 _PYTHON = ("", "python", "python3", "py")
 _FUNCTION = re.compile(r"^def solution\b", re.MULTILINE)
 
-# Both parts are compiled before either runs. The names of `typing` are there as the signature's imports put them.
-_DRIVER = """
-def main():
-    import sys
-    run, names, write, parts = exec, {{}}, sys.stdout.write, []
-    for file in ("program.py", "tests.py"):
-        with open(file, encoding="utf-8") as opened:
-            parts.append(compile(opened.read(), file, "exec"))
-    run("from typing import *", names)
-    for part in parts:
-        run(part, names)
-    write("\\n{token}\\n")
-
-
-main()
-"""
+# The names that the published signatures import; a program that imports from the future has to do so first.
+_PREAMBLE = "from typing import *\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +103,7 @@ class Programs:
         self._opened = None
 
     async def _decide(self, sandbox: Sandbox, runs: Sequence[TestRun]) -> list[bool]:
-        free = asyncio.Semaphore(os.cpu_count() or 1)  # the sandbox would count waiting as a program's own time
-
-        async def one(run: TestRun) -> bool:
-            async with free:
-                return await passes(sandbox, run)
-
-        return await asyncio.gather(*map(one, runs))
+        return await asyncio.gather(*(passes(sandbox, run) for run in runs))
 
 
 async def passes(sandbox: Sandbox, run: TestRun) -> bool:
@@ -134,11 +112,10 @@ async def passes(sandbox: Sandbox, run: TestRun) -> bool:
     Raises:
       ConfigError: the sandbox itself fails, which says nothing about the program.
     """
-    files = {"program.py": run.program.encode("utf-8", "replace"), "tests.py": run.tests.encode("utf-8", "replace")}
+    preamble = "" if "from __future__" in run.program else _PREAMBLE
+    limits = Limits(cpu_seconds=CPU_SECONDS)
     for _ in range(_ATTEMPTS):
-        token = secrets.token_hex(16)
-        limits = Limits(cpu_seconds=CPU_SECONDS, wall_seconds=WALL_SECONDS)
-        ran = await sandbox.run(_DRIVER.format(token=token), files, limits)
-        if ran.status is not RanStatus.UNAVAILABLE:
-            return ran.status is RanStatus.OK and token in ran.stdout.splitlines()
+        judged = await run_tests(sandbox, preamble + run.program, run.tests, limits)
+        if judged.verdict is not Verdict.UNAVAILABLE:
+            return judged.verdict is Verdict.PASSED
     raise ConfigError(f'the sandbox "{sandbox.name}" cannot run programs; free disk space, memory or processes')
