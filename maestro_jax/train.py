@@ -371,6 +371,8 @@ def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dic
         "reward": float(np.mean([part.total for part in parts])),
         "accuracy": float(np.mean([part.outcome for part in parts])),
         "format": float(np.mean([part.format for part in parts])),
+        "cost": float(np.mean([part.cost for part in parts])),
+        "latency": float(np.mean([part.latency for part in parts])),
         "calls": float(np.mean([t.executed_calls for t in trajectories])),
         "price": float(np.sum([t.price for t in trajectories])),
         "queue_seconds": float(np.mean([t.timing.queued for t in trajectories])),

@@ -187,6 +187,12 @@ def test_metrics_hold_every_step_once(interrupted: Interrupted) -> None:
     assert [row["step"] for row in rows if "held_out_accuracy" in row] == [0, EVERY, 2 * EVERY, STEPS]
 
 
+def test_the_logged_terms_of_the_reward_add_up(interrupted: Interrupted) -> None:
+    for row in read_metrics(interrupted.workdir / "metrics.jsonl")[1:]:
+        terms = row["accuracy"], row["format"], row["cost"], row["latency"]
+        assert row["reward"] == pytest.approx(sum(terms))
+
+
 def test_rows_before_the_checkpoint_are_kept(interrupted: Interrupted) -> None:
     kept = [row for row in interrupted.rows_at_kill if 0 < row["step"] <= interrupted.resumed_from]
     assert [row["step"] for row in kept] == list(range(1, interrupted.resumed_from + 1))

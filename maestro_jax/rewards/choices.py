@@ -46,21 +46,25 @@ def chooses(task: Task, answer: str, same: Same) -> bool:
     The gold answer is a letter, the option's text, or both (then `task.choices` may be missing, as in verl files).
     """
     letter, texts = gold_option(task, same)
-    if not task.choices and any(same(answer, text) for text in texts):  # first: "E. coli" is no letter
+    if (letter is None or not task.choices) and any(
+        same(answer, text) for text in texts
+    ):  # first: "E. coli" is no letter
         return True
     return letter is not None and chosen(answer, task, same) == letter
 
 
 def gold_option(task: Task, same: Same) -> tuple[str | None, tuple[str, ...]]:
     """The letter of the right option, if it is known, and the gold answers that are texts."""
-    for answer in task.answers:
-        bare = answer.strip(" ()[].:")
-        if len(bare) == 1 and bare.upper() in _letters(task) and (bare.isupper() or not task.choices):
-            return bare.upper(), tuple(other for other in task.answers if other != answer)
-    for letter, choice in zip(_letters(task), task.choices, strict=False):
-        if any(same(answer, choice) for answer in task.answers):
-            return letter, task.answers
-    return None, task.answers
+    letters, bare = _letters(task), [answer.strip(" ()[].:") for answer in task.answers]
+    options = zip(letters, task.choices, strict=False)
+    capital = [letter for letter in bare if len(letter) == 1 and letter in letters]
+    by_text = [
+        letter for letter, choice in options if not capital and any(same(answer, choice) for answer in task.answers)
+    ]
+    small = [letter.upper() for letter in bare if len(letter) == 1 and letter.upper() in letters]
+    found = (capital or by_text or small)[:1]  # "b" may also be an option's text
+    texts = tuple(answer for answer, letter in zip(task.answers, bare, strict=True) if [letter.upper()] != found)
+    return (found[0] if found else None), texts
 
 
 def chosen(answer: str, task: Task, same: Same) -> str | None:

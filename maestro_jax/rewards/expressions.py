@@ -108,6 +108,7 @@ _RIGHT = _LEFT + "."
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _TWO_NUMBERS = re.compile(r"\d\s+[\d.]")
+_SCIENTIFIC = re.compile(r"\de[+-]?\d", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,9 @@ def expression(text: str) -> Expression | None:
     too_large = len(form) > MAX_EXPRESSION_CHARS or depth(form) > MAX_DEPTH or _LONG_NUMBER.search(form)
     if too_large or _TWO_NUMBERS.search(_MIXED.sub("", form)) or not _TOKENS.fullmatch(form):
         return None
+    if _SCIENTIFIC.search(form):  # "3e1" is no product with Euler's number
+        number = parse_number(form)
+        return Expression(f"{number.value:f}", unit) if number else None
     return Expression(form, unit)
 
 
