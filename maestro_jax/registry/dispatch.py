@@ -5,17 +5,16 @@ observations. Nothing in here raises for a fault at run time: every call ends in
 """
 
 import asyncio
-import dataclasses
 import logging
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, Protocol
 
 from maestro_jax.errors import UserError
 from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
-from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig
+from maestro_jax.registry.config import ExpertConfig, LimitsConfig, Pair, RegistryConfig
 from maestro_jax.registry.http import HttpExpert
 from maestro_jax.registry.inprocess import InProcessExpert, InProcessService
 from maestro_jax.registry.interface import Expert, Service
@@ -34,22 +33,6 @@ logger = logging.getLogger(__name__)
 # A skill keeps its deadline by itself and then still reports its usage; past this many more seconds it is cut off.
 GRACE_SECONDS = 0.1
 CLOSE_SECONDS = 10.0
-
-
-@dataclasses.dataclass
-class CallCounter:
-    """Totals of one (expert, skill) pair since the registry was built."""
-
-    calls: int = 0
-    ok: int = 0
-    seconds: float = 0.0
-    price: float = 0.0
-
-    def add(self, observation: Observation) -> None:
-        self.calls += 1
-        self.ok += observation.status is Status.OK
-        self.seconds += observation.seconds
-        self.price += observation.usage.price
 
 
 class ExpertStack(NamedTuple):
@@ -79,7 +62,7 @@ class Registry:
       config: from `parse_registry`.
       cache_file: where replies of deterministic experts and services survive a restart; None keeps
         them in memory.
-      journal: records what experts and services answer.
+      journal: records what experts and services answer. What it holds already counts against the run's caps.
       sandbox: where programs of "run" stages run; None makes the one that the config names, if a skill needs it.
 
     Raises:
@@ -94,9 +77,9 @@ class Registry:
         sandbox: Sandbox | None = None,
     ):
         self.config = config
-        self.counters: defaultdict[Pair, CallCounter] = defaultdict(CallCounter)
         self.cache = ReplyCache(cache_file)
-        self.spending = Spending(config.limits)
+        capped = config.limits != LimitsConfig()
+        self.spending = Spending(config.limits, *(journal.spent() if journal and capped else ()))
         self._began = time.monotonic()
         self._retries = RetryBudget(time.monotonic)
         self._stacks = [self._stack(entry, journal) for entry in config.experts]
@@ -143,29 +126,14 @@ class Registry:
         observation = await run_called(self.config, named, means, given, deadline)
         if observation.status is not Status.OK:
             self.spending.check()
-        self.counters[pair].add(observation)
         return observation
-
-    async def check(self, seconds: float) -> dict[str, str | None]:
-        """Expert → None if it says within so many seconds that it is ready, else one line with the cure."""
-
-        async def one(expert: Expert) -> str | None:
-            try:
-                async with asyncio.timeout(seconds):
-                    return await expert.check()
-            except TimeoutError:
-                cure = "see whether its servers run"
-                return f'expert "{expert.name}": did not say within {seconds:g} s whether it is ready; {cure}'
-
-        found = await asyncio.gather(*(one(expert) for expert in self._experts.values()))
-        return {entry.name: line for entry, line in zip(self.config.experts, found, strict=True)}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """By expert: requests, success, latencies, tokens, price, cache hits, and what each endpoint's breaker did."""
         return {stack.bare.name: stack.report(self._began) for stack in self._stacks}
 
     async def close(self) -> None:
-        await self.cache.close()
+        self.cache.close()
         await asyncio.gather(*(expert.close() for expert in self._experts.values()))
         await asyncio.gather(*(service.close() for service in self._services.values()))
         if self._sandbox is not None:

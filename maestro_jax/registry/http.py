@@ -28,7 +28,8 @@ from maestro_jax.registry.chat import (
 )
 from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.endpoints import Endpoint, Endpoints, NoEndpointError
-from maestro_jax.registry.interface import Message, Reply, Request, Sampling
+from maestro_jax.registry.interface import Reply, Request, Sampling
+from maestro_jax.registry.metering import priced
 from maestro_jax.registry.retries import RetryBudget, RetryConfig, parse_retry_after
 from maestro_jax.types import Status, Usage
 
@@ -36,13 +37,14 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY = 2**20  # bytes of a reply; more are not read
 CONNECT_SECONDS = 5.0
-CHECK_SECONDS = 10.0
+LIST_SECONDS = 5.0  # to hear which models there are
 IDLE_SECONDS = 4.0  # a kept connection; uvicorn closes after 5, and a request must not meet that
 QUOTE_SECONDS = 1.0  # to hear why a server refuses
 QUOTE = 300  # characters of it
 RETRIES = RetryConfig()
 LARGE = 2**20  # bytes of a request from which on aiohttp wants a file, to send it piece by piece
-TOKENS_PER_PRICE = 1_000_000  # prices are per million tokens
+LEAST_SECRET = 8  # characters of a key; a shorter one ("EMPTY", "none") is a placeholder, and may be a word of a reply
+HIDDEN = "[key]"
 
 # Refusals that may pass. All others below 500 (and redirects, which are not followed: they would carry the key
 # elsewhere) are there to stay until somebody changes the set-up.
@@ -56,7 +58,6 @@ _CURES = {
     422: "the server refuses a field of the request; compare options and sampling with what it serves",
 }
 _OTHER_CURE = "check endpoints, model and options"
-_DOWN_CURE = "start its server or correct endpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Outcome:
 
     Attributes:
       completion: there if and only if `status` is OK.
+      is_busy: the server refuses since it has too much to do; nothing is wrong with it.
       retry_after: seconds that the server asked to be left alone.
       why: what went wrong; one of few texts, so that each is logged once.
       said: what the server said to it.
@@ -72,6 +74,7 @@ class Outcome:
 
     status: Status
     completion: Completion | None = None
+    is_busy: bool = False
     retry_after: float = 0.0
     why: str = ""
     said: str = ""
@@ -79,6 +82,16 @@ class Outcome:
     @property
     def is_worth_another(self) -> bool:
         return self.status in (Status.TIMEOUT, Status.UNAVAILABLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """How one endpoint did: how the attempt ended, after how many seconds, and, if refused, which models it lists."""
+
+    url: str
+    outcome: Outcome
+    seconds: float
+    listed: str
 
 
 class HttpExpert:
@@ -95,7 +108,7 @@ class HttpExpert:
     def __init__(self, config: ExpertConfig, budget: RetryBudget, retries: RetryConfig = RETRIES):
         self.name = config.name
         self.identity = http_identity(config)
-        self.endpoints = Endpoints(config.endpoints, config.concurrency, time.monotonic)
+        self.endpoints = Endpoints(config.endpoints, config.concurrency, retries, time.monotonic)
         self._config, self._budget, self._retries = config, budget, retries
         self._sampling = Sampling(config.temperature, config.max_tokens, config.top_p)
         self._key = _read_key(config)
@@ -116,11 +129,6 @@ class HttpExpert:
             return Reply("", outcome.status, seconds=seconds)
         return Reply(outcome.completion.text, Status.OK, self._usage(outcome.completion), seconds)
 
-    async def check(self) -> str | None:
-        """None if every endpoint serves the model; else one line about the first that does not, with the cure."""
-        found = await asyncio.gather(*(self._check(endpoint) for endpoint in self.endpoints.all))
-        return next((line for line in found if line), None)
-
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
@@ -134,8 +142,11 @@ class HttpExpert:
         tried: set[Endpoint] = set()
         while True:
             outcome = await self._attempt(body, end, tried)
-            if outcome.status is not Status.OK:
-                self._log(outcome)
+            if outcome.status is Status.OK:
+                return outcome
+            self._log(outcome)
+            if outcome.is_busy:
+                continue  # to the end of the line, which moves when the server wants; no failure, no retry
             failures += 1
             if not outcome.is_worth_another or failures == self._retries.attempts:
                 return outcome
@@ -146,23 +157,25 @@ class HttpExpert:
             await asyncio.sleep(wait)
 
     async def _attempt(self, body: bytes, end: float, tried: set[Endpoint]) -> Outcome:
-        """One attempt on one endpoint, which joins those tried; its breaker hears how the attempt ended."""
+        """One attempt on one endpoint, which joins those tried; it hears how the attempt ended."""
         try:
-            async with self.endpoints.lease(end, tried) as (endpoint, permit):
-                tried.add(endpoint)
+            with await self.endpoints.lease(end, tried) as lease:
+                tried.add(lease.endpoint)
                 left, whole = end - time.monotonic(), self._config.attempt_timeout
-                outcome = await self._post(endpoint, body, min(left, whole))
+                outcome = await self._post(lease.endpoint, body, min(left, whole))
                 if outcome.status is Status.TIMEOUT and left < whole:
                     return outcome  # cut short by its caller: says nothing about the endpoint
+                if outcome.is_busy:
+                    return dataclasses.replace(outcome, is_busy=not lease.refused(outcome.retry_after))
                 if outcome.is_worth_another:
-                    endpoint.breaker.failed(permit)
+                    lease.failed()
                 else:
-                    endpoint.breaker.succeeded(permit)
+                    lease.succeeded()
                 return outcome
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no turn before the deadline (more endpoints or concurrency would help)")
-        except NoEndpointError:
-            return Outcome(Status.UNAVAILABLE, why="its endpoints keep failing and are left alone for a while")
+        except NoEndpointError as error:
+            return Outcome(Status.UNAVAILABLE, why=str(error))
 
     async def _post(self, endpoint: Endpoint, body: bytes, seconds: float) -> Outcome:
         """Sends a request and reads its reply, in so many seconds."""
@@ -172,7 +185,7 @@ class HttpExpert:
             async with asyncio.timeout(seconds), self._client().post(url, data=data, allow_redirects=False) as response:
                 if response.status != 200:
                     return await self._refusal(response)
-                return Outcome(Status.OK, read_completion(await read_body(response)))
+                return Outcome(Status.OK, self._read(await read_body(response)))
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no reply in time")
         except BadReplyError as error:
@@ -180,13 +193,22 @@ class HttpExpert:
         except (aiohttp.ClientError, OSError) as error:
             return Outcome(Status.UNAVAILABLE, why=f"no connection ({type(error).__name__})")
 
+    def _read(self, body: bytes) -> Completion:
+        """What a server said, without the key, which some repeat: it must not reach journal, cache or policy."""
+        found = read_completion(body)
+        if self._key in found.text and len(self._key) >= LEAST_SECRET:
+            return dataclasses.replace(found, text=found.text.replace(self._key, HIDDEN))
+        return found
+
     async def _refusal(self, response: aiohttp.ClientResponse) -> Outcome:
         code, why = response.status, f"HTTP {response.status}"
         if code >= 500 or code in _PASSING:
-            now = datetime.datetime.now(datetime.UTC)
-            return Outcome(
-                Status.UNAVAILABLE, retry_after=parse_retry_after(response.headers.get("Retry-After", ""), now), why=why
-            )
+            asked = response.headers.get("Retry-After", "")
+            is_busy = code == 429 or (code == 503 and bool(asked))
+            if is_busy:
+                await _quote(response)  # a connection is kept only if its reply was read
+            seconds = parse_retry_after(asked, datetime.datetime.now(datetime.UTC))
+            return Outcome(Status.UNAVAILABLE, is_busy=is_busy, retry_after=seconds, why=why)
         cure = _CURES.get(code, _OTHER_CURE)
         return Outcome(Status.CONFIG_ERROR, why=f"{why}; {cure}", said=self._redacted(await _quote(response)))
 
@@ -211,9 +233,7 @@ class HttpExpert:
         return request_body(self._config.model, request.messages, sampling, self._config.options)
 
     def _usage(self, completion: Completion) -> Usage:
-        prompt, made = completion.prompt_tokens, completion.completion_tokens
-        price = prompt * self._config.price_prompt + made * self._config.price_completion
-        return Usage(prompt, made, price / TOKENS_PER_PRICE)
+        return priced(self._config, completion.prompt_tokens, completion.completion_tokens)
 
     def _log(self, outcome: Outcome) -> None:
         """Says what went wrong; each kind of it once."""
@@ -225,34 +245,34 @@ class HttpExpert:
     def _redacted(self, text: str) -> str:
         """One short line; servers like to repeat the key that they refuse."""
         line = " ".join(text.split())
-        return (line.replace(self._key, "[key]") if self._key else line)[:QUOTE]
+        return (line.replace(self._key, HIDDEN) if self._key else line)[:QUOTE]
 
-    # ---- check ---------------------------------------------------------------------------------------------
+    # ---- trial ---------------------------------------------------------------------------------------------
 
-    async def _check(self, endpoint: Endpoint) -> str | None:
-        if await self._lists_model(endpoint):
-            return None
-        # Not every server lists what it serves: a reply of one token tells.
-        shortest = Request((Message("user", "Hello"),), Sampling(max_tokens=1))
-        outcome = await self._post(endpoint, self._body(shortest), CHECK_SECONDS)
-        if outcome.status is Status.OK:
-            return None
-        cure = "" if outcome.status is Status.CONFIG_ERROR else f"; {_DOWN_CURE}"
-        said = f' (it says: "{outcome.said}")' if outcome.said else ""
-        return f'expert "{self.name}": {endpoint.url}: {outcome.why}{cure}{said}'
+    async def try_each(self, request: Request) -> list[Trial]:
+        """Asks every endpoint once, past retries, breakers and turns: to find out before a run what one would meet."""
+        body = self._body(request)
+        return await asyncio.gather(*(self._trial(each, body, request.deadline) for each in self.endpoints.all))
 
-    async def _lists_model(self, endpoint: Endpoint) -> bool:
-        url = f"{endpoint.url}/models"
+    async def _trial(self, endpoint: Endpoint, body: bytes, seconds: float) -> Trial:
+        start = time.monotonic()
+        outcome = await self._post(endpoint, body, min(seconds, self._config.attempt_timeout))
+        listed = await self._listed(endpoint) if outcome.status is Status.CONFIG_ERROR else ""
+        return Trial(endpoint.url, outcome, time.monotonic() - start, listed)
+
+    async def _listed(self, endpoint: Endpoint) -> str:
+        """Names of the models that it serves, on a short line; not every server lists them."""
         # Not kept: after an exception uvicorn replies and closes, and the next request would meet that.
         once = {"Connection": "close"}
         try:
             async with (
-                asyncio.timeout(CHECK_SECONDS),
-                self._client().get(url, headers=once, allow_redirects=False) as response,
+                asyncio.timeout(LIST_SECONDS),
+                self._client().get(f"{endpoint.url}/models", headers=once, allow_redirects=False) as response,
             ):
-                return response.status == 200 and self._config.model in read_models(await read_body(response))
+                names = read_models(await read_body(response)) if response.status == 200 else []
         except (TimeoutError, BadReplyError, aiohttp.ClientError, OSError):
-            return False
+            return ""
+        return self._redacted(", ".join(names))
 
 
 def http_identity(config: ExpertConfig) -> str:
@@ -282,9 +302,9 @@ async def read_body(response: aiohttp.ClientResponse) -> bytes:
     """
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise BadReplyError("the body is compressed")
-    body = bytearray()
-    async for piece in response.content.iter_any():
-        body += piece
+    body, content = bytearray(), response.content
+    while not content.at_eof():
+        body += await content.readany()
         if max(len(body), response.content_length or 0) > MAX_BODY:
             raise BadReplyError(f"the body has more than {MAX_BODY} bytes")
     return bytes(body)

@@ -9,7 +9,8 @@ depends on replies alone and never on who was faster (a journal can then be repl
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
 
 from maestro_jax.errors import UserError
 from maestro_jax.registry.boxes import Box, Frame, read_boxes, write_boxes
@@ -17,8 +18,9 @@ from maestro_jax.registry.config import RegistryConfig, SkillConfig
 from maestro_jax.registry.interface import Expert, Message, Reply, Request, Service
 from maestro_jax.registry.names import normalise_name
 from maestro_jax.registry.pictures import crops, drawn, shown_size
-from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus, Sandbox
-from maestro_jax.registry.served import NOTHING_FOUND
+from maestro_jax.registry.sandbox.interface import Limits, Sandbox
+from maestro_jax.registry.sandbox.tested import Judged, Verdict, run_tests
+from maestro_jax.registry.served import NOTHING_FOUND, turned
 from maestro_jax.registry.stages import (
     OTHER,
     TASK_IMAGES,
@@ -42,6 +44,13 @@ FAILURE_TEXTS = {
     Status.TIMEOUT: "The expert gave no reply in time.",
     Status.UNAVAILABLE: "The expert is not available now.",
     Status.CONFIG_ERROR: "The expert is not set up correctly.",
+}
+
+# What the policy reads of a program.
+VERDICTS = {
+    Verdict.PASSED: "It passes the tests read from the picture.",
+    Verdict.FAILED: "Its tests fail: {why}",
+    Verdict.UNTESTED: "There was no test to run.",
 }
 
 
@@ -72,7 +81,6 @@ class StageResult:
       seconds: its own; a cached reply counts with the seconds it took when it was first given.
       images, boxes: see `stages.Kind`; boxes are in `seen`.
       seen: the images it worked on.
-      finished: seconds from the start of the skill, along the longest path to this stage and with it.
     """
 
     text: str = ""
@@ -82,7 +90,6 @@ class StageResult:
     boxes: tuple[Box, ...] = ()
     seen: tuple[bytes, ...] = ()
     usage: Usage = NO_USAGE
-    finished: float = 0.0
 
 
 def failure(status: Status, seconds: float = 0.0, usage: Usage = NO_USAGE) -> Observation:
@@ -115,6 +122,8 @@ async def run_called(
         named = [child for child in children if child.name == chosen]
         skill = named[0] if named else choose_child(children, f"{given.query}\n{given.question}", len(given.images))
     found = await run_skill(skill, means, given, end - time.monotonic())
+    if usage is NO_USAGE:  # nobody was asked to choose
+        return found
     return dataclasses.replace(found, usage=usage + found.usage, seconds=seconds + found.seconds)
 
 
@@ -147,30 +156,47 @@ async def run_skill(skill: SkillConfig, means: Means, given: SkillInput, deadlin
     Returns:
       The last stage's text; usage summed over all requests; seconds along the longest path.
     """
-    run = _Run(means, given, time.monotonic() + deadline)
+    run = _Run(skill, means, given, time.monotonic() + deadline)
+    results: Sequence[StageResult | None]
+    if len(skill.stages) == 1:  # nothing to wait for, so no task
+        results = [await run.begin(skill.stages[0], {})]
+    else:
+        results = await _together(run, skill.stages)
+    usage = sum((result.usage for result in results if result), NO_USAGE)
+    for stage, result in zip(skill.stages, results, strict=True):  # in their order, whichever failed first
+        if result and result.status is not Status.OK:
+            return failure(result.status, run.finished[stage.output], usage)
+    last = results[-1]
+    assert last is not None  # nothing failed, so everything ran
+    return Observation(last.text, Status.OK, run.finished[skill.stages[-1].output], usage)
+
+
+async def _together(run: "_Run", stages: Sequence[Stage]) -> list[StageResult | None]:
+    """Runs stages beside each other, each as soon as it can."""
     try:
         async with asyncio.TaskGroup() as group:
-            for stage in skill.stages:
+            for stage in stages:
                 run.tasks[stage.output] = group.create_task(run.stage(stage))
     except ExceptionGroup as raised:
         # A journal that cannot be written, say: what only the user can mend is to end the run, not this call.
         for_user = raised.subgroup(UserError)
         raise (for_user or raised).exceptions[0] from raised
-    results = [task.result() for task in run.tasks.values()]
-    usage = sum((result.usage for result in results if result), NO_USAGE)
-    for result in results:  # in the order of the stages, whichever failed first
-        if result and result.status is not Status.OK:
-            return failure(result.status, result.finished, usage)
-    last = results[-1]
-    assert last is not None  # nothing failed, so everything ran
-    return Observation(last.text, Status.OK, last.finished, usage)
+    return [task.result() for task in run.tasks.values()]
 
 
 class _Run:
-    """One skill under way: a task for every stage, under the name of its output."""
+    """One skill under way.
 
-    def __init__(self, means: Means, given: SkillInput, end: float):
+    Attributes:
+      tasks: of stages, where there are several, by the name of their output.
+      finished: seconds from the start of the skill, along the longest path to a stage and with it.
+    """
+
+    def __init__(self, skill: SkillConfig, means: Means, given: SkillInput, end: float):
         self.tasks: dict[str, asyncio.Task[StageResult | None]] = {}
+        self.finished: dict[str, float] = {}
+        parsed = [stage for stage in skill.stages if isinstance(stage, ParseStage)]
+        self._boxed = {stage.text for stage in parsed if stage.into == "boxes"}  # outputs that say where things are
         self._means, self._given, self._end = means, given, end
 
     async def stage(self, stage: Stage) -> StageResult | None:
@@ -181,16 +207,21 @@ class _Run:
             if result is None or result.status is not Status.OK:
                 return None
             needed[name] = result
-        began = max((result.finished for result in needed.values()), default=0.0)
-        if time.monotonic() >= self._end:
-            return StageResult(status=Status.TIMEOUT, finished=began)
-        result = await self._work(stage, needed)
-        return dataclasses.replace(result, finished=began + result.seconds)
+        return await self.begin(stage, needed)
+
+    async def begin(self, stage: Stage, needed: Mapping[str, StageResult]) -> StageResult:
+        """Runs `stage`, for which all that it needs is there."""
+        late = time.monotonic() >= self._end
+        result = StageResult(status=Status.TIMEOUT) if late else await self._work(stage, needed)
+        began = max((self.finished[name] for name in needed), default=0.0)
+        self.finished[stage.output] = began + result.seconds
+        return result
 
     async def _work(self, stage: Stage, needed: Mapping[str, StageResult]) -> StageResult:
         if isinstance(stage, AskStage):
             values = self._values(needed)
             images = self._images(stage.images, needed)
+            images = await turned(images) if stage.output in self._boxed else images
             return _answered(await self._ask(fill(select_prompt(stage, values), values), images), images)
         if isinstance(stage, ServiceStage):
             return await self._serve(stage, needed)
@@ -211,33 +242,32 @@ class _Run:
         program, tests = needed[stage.program].text, needed[stage.tests].text
         images, values = self._images(stage.images, needed), self._values(needed)
         usage, seconds = NO_USAGE, 0.0
-        if not tests:
-            return StageResult(_report(program, "There was no test to run."))
         for repairs_left in reversed(range(stage.rounds + 1)):
-            ran = await self._try(program, tests)
-            seconds += ran.seconds
-            if ran.status is RanStatus.UNAVAILABLE or self._remaining <= 0:
-                lost = Status.UNAVAILABLE if ran.status is RanStatus.UNAVAILABLE else Status.TIMEOUT
-                return StageResult(status=lost, seconds=seconds, usage=usage)
-            if ran.status is RanStatus.OK or not repairs_left:
+            try:
+                async with asyncio.timeout(self._remaining):
+                    judged = await self._test(program, tests)
+            except TimeoutError:
+                return StageResult(status=Status.TIMEOUT, seconds=seconds, usage=usage)
+            seconds += judged.seconds
+            if judged.verdict is Verdict.UNAVAILABLE:
+                return StageResult(status=Status.UNAVAILABLE, seconds=seconds, usage=usage)
+            why = shortened(judged.why, LONGEST_ERROR)
+            if judged.verdict is not Verdict.FAILED or not repairs_left:
                 break
-            mine = {"program": program, "error": _error(ran)}
-            reply = await self._ask(fill(stage.repair, values | mine), images)
+            reply = await self._ask(fill(stage.repair, values | {"program": program, "error": why}), images)
             usage, seconds = usage + reply.usage, seconds + reply.seconds
             if reply.status is not Status.OK:
                 return StageResult(status=reply.status, seconds=seconds, usage=usage)
             program = program_in(said(reply.text))
-        passed = ran.status is RanStatus.OK
-        verdict = "It passes the tests read from the picture." if passed else f"Its tests fail: {_error(ran)}"
-        return StageResult(_report(program, verdict), seconds=seconds, seen=images, usage=usage)
+        report = f"```python\n{program}\n```\n{VERDICTS[judged.verdict].format(why=why)}"
+        return StageResult(report, seconds=seconds, seen=images, usage=usage)
 
-    async def _try(self, program: str, tests: str) -> Ran:
+    async def _test(self, program: str, tests: str) -> Judged:
         assert self._means.sandbox is not None  # the registry makes one where a skill has such a stage
-        wall = min(Limits().wall_seconds, max(self._remaining, 0.0))
-        return await self._means.sandbox.run(f"{program}\n\n{tests}\n", {}, Limits(wall_seconds=wall))
+        return await run_tests(self._means.sandbox, program, tests, Limits())
 
-    async def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Reply:
-        return await _ask(self._means.expert, prompt, images, self._end)
+    def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Coroutine[Any, Any, Reply]:
+        return _ask(self._means.expert, prompt, images, self._end)
 
     def _values(self, needed: Mapping[str, StageResult]) -> dict[str, str]:
         inputs = {"question": self._given.question, "query": self._given.query}
@@ -285,12 +315,3 @@ async def _pictured(stage: CropStage | DrawStage, found: StageResult) -> StageRe
     else:
         made = await asyncio.to_thread(drawn, found.seen, found.boxes)
     return StageResult(images=made)
-
-
-def _report(program: str, verdict: str) -> str:
-    return f"```python\n{program}\n```\n{verdict}"
-
-
-def _error(ran: Ran) -> str:
-    """What became of a program; the end of a traceback says most."""
-    return shortened(ran.stderr.strip(), LONGEST_ERROR) or f"it ended with: {ran.status.value}"
