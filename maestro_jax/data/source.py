@@ -1,12 +1,14 @@
 """Sources of tasks: random access by number, as Grain needs. A stored data set in, `Task` objects out."""
 
+import collections
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from maestro_jax.errors import DataError
+from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.types import Task
 
 FIELDS = ("id", "question", "images", "answers", "source")  # "choices" and "kind" may be there
@@ -20,6 +22,23 @@ class TaskSource(Protocol):
     def __getitem__(self, index: int) -> Task:
         """The task at `index` in 0..len-1; raises `DataError` (file, row, field) when it cannot be read."""
         ...
+
+
+class ChainedSource:
+    """Several sources behind each other."""
+
+    def __init__(self, sources: Sequence[TaskSource]):
+        self._sources = sources
+        self._starts = np.cumsum([0, *(len(source) for source in sources)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Task:
+        if not 0 <= index < len(self):
+            raise IndexError(f"task {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._sources[number][index - int(self._starts[number])]
 
 
 class TfdsSource:
@@ -66,7 +85,8 @@ def _open_records(directory: Path, split: str) -> Any:
     if not (directory / "dataset_info.json").is_file():
         raise DataError(
             f"no TFDS data set in {directory} (dataset_info.json is missing); "
-            "build one with `python -m maestro_jax.data.suite.build --directory DIR` and name the folder it prints"
+            "make one with `python -m maestro_jax.data.prepare` or `python -m maestro_jax.data.suite.build` and name "
+            "the folder it prints"
         )
     import tensorflow_datasets as tfds
 
@@ -96,3 +116,14 @@ def _open_records(directory: Path, split: str) -> Any:
             f"cannot open split {split!r} of {directory}, which has {', '.join(builder.info.splits)}; "
             "name one of these, or delete the directory and build it again if a file is missing"
         ) from error
+
+
+def stable_names(paths: Sequence[Path]) -> list[str]:
+    """A unique name a file, for ids of its tasks, that does not depend on where a data set lies on this machine."""
+    absolute = [path.absolute() for path in paths]
+    common = Path(os.path.commonpath([path.parent for path in absolute]))
+    names = [path.relative_to(common).with_suffix("").as_posix() for path in absolute]
+    repeated = [name for name, times in collections.Counter(names).items() if times > 1]
+    if repeated:
+        raise ConfigError(f"the file {repeated[0]} is named twice; name each file once")
+    return names

@@ -19,6 +19,7 @@ import numpy as np
 from maestro_jax.data.choices import letter_of, split_options, with_options
 from maestro_jax.data.roots import ImageRoot, open_root, refuse_url
 from maestro_jax.data.rows import describe
+from maestro_jax.data.source import stable_names
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.images import check_image
 from maestro_jax.types import Task
@@ -54,7 +55,7 @@ class VerlParquetSource:
             raise ConfigError("no parquet file is named; give at least one path")
         self._paths = [Path(path) for path in listed]
         self._image_root = None if image_root is None else open_root(image_root)
-        self._names = _stable_names(self._paths)
+        self._names = stable_names(self._paths)
         self._files = [_open(path) for path in self._paths]
         # One entry a row group: (file, group in the file, first row in the file).
         self._groups = [
@@ -133,17 +134,6 @@ def _group_starts(opened: Any) -> list[tuple[int, int]]:
             starts.append((group, first))
         first += rows
     return starts
-
-
-def _stable_names(paths: list[Path]) -> list[str]:
-    """A unique name a file that does not depend on where the data set lies on this machine."""
-    absolute = [path.absolute() for path in paths]
-    common = Path(os.path.commonpath([path.parent for path in absolute]))
-    names = [path.relative_to(common).with_suffix("").as_posix() for path in absolute]
-    repeated = [name for name, times in collections.Counter(names).items() if times > 1]
-    if repeated:
-        raise ConfigError(f"parquet file {repeated[0]} is named twice; name each file once")
-    return names
 
 
 def _task(row: dict[str, Any], name: str, where: str, image_root: ImageRoot | None) -> Task:
