@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from maestro_jax.data.opening import KINDS
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.advantages import NORMALISERS
 from maestro_jax.grpo.losses import AGGREGATIONS, KL_ESTIMATORS, SURROGATES
@@ -31,10 +32,12 @@ class DataConfig:
     """Where tasks come from.
 
     Attributes:
-      kind: "suite" builds the offline suite; "verl" reads parquet files in the verl schema.
+      kind: "suite" builds the offline suite; "tfds" reads data sets that `maestro_jax.data.prepare` (or anyone) made,
+        "verl" parquet files in the verl schema, "jsonl" one JSON object a line (docs/data.md).
       suite_directory: where suites are kept; empty means inside the work directory.
       train_per_domain, test_per_domain: size of the suite.
-      train_files, test_files: parquet files of kind "verl".
+      train_files, test_files: the files of kinds "verl" and "jsonl", the data sets' directories of kind "tfds".
+      train_split, test_split: the splits of kind "tfds", such as "train", "test" or "train[:100]".
       image_root: folder that image paths in the files are resolved under; empty allows inline images only.
       damage_limit: damaged rows that may be skipped (each is reported).
     """
@@ -45,6 +48,8 @@ class DataConfig:
     test_per_domain: int
     train_files: tuple[str, ...]
     test_files: tuple[str, ...]
+    train_split: str
+    test_split: str
     image_root: str
     damage_limit: int
 
@@ -286,10 +291,11 @@ def _check(config: Config) -> None:
     for part in config.policy.freeze:
         if part not in FREEZABLE:
             raise ConfigError(f"config.policy.freeze has {part!r}; it may name {', '.join(FREEZABLE)}")
-    if config.data.kind not in ("suite", "verl"):
-        raise ConfigError(f'config.data.kind {config.data.kind!r} is unknown; use "suite" or "verl"')
-    if config.data.kind == "verl" and not (config.data.train_files and config.data.test_files):
-        raise ConfigError('config.data.kind "verl" needs config.data.train_files and config.data.test_files')
+    if config.data.kind not in ("suite", *KINDS):
+        raise ConfigError(f"config.data.kind {config.data.kind!r} is unknown; use one of suite, {', '.join(KINDS)}")
+    if config.data.kind != "suite" and not (config.data.train_files and config.data.test_files):
+        kind = config.data.kind
+        raise ConfigError(f'config.data.kind "{kind}" needs config.data.train_files and config.data.test_files')
     if max(rollout.member_buckets, default=0) != rollout.room:
         raise ConfigError(
             f"config.rollout.member_buckets {rollout.member_buckets} must end with config.rollout.room={rollout.room}"

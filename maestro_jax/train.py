@@ -24,10 +24,10 @@ from maestro_jax.assemble import check_batches, fields, policy_factory, update_c
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
+from maestro_jax.data.opening import KINDS, open_source
 from maestro_jax.data.pipeline import Batches
 from maestro_jax.data.source import TaskSource, TfdsSource
 from maestro_jax.data.suite.build import build_suite
-from maestro_jax.data.verl import VerlParquetSource
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
@@ -285,9 +285,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:
     """Training and held-out tasks; the suite is built on first use."""
     data = config.data
-    if data.kind == "verl":
-        root = data.image_root or None
-        return VerlParquetSource(data.train_files, root), VerlParquetSource(data.test_files, root)
+    if data.kind in KINDS:
+        train = open_source(data.kind, data.train_files, split=data.train_split, image_root=data.image_root)
+        return train, open_source(data.kind, data.test_files, split=data.test_split, image_root=data.image_root)
     directory = data.suite_directory or workdir / "suite"
     suite = build_suite(directory, data.train_per_domain, data.test_per_domain, config.seed, progress)
     return TfdsSource(suite, "train"), TfdsSource(suite, "test")

@@ -177,8 +177,9 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("data.kind", "parquet", 'use "suite" or "verl"'),
+        ("data.kind", "parquet", "use one of suite, tfds, verl, jsonl"),
         ("data.kind", "verl", "needs config.data.train_files and config.data.test_files"),
+        ("data.kind", "jsonl", '"jsonl" needs config.data.train_files and config.data.test_files'),
         ("rollout.member_buckets", (64, 96), "must end with config.rollout.room="),
         ("grpo.logprob_chunk", 0, "use 1 or more entries of the vocabulary"),
         ("policy.attention", "flash", "use one of auto, xla, blocks, splash"),
