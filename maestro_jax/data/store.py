@@ -1,5 +1,6 @@
 """Tasks on disk: a TFDS data set in ArrayRecord format, written without TensorFlow. `source.TfdsSource` reads it."""
 
+import collections
 import contextlib
 import io
 import os
@@ -7,11 +8,15 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.types import Task
 
 _SHARD = 10_000  # tasks a file
+# What is in memory and goes to TFDS in one call: every call writes the data set's metadata anew.
+_AT_A_TIME = 256
+_BYTES_AT_A_TIME = 64 << 20
 
 
 def write_tasks(
@@ -35,7 +40,7 @@ def write_stream(
     splits: Sequence[str],
     tasks: Iterable[tuple[str, Task]],
 ) -> None:
-    """As `write_tasks`, for tasks that come with their split, in any order; one is in memory at a time."""
+    """As `write_tasks`, for tasks that come with their split, in any order; some are in memory at a time."""
     import tensorflow_datasets as tfds
 
     texts = tfds.features.Sequence(tfds.features.Text())
@@ -56,9 +61,24 @@ def write_stream(
     info = tfds.core.DatasetInfo(builder=identity, description=description, features=features)
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_SHARD, file_format="array_record")
     writer.initialize_splits(list(splits))
-    for split, task in tasks:
-        writer.add_examples({split: [_example(task)]})
+    for part in _parts(tasks):
+        writer.add_examples(part)
     writer.close_all()
+
+
+def _parts(tasks: Iterable[tuple[str, Task]]) -> Iterator[dict[str, list[Any]]]:
+    """Examples by split, a few at a time."""
+    part: dict[str, list[Any]] = collections.defaultdict(list)
+    count = size = 0
+    for split, task in tasks:
+        part[split].append(_example(task))
+        count += 1
+        size += sum(len(image) for image in task.images)
+        if count == _AT_A_TIME or size > _BYTES_AT_A_TIME:
+            yield part
+            part, count, size = collections.defaultdict(list), 0, 0
+    if part:
+        yield part
 
 
 @contextlib.contextmanager
