@@ -422,6 +422,18 @@ def test_the_published_rows_become_tasks() -> None:
         assert task.question.endswith("?") and "<image>" not in task.question
 
 
+@pytest.mark.slow  # its picture and question have shapes of their own, for which programs are compiled
+@pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")
+def test_the_published_rows_train(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    assert EXAMPLES is not None
+    files = verl(EXAMPLES / "train_data_example.parquet", EXAMPLES / "val_data_example.parquet")
+    tokenizer = {"policy.tokenizer": interrupted.workdir / "tokenizer"}
+    result = job.run(tmp_path / "run", **files | tokenizer | {"warm_start.steps": 0, "grpo.steps": 1})
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["held_out_tasks"] == 1
+
+
 # ---- rollouts that outlive their step ----------------------------------------------------------------------
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 LETTERS = string.ascii_uppercase
 
-# "A. ", "B) ", "(C) " or "D: " at the beginning of a line or behind a space.
-_MARKER = re.compile(r"(?:(?<=\s)|^)\(?([A-Z])[.):]\s+", re.MULTILINE)
+# "A. ", "B) ", "(C) " or "D: ", at the beginning of a line or behind a space.
+_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):]\s+", re.MULTILINE)
+_INLINE = re.compile(r"(?:(?<=\s)|^)\(?([A-Z])[.):]\s+")
 
 
 def with_options(question: str, choices: Sequence[str]) -> str:
@@ -25,22 +26,29 @@ def with_options(question: str, choices: Sequence[str]) -> str:
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
     """A question that holds its options, as (question, options); no options if it holds fewer than two.
 
-    Options on lines of their own end with the line; options within a line end where the next one begins.
+    Options on lines of their own end with the line; options within a line end where the next one begins. The last run
+    of letters counts: a caption before may have parts (A) and (B), too.
     """
-    markers: list[re.Match[str]] = []
-    for match in _MARKER.finditer(text):
+    for marker in (_LINE, _INLINE):
+        run = _last_run(list(marker.finditer(text)))
+        if run:
+            ends = [*(match.start() for match in run[1:]), len(text)]
+            options = [text[match.end() : end].strip() for match, end in zip(run, ends, strict=True)]
+            if marker is _LINE:
+                options = [option.split("\n", 1)[0].strip() for option in options]
+            return text[: run[0].start()].strip(), tuple(options)
+    return text.strip(), ()
+
+
+def _last_run(markers: list[re.Match[str]]) -> list[re.Match[str]]:
+    """The last of the runs A, B, ... that has at least two letters."""
+    runs: list[list[re.Match[str]]] = []
+    for match in markers:
         if match[1] == "A":
-            if len(markers) < 2:  # an "A." before was no option
-                markers = [match]
-        elif markers and match[1] == LETTERS[len(markers) % len(LETTERS)]:
-            markers.append(match)
-    if len(markers) < 2:
-        return text.strip(), ()
-    ends = [*(match.start() for match in markers[1:]), len(text)]
-    options = [text[match.end() : end].strip() for match, end in zip(markers, ends, strict=True)]
-    if all(_begins_line(text, match.start()) for match in markers):
-        options = [option.split("\n", 1)[0].strip() for option in options]
-    return text[: markers[0].start()].strip(), tuple(options)
+            runs.append([match])
+        elif runs and match[1] == LETTERS[len(runs[-1]) % len(LETTERS)]:
+            runs[-1].append(match)
+    return next((run for run in reversed(runs) if len(run) > 1), [])
 
 
 def letter_of(answer: str, choices: Sequence[str]) -> str | None:
@@ -60,7 +68,3 @@ def letter_of(answer: str, choices: Sequence[str]) -> str | None:
     if letter:
         return letter
     return by_text[0] if len(by_text) == 1 else None
-
-
-def _begins_line(text: str, position: int) -> bool:
-    return not text[:position].rpartition("\n")[2].strip()

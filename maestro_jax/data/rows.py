@@ -80,7 +80,7 @@ class Row:
     def refuse_misspelt(self, known: Collection[str]) -> None:
         """Raises where a field has nearly, but not quite, the name of a known one. Other fields are the user's own."""
         for field in self.fields:
-            near = difflib.get_close_matches(field, known, n=1, cutoff=0.75)
+            near = difflib.get_close_matches(field, known, n=1, cutoff=0.85)
             if near and field not in known:
                 raise self.error(field, f"unknown, did you mean {near[0]}? Correct or rename it")
 

@@ -13,6 +13,8 @@ from maestro_jax.data.choices import letter_of, split_options, with_options
         ("What?\nA: one\nB: two\nC: three", "What?", ("one", "two", "three")),
         ("Ask A. Smith.\nA. one\nB. two", "Ask A. Smith.", ("one", "two")),
         ("What is in Fig. A. or in Fig. C. here?", "What is in Fig. A. or in Fig. C. here?", ()),
+        ("(A) Map. (B) Height. Which?\nA. rain\nB. snow", "(A) Map. (B) Height. Which?", ("rain", "snow")),
+        ("(A) Map. (B) Height. Which? A. rain B. snow", "(A) Map. (B) Height. Which?", ("rain", "snow")),
         ("no options", "no options", ()),
     ],
 )

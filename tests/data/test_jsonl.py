@@ -123,7 +123,7 @@ def test_a_line_that_is_no_object_is_named(write: Write, root: pathlib.Path, tex
 
 
 def test_other_fields_are_the_users_own(write: Write, root: pathlib.Path) -> None:
-    assert JsonlSource(write(line(difficulty=3, split="train")), root)[0].answers == ("3",)
+    assert JsonlSource(write(line(difficulty=3, split="train", idx=7, source_id="x")), root)[0].answers == ("3",)
 
 
 def test_a_path_needs_a_root(write: Write) -> None:

@@ -61,7 +61,8 @@ def _of_parquet(row: Row) -> Task:
 
 def _task(row: Row, images: tuple[bytes, ...]) -> Task:
     text = row.text("question")
-    choices = split_options(_INSTRUCTION.sub("", text))[1] or tuple(LETTERS[:4])
+    _, _, options = _INSTRUCTION.sub("", text).rpartition("Choices:")
+    choices = split_options(options)[1] or tuple(LETTERS[:4])
     answer = row.text("answer").strip(" .()").upper()
     if len(answer) != 1 or answer not in LETTERS[: len(choices)]:
         raise row.error("answer", f"expected the letter of one of {len(choices)} choices; correct it")

@@ -20,7 +20,9 @@ def tasks(directory: Path) -> dict[str, Tasks]:
 
 
 def _task(row: Row) -> Task:
-    question, choices = split_options(row.text("query").replace("<image>", ""))
+    # Captions have parts (A) and (B) themselves: options are what stands behind their heading.
+    question, _, options = row.text("query").replace("<image>", "").rpartition("Options:")
+    _, choices = split_options(options)
     if not choices:
         raise row.error("query", "shows no options (A. ..., B. ...); correct it or remove the row")
     answer = row.text("response")
@@ -29,7 +31,7 @@ def _task(row: Row) -> Task:
         raise row.error("response", f"expected one of {len(choices)} options; correct it or remove the row")
     return Task(
         id=f"MSEarthMCQ/test/{row.number:06d}",
-        question=with_options(question, choices),
+        question=with_options(f"{question.strip()}\nOptions:", choices),
         images=(row.picture("image"),),
         answers=(letter,),
         source="MSEarthMCQ",

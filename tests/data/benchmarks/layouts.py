@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2
 
-from maestro_jax.data.benchmarks.tfrecord import _masked_crc
+from maestro_jax.data.benchmarks.tfrecord import masked_crc
 
 Path = pathlib.Path
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -110,10 +111,10 @@ def microvqa(folder: Path, split: str = "test") -> dict[str, int]:
 
 
 def msearth(folder: Path) -> dict[str, int]:
-    options = "A. rain\nB. snow\nC. hail\nD. fog"
+    caption, options = "(A) Map. (B) Height.", "A. rain\nB. snow\nC. hail\nD. fog"
     rows = [
         {
-            "query": f"<image>\nCaption:\nMap {n}.\nQuestion:\nWhat falls in region {n}?\nOptions:\n{options}",
+            "query": f"<image>\nCaption:\n{caption}\nQuestion:\nWhat falls in region {n}?\nOptions:\n{options}",
             "response": response,
             "image": stored(n),
             "question_id": str(n),
@@ -382,34 +383,20 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, int]]]] = {
 }
 
 
-# ---- TFRecord, written by hand -------------------------------------------------------------------------------
-
-
-def varint(number: int) -> bytes:
-    parts = []
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
-
-
-def field(number: int, data: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(data)) + data
+# ---- TFRecord ------------------------------------------------------------------------------------------------
 
 
 def example(features: Mapping[str, Sequence[bytes] | Sequence[int]]) -> bytes:
     """A serialised tf.train.Example."""
-    entries = b""
+    message = tf_example_pb2.Example()
     for name, values in features.items():
-        if values and isinstance(values[0], int):
-            feature = field(3, field(1, b"".join(varint(value) for value in values if isinstance(value, int))))
-        else:
-            feature = field(1, b"".join(field(1, value) for value in values if isinstance(value, bytes)))
-        entries += field(1, field(1, name.encode()) + field(2, feature))
-    return field(1, entries)
+        feature = message.features.feature[name]
+        kind = feature.int64_list if values and isinstance(values[0], int) else feature.bytes_list
+        kind.value.extend(values)
+    return message.SerializeToString()
 
 
 def framed(data: bytes) -> bytes:
     """A record of a TFRecord file."""
     length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", _masked_crc(length)) + data + struct.pack("<I", _masked_crc(data))
+    return length + struct.pack("<I", masked_crc(length)) + data + struct.pack("<I", masked_crc(data))

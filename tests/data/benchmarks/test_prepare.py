@@ -137,6 +137,13 @@ def test_the_chinese_half_of_slake_is_left_out(tmp_path: pathlib.Path, read: Rea
     assert all(task.question.isascii() for task in only(tmp_path, read, "slake", "train"))
 
 
+def test_a_caption_with_parts_is_no_list_of_options(tmp_path: pathlib.Path, read: Read) -> None:
+    task = only(tmp_path, read, "msearthmcq")[0]
+    assert task.choices == ("rain", "snow", "hail", "fog")
+    assert task.question.startswith("Caption:\n(A) Map. (B) Height.\nQuestion:\nWhat falls")
+    assert task.question.endswith("Options:\nA. rain\nB. snow\nC. hail\nD. fog")
+
+
 # ---- damage ------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +298,24 @@ def test_the_command(tmp_path: pathlib.Path) -> None:
     assert lines[-1] == f"{tmp_path}/data/slake" and len(TfdsSource(lines[-1], "train")) == 3
     assert any(line.startswith("slake 9/9  split test  damaged 0") for line in lines)
     assert "SLAKE: 3 train, 3 validation, 3 test tasks; 0 damaged rows skipped" in lines
+
+
+def test_neither_tensorflow_nor_jax_is_needed(tmp_path: pathlib.Path) -> None:
+    layouts.erqa_tfrecord(tmp_path / "files")
+    program = (
+        "import sys; from maestro_jax.data.prepare import prepare; from maestro_jax.observe.progress import Progress; "
+        "prepare('erqa', sys.argv[1] + '/files', sys.argv[1] + '/data', Progress()); "
+        "print([name for name in ('tensorflow', 'jax', 'torch') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
 
 
 def test_the_command_teaches_its_use() -> None:
