@@ -1,7 +1,8 @@
 """From a config to the parts of a run that more than one command makes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -9,12 +10,19 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maestro_jax.config import Config
+from maestro_jax.data.opening import KINDS, open_source
+from maestro_jax.data.source import TaskSource, TfdsSource
+from maestro_jax.data.suite.build import build_suite
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.update import UpdateConfig
+from maestro_jax.observe.files import read_json
+from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel.mesh import batch_shards
+from maestro_jax.parallel.sharding import ShardingRules, init_params, param_layout
 from maestro_jax.policy.attention import suited_to
 from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
 
 T = TypeVar("T")
@@ -58,3 +66,48 @@ def check_batches(config: Config, mesh: Mesh) -> None:
                 f"config.{key}={size} does not divide over {shards} devices (mesh axes data x fsdp); "
                 f"set it to a multiple of {shards}"
             )
+
+
+def check_same_run(path: Path, mine: Mapping[str, str]) -> None:
+    """Refuses to go on in a work directory that holds a run with other settings."""
+    theirs = read_json(path)
+    if theirs is None:
+        return
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            name = key if key.startswith("--") else f"config.{key}"  # a flag of the command, or a setting
+            raise ConfigError(
+                f"{path.parent} holds a run with {name}={theirs.get(key)}, this one has {mine.get(key)}; "
+                f"use another directory, or the same setting to go on"
+            )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as dotted keys and printed values."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = repr(value)
+    return flat
+
+
+def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:
+    """Training and held-out tasks; the suite is built on first use."""
+    data = config.data
+    if data.kind in KINDS:
+        train = open_source(data.kind, data.train_files, split=data.train_split, image_root=data.image_root)
+        return train, open_source(data.kind, data.test_files, split=data.test_split, image_root=data.image_root)
+    directory = data.suite_directory or workdir / "suite"
+    suite = build_suite(directory, data.train_per_domain, data.test_per_domain, config.seed, progress)
+    return TfdsSource(suite, "train"), TfdsSource(suite, "test")
+
+
+def open_params(config: Config, architecture: PolicyArchitecture, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
+    """Parameters in their shards: those of the checkpoint to start from, or random ones."""
+    make = policy_factory(config, architecture, mesh.devices.flat[0].platform)
+    if not config.policy.init_from:
+        return init_params(make, mesh, ShardingRules())
+    graph, abstract, shardings = param_layout(make, mesh, ShardingRules())
+    return graph, import_params(config.policy.init_from, abstract, shardings, architecture.vision.patch_shape)

@@ -7,12 +7,9 @@ files around the weights (config.json, tokenizer, preprocessor) are copied from 
 directory; without it they are made from the run's config.
 """
 
-import ast
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
@@ -26,6 +23,7 @@ from maestro_jax.checkpoint.hf_export import (
     write_model_card,
 )
 from maestro_jax.checkpoint.hf_verify import verify_logits, verify_tensors
+from maestro_jax.checkpoint.run import find_run
 from maestro_jax.checkpoint.store import ParamReader
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import read_json
@@ -68,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- What stands around them -----------------------------------------------------------
         if base is None:
-            write_config_files(architecture, tokenizer_directory(run), DTYPE.value, run.pixels, partial)
+            write_config_files(architecture, run.tokenizer, DTYPE.value, run.pixels, partial)
         else:
             copy_base(base, partial)
         write_model_card(partial, reader.step, run.settings, read_json(run.workdir / "summary.json"))
@@ -84,44 +82,6 @@ def main(argv: Sequence[str]) -> None:
     print(f"step {reader.step} of {run.workdir} written to {output}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished or interrupted run on disk."""
-
-    workdir: Path
-    checkpoints: Path
-    step: int | None  # None: the newest
-    settings: dict[str, str]  # as the run wrote them: dotted key → printed value
-    architecture: dict[str, Any]  # the content of a config.json
-
-    def value(self, key: str) -> Any:
-        """A setting, as the config had it."""
-        if key not in self.settings:
-            raise ConfigError(f"{self.workdir}/config.json lacks {key}; export with the version that made the run")
-        return ast.literal_eval(self.settings[key])
-
-    @property
-    def pixels(self) -> tuple[int, int]:
-        """Least and most pixels of an image."""
-        return self.value("policy.min_pixels"), self.value("policy.max_pixels")
-
-
-def find_run(path: Path) -> Run:
-    """The run that `path` means: a work directory, its checkpoints/ or one checkpoint in there."""
-    step = None
-    if path.name.isdigit() and path.parent.name == "checkpoints":
-        step, path = int(path.name), path.parent
-    workdir = path.parent if path.name == "checkpoints" else path
-    settings, architecture = read_json(workdir / "config.json"), read_json(workdir / "architecture.json")
-    if settings is None or architecture is None:
-        lacks = "config.json" if settings is None else "architecture.json"
-        raise ConfigError(
-            f"{workdir} has no {lacks}, so it is no run's work directory; give --checkpoint the "
-            "--workdir of a run of maestro_jax.train"
-        )
-    return Run(workdir, workdir / "checkpoints", step, settings, architecture)
-
-
 def check_base(base: Path, architecture: PolicyArchitecture, dtype: str) -> None:
     """Refuses a base whose files describe another architecture or another type of weights."""
     values = read_config_json(base)
@@ -133,11 +93,6 @@ def check_base(base: Path, architecture: PolicyArchitecture, dtype: str) -> None
         raise ConfigError(
             f"{base}/config.json says {said}, which readers would cast to; give --dtype={said} or no --base"
         )
-
-
-def tokenizer_directory(run: Run) -> Path:
-    given = run.value("policy.tokenizer") or run.value("policy.init_from")
-    return Path(given) if given else run.workdir / "tokenizer"
 
 
 if __name__ == "__main__":

@@ -20,15 +20,12 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from maestro_jax import command
-from maestro_jax.assemble import check_batches, fields, policy_factory, update_config
+from maestro_jax.assemble import check_batches, check_same_run, fields, flatten, open_data, open_params, update_config
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
-from maestro_jax.data.opening import KINDS, open_source
 from maestro_jax.data.pipeline import Batches
-from maestro_jax.data.source import TaskSource, TfdsSource
-from maestro_jax.data.suite.build import build_suite
-from maestro_jax.errors import ConfigError
+from maestro_jax.data.source import TaskSource
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
 from maestro_jax.grpo.batch import Scored
@@ -49,9 +46,7 @@ from maestro_jax.observe.metrics import MetricsWriter, read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.observe.table import summary_table
 from maestro_jax.parallel.mesh import batch_shards, make_mesh
-from maestro_jax.parallel.sharding import ShardingRules, init_params, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, open_architecture
-from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher, Registry
@@ -253,53 +248,10 @@ def main(argv: Sequence[str]) -> None:
     }
     write_json(workdir / "summary.json", summary)
     plot_curves(read_metrics(workdir / "metrics.jsonl"), lines_of(summary["accuracy"]), workdir / "curves.png")
-    plot_routing(before.routing, last.routing, workdir / "routing.png", baselines.by_pair)
+    panels = {"Before reinforcement learning": before.routing, "After reinforcement learning": last.routing}
+    plot_routing(panels, workdir / "routing.png", baselines.by_pair)
     print(summary_table(summary))
     print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl, checkpoints/")
-
-
-def check_same_run(path: Path, mine: Mapping[str, str]) -> None:
-    """Refuses to go on in a work directory that holds a run with other settings."""
-    theirs = read_json(path)
-    if theirs is None:
-        return
-    for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key) != theirs.get(key):
-            raise ConfigError(
-                f"{path.parent} holds a run with config.{key}={theirs.get(key)}, this one has {mine.get(key)}; "
-                f"use another --workdir, or the same setting to go on"
-            )
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys and printed values."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = repr(value)
-    return flat
-
-
-def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:
-    """Training and held-out tasks; the suite is built on first use."""
-    data = config.data
-    if data.kind in KINDS:
-        train = open_source(data.kind, data.train_files, split=data.train_split, image_root=data.image_root)
-        return train, open_source(data.kind, data.test_files, split=data.test_split, image_root=data.image_root)
-    directory = data.suite_directory or workdir / "suite"
-    suite = build_suite(directory, data.train_per_domain, data.test_per_domain, config.seed, progress)
-    return TfdsSource(suite, "train"), TfdsSource(suite, "test")
-
-
-def open_params(config: Config, architecture: PolicyArchitecture, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """Parameters in their shards: those of the checkpoint to start from, or random ones."""
-    make = policy_factory(config, architecture, mesh.devices.flat[0].platform)
-    if not config.policy.init_from:
-        return init_params(make, mesh, ShardingRules())
-    graph, abstract, shardings = param_layout(make, mesh, ShardingRules())
-    return graph, import_params(config.policy.init_from, abstract, shardings, architecture.vision.patch_shape)
 
 
 def open_tokens(config: Config, workdir: Path, system: str, router: WeakRouter, tasks: TaskSource) -> Tokens:

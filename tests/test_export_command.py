@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from configs import quickstart
+from maestro_jax.assemble import flatten, open_params
 from maestro_jax.checkpoint import hf_export
 from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
 from maestro_jax.checkpoint.hf_verify import verify_logits
@@ -35,7 +36,6 @@ from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.preprocess import prepare_image
 from maestro_jax.policy.tokens import train_tokens
-from maestro_jax.train import flatten, open_params
 
 ROOT = Path(__file__).parents[1]
 STEPS = (2, 5)

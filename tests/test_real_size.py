@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 from configs import quickstart
+from maestro_jax.assemble import flatten
 from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.observe.files import write_json
@@ -25,7 +26,6 @@ from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
 from maestro_jax.policy.huggingface import TensorFiles, counterparts, import_params
 from maestro_jax.policy.model import Policy
-from maestro_jax.train import flatten
 
 ROOT = Path(__file__).parents[1]
 TEXT = TextConfig(151_936, 2560, 9728, 36, 32, 8, 128, 1e-6, 5e6, (24, 20, 20))

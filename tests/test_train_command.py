@@ -301,7 +301,7 @@ def test_a_config_file_that_is_not_there_is_refused(job: Job, tmp_path: Path) ->
 
 def test_another_setting_in_the_same_workdir_is_refused(job: Job, interrupted: Interrupted) -> None:
     result = job.run(interrupted.workdir, seed=1)
-    assert_refused(result, "config.seed=0", "this one has 1", "another --workdir")
+    assert_refused(result, "config.seed=0", "this one has 1", "another directory")
 
 
 def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
@@ -407,8 +407,8 @@ def test_a_broken_image_is_refused(job: Job, tmp_path: Path) -> None:
 @pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")
 def test_the_published_rows_become_tasks() -> None:
     from configs import quickstart
+    from maestro_jax.assemble import open_data
     from maestro_jax.config import parse_config
-    from maestro_jax.train import open_data
 
     assert EXAMPLES is not None
     raw = quickstart.get_config()
@@ -449,3 +449,71 @@ def test_streamed_and_ahead_runs_train(job: Job, tmp_path: Path) -> None:
         rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"]]
         assert [row["step"] for row in rows] == [1, 2, 3]
         assert {row["parts"] for row in rows} == ({2.0} if name == "streamed" else {1.0})
+
+
+# ---- evaluation of what was trained --------------------------------------------------------------------------
+
+
+SAMPLES = 8  # of each task: the policy calls now and then when it samples
+
+
+def evaluation(job: Job, run: Path, output: Path, *more: str) -> list[str]:
+    """The command over the five held-out tasks, two at a time."""
+    settings = TINY | {"data.suite_directory": job.shared / "suite", "evaluate.batch": 2}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    own = [f"--checkpoint={run}", f"--output={output}", f"--samples={SAMPLES}", "--baselines", *more]
+    return [sys.executable, "-m", "maestro_jax.evaluate", "--config=configs/quickstart.py", *own, *flags]
+
+
+@pytest.fixture(scope="module")
+def evaluated(job: Job, interrupted: Interrupted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("evaluated")
+    result = job.finish(evaluation(job, interrupted.workdir, output))
+    assert result.returncode == 0, result.stderr
+    assert "| average |" in result.stdout and "Reported by the authors" in result.stdout
+    return output
+
+
+def measured(output: Path) -> dict[str, Any]:
+    """What no clock has a part in."""
+    summary = json.loads((output / "evaluation.json").read_text())
+    return {name: value for name, value in summary.items() if name != "latency"}
+
+
+def test_an_evaluation_says_what_is_promised(interrupted: Interrupted, evaluated: Path) -> None:
+    summary = measured(evaluated)
+    assert set(summary["benchmarks"]) == DOMAINS and summary["tasks"] == 5
+    trained = json.loads((interrupted.workdir / "summary.json").read_text())
+    assert summary["average"]["accuracy"]["mean"] == trained["accuracy"]["trained"]
+    assert summary["average"]["baselines"]["task_oracle"] == trained["accuracy"]["task_oracle"]
+    for row in summary["benchmarks"].values():
+        accuracy, sampled = row["accuracy"], row["sampled"]
+        assert 0 <= accuracy["low"] <= accuracy["mean"] <= accuracy["high"] <= 1
+        assert sampled["samples"] == SAMPLES and sampled["mean"] == sampled["pass"]["1"] <= sampled["pass"]["2"]
+    episodes = [json.loads(line) for line in (evaluated / "episodes.jsonl").read_text().splitlines()]
+    assert sum(bool(episode.get("calls")) for episode in episodes) > 0  # it would show little otherwise
+    assert all((evaluated / name).stat().st_size > 10_000 for name in ("accuracy.png", "routing.png"))
+
+
+def test_an_evaluation_that_was_killed_gives_the_same_numbers(
+    job: Job, interrupted: Interrupted, evaluated: Path, tmp_path: Path
+) -> None:
+    command = evaluation(job, interrupted.workdir, tmp_path)
+    process = job.start(command)
+    assert process.stdout is not None
+    assert any(line.startswith("evaluate 2/5 ") for line in process.stdout)
+    process.kill()
+    process.communicate()
+    before = (tmp_path / "episodes.jsonl").read_bytes()
+    assert before and not (tmp_path / "evaluation.json").exists()
+    result = job.finish(command)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "episodes.jsonl").read_bytes().startswith(before[: before.rindex(b'{"batch"')])
+    assert measured(tmp_path) == measured(evaluated)
+
+
+def test_an_evaluation_refuses_what_it_cannot_do(job: Job, interrupted: Interrupted, evaluated: Path) -> None:
+    command = evaluation(job, interrupted.workdir, evaluated)
+    assert_refused(job.finish([*command, "--tasks=1"]), "--tasks=0", "this one has 1", "another directory")
+    nothing = [*command[:3], "--config=configs/quickstart.py", f"--output={evaluated}"]
+    assert_refused(job.finish(nothing), "no policy to evaluate", "--checkpoint", "config.policy.init_from")

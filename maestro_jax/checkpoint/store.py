@@ -100,6 +100,28 @@ class ParamReader:
         )
         return self._manager.restore(self.step, args=ocp.args.Composite(state=how)).state[key]
 
+    def load(self, abstract: Any, shardings: Any) -> Any:
+        """All parameters, each in its shards and in the dtype of `abstract`, a tree of shapes and dtypes.
+
+        Raises:
+          ConfigError: the checkpoint holds other parameters than this configuration makes.
+        """
+        leaves = {_param_name(f"params/{name}"): leaf for name, leaf in named_leaves(abstract).items()}
+        for name in sorted(self.shapes.keys() | leaves.keys()):
+            found, wanted = self.shapes.get(name), leaves[name].shape if name in leaves else None
+            if found != wanted:
+                raise ConfigError(
+                    f"checkpoint {self.step} in {self._manager.directory} holds {name} as {found}, this configuration "
+                    f"makes {wanted}; use the configuration it was trained with"
+                )
+
+        def placed(name: str, leaf: Any, sharding: Any) -> jax.Array:
+            whole = self.read(name)
+            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index].astype(leaf.dtype))
+
+        pairs = zip(leaves.items(), jax.tree.leaves(shardings), strict=True)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [placed(*leaf, place) for leaf, place in pairs])
+
 
 def _param_name(key: str) -> str:
     return key.removeprefix("params/").removesuffix("/value")

@@ -48,30 +48,45 @@ def run_baselines(
     tick: Callable[[int], None],
 ) -> Baselines:
     """Calls every pair on every task; `tick` hears how many calls have been answered."""
-    pairs = [
+    pairs = pairs_of(registry)
+    return summarise([task.source for task in tasks], pairs, run_pairs(tasks, pairs, dispatcher, deadline, tick))
+
+
+def pairs_of(registry: RegistryConfig) -> list[tuple[str, str]]:
+    """(expert, skill) that the policy may call."""
+    return [
         (expert.name, skill.name)
         for expert in registry.shown_experts
         for skill in registry.shown_skills
         if registry.allows(skill, expert.name)
     ]
+
+
+def run_pairs(
+    tasks: Sequence[Task],
+    pairs: Sequence[tuple[str, str]],
+    dispatcher: Dispatcher,
+    deadline: float,
+    tick: Callable[[int], None],
+) -> np.ndarray:
+    """Calls every pair on every task: float `[tasks, pairs]`, 1 where the reply is the right answer."""
     calls = [(task, Call(expert, skill, QUERY)) for task in tasks for expert, skill in pairs]
     replies = make_calls(dispatcher, calls, deadline, tick)
-    right = np.array(
+    return np.array(
         [
             reply.status == Status.OK and grade(task, reply.text)
             for (task, _), reply in zip(calls, replies, strict=True)
         ],
         float,
     ).reshape(len(tasks), len(pairs))
-    return summarise(tasks, pairs, right)
 
 
-def summarise(tasks: Sequence[Task], pairs: Sequence[tuple[str, str]], right: np.ndarray) -> Baselines:
+def summarise(source_of_task: Sequence[str], pairs: Sequence[tuple[str, str]], right: np.ndarray) -> Baselines:
     """Baselines from the matrix `right [tasks, pairs]` of 0 and 1."""
-    sources = np.array([task.source for task in tasks])
-    rows = {"overall": np.ones(len(tasks), bool)} | {source: sources == source for source in sorted(set(sources))}
+    sources = np.array(source_of_task)
+    rows = {"overall": np.ones(len(sources), bool)} | {source: sources == source for source in sorted(set(sources))}
     single = int(right.mean(axis=0).argmax())
-    per_domain = np.zeros(len(tasks))
+    per_domain = np.zeros(len(sources))
     for source in set(sources):
         of_domain = right[sources == source]
         per_domain[sources == source] = of_domain[:, of_domain.mean(axis=0).argmax()]

@@ -1,6 +1,5 @@
 """Runs a policy on a list of tasks and counts what it did."""
 
-import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +7,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from maestro_jax.grpo.batch import score_rollout
+from maestro_jax.evaluation.episodes import Episode, Routing, by_source, routing_of, run_episodes
 from maestro_jax.rewards.reward import RewardConfig
 from maestro_jax.rollout.engine import Engine
 from maestro_jax.types import Task
-
-Routing = dict[str, dict[tuple[str, str], int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,29 +45,16 @@ def evaluate_policy(
     tick: Callable[[int], None],
 ) -> Evaluation:
     """One episode per task, `batch` at a time; `tick` hears how many tasks are done."""
-    outcomes: dict[str, list[float]] = collections.defaultdict(list)
-    routing: Routing = {}
-    rewards, kept, calls = [], [], []
+    episodes: list[Episode] = []
     for start in range(0, len(tasks), batch):
-        part = tasks[start : start + batch]
-        rollout = engine.rollout(params, part, batch, members=1, seed=seed, step=0, greedy=greedy)
-        scored = score_rollout(rollout, reward)
-        for group, parts in zip(rollout.trajectories, scored.parts, strict=True):
-            trajectory, result = group[0], parts[0]
-            source = trajectory.task.source
-            outcomes[source].append(result.outcome)
-            rewards.append(result.total)
-            kept.append(result.format == 0.0)
-            calls.append(trajectory.executed_calls)
-            counts = routing.setdefault(source, {})
-            for call, _ in trajectory.calls:
-                counts[call.expert, call.skill] = counts.get((call.expert, call.skill), 0) + 1
-        tick(start + len(part))
+        episodes += run_episodes(engine, params, tasks[start : start + batch], batch, 1, reward, seed, greedy)
+        tick(len(episodes))
+    sources = by_source(episodes)
     return Evaluation(
-        accuracy=float(np.mean([x for values in outcomes.values() for x in values])),
-        accuracy_by_domain={source: float(np.mean(values)) for source, values in sorted(outcomes.items())},
-        reward=float(np.mean(rewards)),
-        format_kept=float(np.mean(kept)),
-        calls=float(np.mean(calls)),
-        routing=routing,
+        accuracy=float(np.mean([e.outcome for e in episodes])),
+        accuracy_by_domain={source: float(np.mean([e.outcome for e in own])) for source, own in sources.items()},
+        reward=float(np.mean([e.reward for e in episodes])),
+        format_kept=float(np.mean([e.kept_format for e in episodes])),
+        calls=float(np.mean([e.executed_calls for e in episodes])),
+        routing=routing_of(episodes),
     )

@@ -5,11 +5,12 @@ what is counted, and a caption below explains the words.
 """
 
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from maestro_jax.observe.drawing import BLUE, DPI, GREEN, GREY, ORANGE, caption, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,10 +27,7 @@ BASELINES = {
     "domain_oracle": "best pair per domain",
     "task_oracle": "any pair right",
 }
-# Okabe-Ito: told apart by colour-blind readers too.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#555555"
 _MAP = "Blues"
-_DPI = 150
 
 
 def plot_curves(
@@ -44,13 +42,13 @@ def plot_curves(
         get readable names, others stand for themselves.
       path: the PNG file to write.
     """
-    figure = _figure(9.8, 7.6)
+    figure = new_figure(9.8, 7.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     figure.subplots_adjust(left=0.105, right=0.765, top=0.885, bottom=0.21, hspace=0.12)
     figure.text(0.025, 0.96, "Learning which expert and skill to call", fontsize=15, weight="bold")
     _draw_accuracy(above, metrics_rows, baselines)
     _draw_reward(below, metrics_rows)
-    _caption(
+    caption(
         figure,
         "A policy answers questions about images by calling frozen experts through skills; only the policy is trained. "
         "Thin lines: each step's batch of training questions, answers sampled. Thick: running mean. Squares: questions "
@@ -59,21 +57,21 @@ def plot_curves(
         "learning (RL), the best pair of each domain, or whichever pair happens to be right.",
         width=128,
     )
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
 
 
 def _draw_accuracy(axes: "Axes", rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, float]) -> None:
-    _draw_noisy(axes, *_series(rows, "accuracy"), color=_BLUE, label="training questions, sampled")
+    _draw_noisy(axes, *_series(rows, "accuracy"), color=BLUE, label="training questions, sampled")
     steps, values = _series(rows, "held_out_accuracy")
     if steps:
         # not clipped: the first square often lies on the axis
         style: dict[str, Any] = {"markersize": 7, "markeredgecolor": "white", "zorder": 4, "clip_on": False}
-        axes.plot(steps, values, "s-", color=_ORANGE, label="held-out questions, greedy", **style)
+        axes.plot(steps, values, "s-", color=ORANGE, label="held-out questions, greedy", **style)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.set_ylabel("accuracy\n(share of questions right)")
     _draw_baselines(axes, baselines)
-    _finish(axes)
+    finish(axes)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False)
 
@@ -82,9 +80,9 @@ def _draw_baselines(axes: "Axes", baselines: Mapping[str, float]) -> None:
     """Dashed lines with their names to the right, moved apart where they would overlap."""
     ordered = sorted(baselines.items(), key=lambda item: item[1])
     heights = _spread([value for _, value in ordered], gap=0.062, top=1.0)
-    leader = {"arrowstyle": "-", "color": _GREY, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+    leader = {"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
     for (name, value), height in zip(ordered, heights, strict=True):
-        axes.axhline(value, color=_GREY, linestyle=(0, (5, 3)), linewidth=1.1, zorder=1)
+        axes.axhline(value, color=GREY, linestyle=(0, (5, 3)), linewidth=1.1, zorder=1)
         axes.annotate(
             f"{BASELINES.get(name, name)}: {100 * value:.0f} %",
             xy=(1, value),
@@ -102,19 +100,13 @@ def _draw_reward(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     steps, values = _series(rows, "reward")
-    _draw_noisy(axes, steps, values, color=_GREEN, label="training questions, sampled")
+    _draw_noisy(axes, steps, values, color=GREEN, label="training questions, sampled")
     axes.set_ylabel("mean reward\n(1 = right, well-formed)")
     axes.set_ylim(min([0.0, *values]) - 0.02, 1.02)  # the same scale in every run
     axes.set_xlim(0, None)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step")
-    _finish(axes)
-
-
-def _finish(axes: "Axes") -> None:
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    finish(axes)
 
 
 def _draw_noisy(axes: "Axes", steps: list[int], values: list[float], color: str, label: str) -> None:
@@ -150,47 +142,43 @@ def _spread(values: list[float], gap: float, top: float) -> list[float]:
     return heights
 
 
-def plot_routing(
-    before: Routing, after: Routing, path: str | os.PathLike[str], accuracy: Routing | None = None
-) -> None:
-    """Draws which pair the policy calls in each domain, before (left) and after (right) training.
+def plot_routing(panels: Mapping[str, Routing], path: str | os.PathLike[str], accuracy: Routing | None = None) -> None:
+    """Draws which pair a policy calls in each domain, one panel a policy, side by side.
 
     Domains are columns and pairs are rows, grouped by expert: so all names read horizontally.
 
     Args:
-      before: domain -> (expert, skill) -> number of calls, of the policy before RL.
-      after: the same, of the trained policy.
+      panels: title -> domain -> (expert, skill) -> number of calls.
       path: the PNG file to write.
       accuracy: domain -> (expert, skill) -> share right when that pair answers; when given, the
         best pair of each domain is outlined (several when they tie).
     """
-    domains = list(dict.fromkeys([*before, *after]))
-    pairs = _pairs([before, after, accuracy or {}]) or [("no call", "at all")]
-    figure, panels = _routing_panels(domains, pairs)
+    domains = list(dict.fromkeys(domain for routing in panels.values() for domain in routing))
+    pairs = _pairs([*panels.values(), accuracy or {}]) or [("no call", "at all")]
+    figure, drawn = _routing_panels(domains, pairs, len(panels))
     best = {domain: _best_pairs((accuracy or {}).get(domain, {})) for domain in domains}
-    titles = ("Before reinforcement learning", "After reinforcement learning")
-    for axes, routing, title in zip(panels, (before, after), titles, strict=True):
+    for axes, (title, routing) in zip(drawn, panels.items(), strict=True):
         _draw_routing(axes, _shares(routing, domains, pairs), best, domains, pairs)
         share = _share_of_best(routing, best)
         told = "" if share is None else f"\n{100 * share:.0f} % of the calls go to a best pair"
         axes.set_title(title + told, fontsize=13, pad=12)
-    _name_rows(panels[0], pairs)
-    _routing_margins(figure, panels, outlined=bool(accuracy))
-    figure.savefig(path, dpi=_DPI)
+    _name_rows(drawn[0], pairs)
+    _routing_margins(figure, drawn, outlined=bool(accuracy))
+    figure.savefig(path, dpi=DPI)
 
 
 # Inches round and in the routing figure.
-_MARGIN, _BETWEEN, _RIGHT, _BOTTOM = 0.25, 0.45, 1.25, 1.4
+_MARGIN, _BETWEEN, _RIGHT, _BOTTOM, _LEAST_WIDTH = 0.25, 0.45, 1.25, 1.4, 9.5
 
 
-def _routing_panels(domains: list[str], pairs: list[Pair]) -> tuple["Figure", list["Axes"]]:
-    """Two empty panels in a figure that leaves room for every name."""
+def _routing_panels(domains: list[str], pairs: list[Pair], count: int) -> tuple["Figure", list["Axes"]]:
+    """Empty panels in a figure that leaves room for every name."""
     wide, high = max(len(domains) * 0.82, 3.6), max(len(pairs) * 0.29, 1.6)
     left = _MARGIN + _expert_width(pairs) + _skill_width(pairs)
     top = 2.2 if _tilted(domains) else 1.7
-    width, height = left + 2 * wide + _BETWEEN + _RIGHT, top + high + _BOTTOM
-    figure = _figure(width, height)
-    lefts = (left, left + wide + _BETWEEN)
+    width, height = max(left + count * (wide + _BETWEEN) - _BETWEEN + _RIGHT, _LEAST_WIDTH), top + high + _BOTTOM
+    figure = new_figure(width, height)
+    lefts = [left + at * (wide + _BETWEEN) for at in range(count)]
     panels = [figure.add_axes((at / width, _BOTTOM / height, wide / width, high / height)) for at in lefts]
     return figure, panels
 
@@ -271,7 +259,7 @@ def _outline_cell(axes: "Axes", row: int, column: int) -> None:
     from matplotlib.patches import Rectangle
 
     corner = (column - 0.47, row - 0.45)
-    axes.add_patch(Rectangle(corner, 0.94, 0.9, fill=False, edgecolor=_ORANGE, linewidth=2.4, zorder=5))
+    axes.add_patch(Rectangle(corner, 0.94, 0.9, fill=False, edgecolor=ORANGE, linewidth=2.4, zorder=5))
 
 
 def _name_rows(axes: "Axes", pairs: list[Pair]) -> None:
@@ -288,7 +276,7 @@ def _name_rows(axes: "Axes", pairs: list[Pair]) -> None:
             line = [rows[0] - 0.5] * 2
             axes.plot([edge, 0], line, transform=beside, color="#333333", linewidth=1.4, clip_on=False)
     for text, at in (("expert", edge), ("skill", -_skill_width(pairs) * inch)):
-        axes.text(at, -0.75, text, transform=beside, fontsize=11, style="italic", color=_GREY, va="center")
+        axes.text(at, -0.75, text, transform=beside, fontsize=11, style="italic", color=GREY, va="center")
 
 
 def _routing_margins(figure: "Figure", panels: list["Axes"], outlined: bool) -> None:
@@ -300,40 +288,22 @@ def _routing_margins(figure: "Figure", panels: list["Axes"], outlined: bool) -> 
         0.25 / width, 1 - 0.42 / height, "Which expert and skill does the policy call in each domain?",
         fontsize=16, weight="bold", va="center",
     )  # fmt: skip
-    box = panels[1].get_position()
+    box = panels[-1].get_position()
     scale = figure.add_axes((box.x1 + 0.25 / width, box.y0, 0.17 / width, box.height))
-    bar = figure.colorbar(panels[1].images[0], cax=scale, format=lambda value, _: f"{100 * value:.0f} %")
+    bar = figure.colorbar(panels[-1].images[0], cax=scale, format=lambda value, _: f"{100 * value:.0f} %")
     bar.set_label("share of the domain's calls", fontsize=11)
     bar.outline.set_visible(False)
     if outlined:
-        handle = Patch(fill=False, edgecolor=_ORANGE, linewidth=2.4)
+        handle = Patch(fill=False, edgecolor=ORANGE, linewidth=2.4)
         figure.legend(
             [handle], ["best pair of the domain: answers most of its held-out questions when always called"],
             loc="lower left", bbox_to_anchor=(0.2 / width, (_BOTTOM - 0.47) / height), frameon=False, fontsize=11,
         )  # fmt: skip
-    _caption(
+    caption(
         figure,
         "Each row is a pair: a frozen expert model, called through a skill (a fixed pipeline of stages). Columns are "
         "the domains of the questions. Each column adds up to 100 % of the policy's calls in that domain; shares below "
-        "0.5 % have no number, a grey column means no call. Both policies answer the same held-out questions greedily. "
+        "0.5 % have no number, a grey column means no call. Held-out questions, answered greedily. "
         "Nobody tells the policy which pair is right: it learns from whether its final answers were correct.",
         width=round(width * 12.3),
     )
-
-
-def _figure(width: float, height: float) -> "Figure":
-    """A figure that draws without a display and without pyplot's global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _caption(figure: "Figure", text: str, width: int) -> None:
-    inches_wide, inches_high = figure.get_size_inches()
-    figure.text(
-        0.25 / inches_wide, 0.15 / inches_high, textwrap.fill(text, width),
-        fontsize=10, color="#444444", va="bottom", linespacing=1.35,
-    )  # fmt: skip

@@ -31,7 +31,7 @@ MATRICES = st.integers(1, 8).flatmap(
 @given(MATRICES)
 def test_rows_are_those_of_plain_loops(case: tuple[list[str], np.ndarray]) -> None:
     sources, right = case
-    found = summarise([task(n, source) for n, source in enumerate(sources)], PAIRS, right)
+    found = summarise(sources, PAIRS, right)
     rows = {source: [r for s, r in zip(sources, right, strict=True) if s == source] for source in sorted(set(sources))}
     best = {source: max(sum(column) / len(of) for column in zip(*of, strict=True)) for source, of in rows.items()}
     assert found.domain_oracle["overall"] == pytest.approx(
@@ -52,7 +52,7 @@ def test_rows_are_those_of_plain_loops(case: tuple[list[str], np.ndarray]) -> No
 
 def test_baselines_survive_their_json_file() -> None:
     right = np.array([[1.0, 0, 0, 0], [0, 1, 0, 1]])
-    found = summarise([task(0, "counting"), task(1, "reading")], PAIRS, right)
+    found = summarise(["counting", "reading"], PAIRS, right)
     assert Baselines.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 

@@ -35,12 +35,12 @@ def test_curves_of_a_run_that_has_hardly_begun(tmp_path: pathlib.Path, rows: lis
 
 @pytest.mark.parametrize("accuracy", [None, {"charts": {PAIRS[3]: 0.9, PAIRS[0]: 0.1}, "reading": {}}])
 def test_routing(tmp_path: pathlib.Path, accuracy: figures.Routing | None) -> None:
-    figures.plot_routing(COUNTS, {"charts": {PAIRS[3]: 4}}, tmp_path / "a.png", accuracy)
+    figures.plot_routing({"before": COUNTS, "after": {"charts": {PAIRS[3]: 4}}}, tmp_path / "a.png", accuracy)
     assert is_drawn(tmp_path / "a.png")
 
 
 def test_routing_of_a_policy_that_never_calls(tmp_path: pathlib.Path) -> None:
-    figures.plot_routing({"charts": {}}, {"charts": {}}, tmp_path / "a.png")
+    figures.plot_routing({"before": {"charts": {}}}, tmp_path / "a.png")
     assert is_drawn(tmp_path / "a.png")
 
 

@@ -1,0 +1,53 @@
+"""A run of `maestro_jax.train` on disk, for commands that use what it has trained."""
+
+import ast
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from maestro_jax.errors import ConfigError
+from maestro_jax.observe.files import read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run on disk."""
+
+    workdir: Path
+    checkpoints: Path
+    step: int | None  # None: the newest
+    settings: dict[str, str]  # as the run wrote them: dotted key → printed value
+    architecture: dict[str, Any]  # the content of a config.json
+
+    def value(self, key: str) -> Any:
+        """A setting, as the config had it."""
+        if key not in self.settings:
+            raise ConfigError(f"{self.workdir}/config.json lacks {key}; use the version that made the run")
+        return ast.literal_eval(self.settings[key])
+
+    @property
+    def tokenizer(self) -> Path:
+        """The directory of its tokenizer."""
+        given = self.value("policy.tokenizer") or self.value("policy.init_from")
+        return Path(given) if given else self.workdir / "tokenizer"
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Least and most pixels of an image."""
+        return self.value("policy.min_pixels"), self.value("policy.max_pixels")
+
+
+def find_run(path: Path) -> Run:
+    """The run that `path` means: a work directory, its checkpoints/ or one checkpoint in there."""
+    step = None
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        step, path = int(path.name), path.parent
+    workdir = path.parent if path.name == "checkpoints" else path
+    settings, architecture = read_json(workdir / "config.json"), read_json(workdir / "architecture.json")
+    if settings is None or architecture is None:
+        lacks = "config.json" if settings is None else "architecture.json"
+        raise ConfigError(
+            f"{workdir} has no {lacks}, so it is no run's work directory; give --checkpoint the "
+            "--workdir of a run of maestro_jax.train"
+        )
+    return Run(workdir, workdir / "checkpoints", step, settings, architecture)

@@ -1,0 +1,204 @@
+"""Evaluates a policy on held-out tasks: benchmark by benchmark, greedy and sampled, beside routing without learning.
+
+    python -m maestro_jax.evaluate --config configs/quickstart.py --checkpoint runs/quickstart --output runs/evaluation
+
+The same command goes on where an earlier one stopped. --output receives evaluation.json, evaluation.md, accuracy.png,
+routing.png, and the graded episodes, one a line, in episodes.jsonl.
+"""
+
+import collections
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from maestro_jax import command
+from maestro_jax.assemble import check_same_run, fields, flatten, open_data, open_params, policy_factory
+from maestro_jax.checkpoint.run import Run, find_run
+from maestro_jax.checkpoint.store import ParamReader
+from maestro_jax.config import Config, parse_config
+from maestro_jax.data.pipeline import task_iterator
+from maestro_jax.errors import ConfigError
+from maestro_jax.evaluation.baselines import pairs_of, run_pairs
+from maestro_jax.evaluation.baselines import summarise as summarise_baselines
+from maestro_jax.evaluation.episodes import Episode, routing_of, run_episodes
+from maestro_jax.evaluation.log import RecordLog
+from maestro_jax.evaluation.report import markdown, summarise
+from maestro_jax.observe.accuracy import plot_accuracy
+from maestro_jax.observe.figures import plot_routing
+from maestro_jax.observe.files import write_json
+from maestro_jax.observe.progress import Progress
+from maestro_jax.parallel.mesh import make_mesh
+from maestro_jax.parallel.sharding import ShardingRules, param_layout
+from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
+from maestro_jax.policy.prompts import PromptConfig, Prompts
+from maestro_jax.policy.tokens import load_tokens
+from maestro_jax.registry.dispatch import Dispatcher, Registry
+from maestro_jax.registry.journal import Journal, Replay
+from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.rollout.engine import Engine, EngineConfig
+from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
+from maestro_jax.types import Task
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "", "Work directory of a run, its checkpoints/, or one checkpoint; else config.policy.init_from."
+)
+OUTPUT = flags.DEFINE_string("output", "", "Directory of the results; an interrupted evaluation there goes on.")
+BENCHMARKS = flags.DEFINE_list("benchmarks", [], "Sources of tasks, separated by commas; all if empty.")
+TASKS = flags.DEFINE_integer("tasks", 0, "Most tasks of each benchmark, the first ones; 0 takes all.", lower_bound=0)
+SAMPLES = flags.DEFINE_integer("samples", 0, "Sampled episodes of each task, besides the greedy one.", lower_bound=0)
+BASELINES = flags.DEFINE_bool("baselines", False, "Also call every pair on every task.")
+REPLAY = flags.DEFINE_string("replay", "", "The journal.jsonl of an evaluation: its calls are answered from there.")
+
+# Settings that an evaluation does not depend on.
+FREE_KEYS = ("grpo.", "optimizer.", "warm_start.", "checkpoint.", "registry.limits.", "rollout.lanes", "rollout.parked")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    began = time.monotonic()
+    raw = command.load_config(CONFIG)
+    config = parse_config(raw)
+    run = find_run(Path(CHECKPOINT.value)) if CHECKPOINT.value else None
+    reader = ParamReader(run.checkpoints, run.step) if run else None
+    policy = f"step {reader.step} of {CHECKPOINT.value}" if reader else config.policy.init_from
+    if not policy:
+        raise ConfigError("there is no policy to evaluate; give --checkpoint, or set config.policy.init_from")
+    output = Path(OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in flatten(raw.to_dict()).items() if not key.startswith(FREE_KEYS)}
+    settings |= {"--checkpoint": policy, "--benchmarks": repr(sorted(BENCHMARKS.value)), "--tasks": repr(TASKS.value)}
+    check_same_run(output / "config.json", settings)
+
+    with Progress(curve="accuracy") as progress:
+        # ---- Tasks, registry, tokens -----------------------------------------------------------
+        _, source = open_data(config, run.workdir if run else output, progress)
+        tasks = task_iterator(source, seed=0, shuffle=False, epochs=1, damage_limit=config.data.damage_limit)
+        journal = Journal(str(output / "journal.jsonl"))
+        registry = None if REPLAY.value else Registry(config.registry, str(output / "expert_cache.jsonl"), journal)
+        dispatcher = Dispatcher(registry or Replay(REPLAY.value), journal)
+        tokens = load_tokens(run.tokenizer if run else config.policy.tokenizer or config.policy.init_from)
+        system = render_system_prompt(config.registry, config.rollout.max_calls)
+
+        # ---- Mesh, policy, engine --------------------------------------------------------------
+        mesh = make_mesh(config.mesh)
+        architecture, graph, params = open_policy(config, run, reader, mesh)
+        prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
+        exchange = Exchange(tokens, config.registry, dispatcher, fields(EpisodeConfig, config.rollout))
+        engine = Engine(graph, mesh, prompts, exchange, fields(EngineConfig, config.rollout))
+        progress.note(f"policy: {policy}, on {mesh.size} {jax.devices()[0].platform} device(s)")
+        write_json(output / "config.json", settings)
+
+        # ---- Episodes and baselines, a batch of tasks at a time --------------------------------
+        logs = {name: RecordLog(output / f"{name}.jsonl") for name in ("episodes", "baselines")}
+        size, pairs = config.evaluate.batch, pairs_of(config.registry)
+        greedy: list[Episode] = []
+        sampled: list[Episode] = []
+        right: list[Sequence[float]] = []
+
+        def episodes(number: int, part: Sequence[Task], members: int, is_greedy: bool) -> list[Episode]:
+            def compute() -> list[dict[str, Any]]:
+                made = run_episodes(engine, params, part, size, members, config.reward, config.seed, is_greedy)
+                return [episode.to_json() for episode in made]
+
+            name = f"{number} greedy" if is_greedy else f"{number} sampled {members} times"
+            return [Episode.from_json(record) for record in recorded(logs["episodes"], name, journal, compute)]
+
+        def baselines(number: int, part: Sequence[Task]) -> list[Sequence[float]]:
+            def compute() -> list[dict[str, Any]]:
+                found = run_pairs(part, pairs, dispatcher, config.rollout.deadline, lambda done: None)
+                return [{"task": task.id, "right": row.tolist()} for task, row in zip(part, found, strict=True)]
+
+            return [record["right"] for record in recorded(logs["baselines"], f"{number}", journal, compute)]
+
+        progress.phase("evaluate", len(source))
+        for number, part in enumerate(batches(tasks, size, BENCHMARKS.value, TASKS.value)):
+            greedy += episodes(number, part, 1, True)
+            sampled += episodes(number, part, SAMPLES.value, False) if SAMPLES.value else []
+            right += baselines(number, part) if BASELINES.value else []
+            accuracy, calls = np.mean([(e.outcome, e.executed_calls) for e in greedy], axis=0).tolist()
+            progress.update(len(greedy), {"accuracy": accuracy, "calls": calls})
+        check_found(greedy, BENCHMARKS.value, progress)
+        dispatcher.close()
+        journal.close()
+        for log in logs.values():
+            log.close()
+
+    # ---- Results -----------------------------------------------------------------------------------
+    routed = summarise_baselines([e.source for e in greedy], pairs, np.array(right)) if right else None
+    summary = {"policy": policy, "seed": config.seed} | summarise(greedy, sampled, routed, config.seed)
+    write_json(output / "evaluation.json", summary)
+    text = markdown(summary)
+    (output / "evaluation.md").write_text(text)
+    plot_accuracy(summary, output / "accuracy.png")
+    plot_routing({policy: routing_of(greedy)}, output / "routing.png", routed.by_pair if routed else None)
+    print(text)
+    seconds = time.monotonic() - began
+    print(f"written to {output} in {seconds:.0f} s: evaluation.json, .md, accuracy.png, routing.png, episodes.jsonl")
+
+
+def open_policy(
+    config: Config, run: Run | None, reader: ParamReader | None, mesh: Mesh
+) -> tuple[PolicyArchitecture, nnx.GraphDef, nnx.State]:
+    """The policy of a run's checkpoint, or the one to start from."""
+    if run is None or reader is None:
+        architecture = open_architecture(config.policy.architecture, config.policy.init_from)
+        return architecture, *open_params(config, architecture, mesh)
+    architecture = architecture_from_hf(run.architecture, f"{run.workdir}/architecture.json")
+    make = policy_factory(config, architecture, mesh.devices.flat[0].platform)
+    graph, abstract, shardings = param_layout(make, mesh, ShardingRules())
+    return architecture, graph, reader.load(abstract, shardings)
+
+
+def batches(tasks: Iterable[Task], size: int, benchmarks: Sequence[str], most: int) -> Iterator[list[Task]]:
+    """Tasks in their order, `size` at a time; of the named benchmarks, at most `most` of each (0: all)."""
+    wanted, met, part = {name.strip().casefold() for name in benchmarks}, collections.Counter[str](), []
+    for task in tasks:
+        source = task.source.casefold()
+        met[source] += 1
+        if (wanted and source not in wanted) or (most and met[source] > most):
+            continue
+        part.append(task)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def check_found(episodes: Sequence[Episode], benchmarks: Sequence[str], progress: Progress) -> None:
+    """Says which of the named benchmarks the data has no task of.
+
+    Raises:
+      ConfigError: it has none of any.
+    """
+    found = {episode.source.casefold() for episode in episodes}
+    missing = [name for name in benchmarks if name.strip().casefold() not in found]
+    if not episodes:
+        raise ConfigError(f"--benchmarks={','.join(missing)}: the data has no such tasks; see its `source` fields")
+    for name in missing:
+        progress.note(f"--benchmarks={name}: the data has no such tasks")
+
+
+def recorded(
+    log: RecordLog, batch: str, journal: Journal, compute: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The records of a batch, computed unless an earlier start has them."""
+    if (found := log.get(batch)) is None:
+        journal.begin(batch)
+        found = compute()
+        journal.sync()
+        log.add(batch, found)
+    return found
+
+
+if __name__ == "__main__":
+    command.run(main, required=("config", "output"))

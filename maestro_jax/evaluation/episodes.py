@@ -1,0 +1,127 @@
+"""Graded episodes: what a policy did on held-out tasks, one record each, in batches of a static size."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+
+from maestro_jax.grpo.batch import score_rollout
+from maestro_jax.rewards.reward import RewardConfig, RewardParts
+from maestro_jax.rollout.engine import Engine
+from maestro_jax.rollout.trajectory import Trajectory
+from maestro_jax.types import Task
+
+Routing = dict[str, dict[tuple[str, str], int]]  # source → pair → calls
+
+
+@dataclasses.dataclass(frozen=True)
+class MadeCall:
+    """A call of an episode and how it ended; price in US dollars."""
+
+    expert: str
+    skill: str
+    status: str
+    seconds: float
+    price: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One graded episode.
+
+    Attributes:
+      task, source: of the task.
+      sample: number among the sampled episodes of the task; 0 where decoding is greedy.
+      answer: None if it ended without one.
+      outcome: 1 right, 0 wrong.
+      kept_format: whether it has no format penalty.
+      marked: whether an infrastructure failure got in its way.
+      executed_calls: calls that ran; `calls` has the others as well.
+      written, told: tokens of the policy, and of what it was told.
+      seconds: from submission to its end, waiting for a lane included.
+    """
+
+    task: str
+    source: str
+    sample: int
+    answer: str | None
+    outcome: float
+    reward: float
+    kept_format: bool
+    marked: bool
+    executed_calls: int
+    calls: tuple[MadeCall, ...]
+    written: int
+    told: int
+    price: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Episode":
+        """Raises TypeError or KeyError for what `to_json` has not made."""
+        return cls(**(values | {"calls": tuple(MadeCall(**call) for call in values["calls"])}))
+
+
+def run_episodes(
+    engine: Engine,
+    params: nnx.State,
+    tasks: Sequence[Task],
+    batch: int,
+    members: int,
+    reward: RewardConfig,
+    seed: int,
+    greedy: bool,
+) -> list[Episode]:
+    """`members` graded episodes of each of at most `batch` tasks; shapes are those of a whole batch."""
+    step = 0 if greedy else 1  # part of what randomness is keyed by, and of who asks in the journal
+    rollout = engine.rollout(params, tasks, batch, members=members, seed=seed, step=step, greedy=greedy)
+    scored = score_rollout(rollout, reward)
+    pairs = zip(rollout.trajectories, scored.parts, strict=True)
+    return [graded(t, parts) for group, found in pairs for t, parts in zip(group, found, strict=True)]
+
+
+def graded(trajectory: Trajectory, parts: RewardParts) -> Episode:
+    """The record of a trajectory that is over."""
+    written = sum(trajectory.authored)
+    return Episode(
+        task=trajectory.task.id,
+        source=trajectory.task.source,
+        sample=trajectory.member,
+        answer=trajectory.answer,
+        outcome=parts.outcome,
+        reward=parts.total,
+        kept_format=parts.format == 0.0,
+        marked=trajectory.marked,
+        executed_calls=trajectory.executed_calls,
+        calls=tuple(
+            MadeCall(call.expert, call.skill, seen.status.name, seen.seconds, seen.usage.price)
+            for call, seen in trajectory.calls
+        ),
+        written=written,
+        told=len(trajectory.authored) - written,
+        price=trajectory.price,
+        seconds=trajectory.seconds,
+    )
+
+
+def by_source(episodes: Sequence[Episode]) -> dict[str, list[Episode]]:
+    """Episodes of each source, sources in alphabetical order."""
+    found: dict[str, list[Episode]] = collections.defaultdict(list)
+    for episode in episodes:
+        found[episode.source].append(episode)
+    return dict(sorted(found.items()))
+
+
+def routing_of(episodes: Sequence[Episode]) -> Routing:
+    """How often each pair was called, by source."""
+    routing: Routing = {}
+    for episode in episodes:
+        counts = routing.setdefault(episode.source, {})
+        for call in episode.calls:
+            counts[call.expert, call.skill] = counts.get((call.expert, call.skill), 0) + 1
+    return routing
