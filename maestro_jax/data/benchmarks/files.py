@@ -18,7 +18,7 @@ from maestro_jax.types import Task
 
 Convert = Callable[[Row], Task]
 
-_ROWS_AT_A_TIME = 16  # of a parquet file: images of 8K make rows of 20 MB
+_ROWS_AT_A_TIME = 4  # of a parquet file: an image of 8K makes a row of 10 MB and more
 _MAX_FIELD = 1 << 30  # of a TSV file: an image in base64
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
