@@ -1,7 +1,7 @@
 """From a config to the parts of a run that more than one command makes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,10 @@ from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
 
 T = TypeVar("T")
+
+# Settings of experts and services that say how they are reached, not what they answer: these may change, too, and it
+# is told. Not prices: they enter the reward.
+REACHED_BY = ("endpoints", "key", "concurrency", "attempt_timeout", "timeout", "serve", "workers", "processes")
 
 
 def fields(cls: type[T], section: Any) -> T:
@@ -68,26 +72,40 @@ def check_batches(config: Config, mesh: Mesh) -> None:
             )
 
 
-def check_same_run(path: Path, mine: Mapping[str, str]) -> None:
-    """Refuses to go on in a work directory that holds a run with other settings."""
-    theirs = read_json(path)
-    if theirs is None:
-        return
+def check_same_run(path: Path, mine: Mapping[str, str]) -> list[str]:
+    """Refuses to go on in a work directory that holds a run with other settings.
+
+    Returns:
+      A line for each expert and service that is reached in another way than before.
+    """
+    changes: list[str] = []
+    theirs = read_json(path) or mine
     for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key) != theirs.get(key):
-            name = key if key.startswith("--") else f"config.{key}"  # a flag of the command, or a setting
-            raise ConfigError(
-                f"{path.parent} holds a run with {name}={theirs.get(key)}, this one has {mine.get(key)}; "
-                f"use another directory, or the same setting to go on"
-            )
+        before, now = (settings.get(key, "(not set)") for settings in (theirs, mine))
+        if before == now:
+            continue
+        if key.startswith(("registry.experts.", "registry.services.")) and key.rsplit(".", 1)[-1] in REACHED_BY:
+            changes.append(f"config.{key} was {before} so far and is now {now}")
+            continue
+        name = key if key.startswith("--") else f"config.{key}"  # a flag of the command, or a setting
+        raise ConfigError(
+            f"{path.parent} holds a run with {name}={before}, this one has {now}; "
+            f"use another directory, or the same setting to go on"
+        )
+    return changes
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys and printed values."""
+    """Nested settings as dotted keys and printed values; entries of a registry by their names."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, Sequence) and value and all(isinstance(x, Mapping) and "name" in x for x in value):
+            flat[prefix + key] = repr([entry["name"] for entry in value])
+            for entry in value:  # not deeper: an option may have the name of a setting
+                own = {name: repr(x) for name, x in entry.items() if name != "name"}
+                flat |= {f"{prefix}{key}.{entry['name']}.{name}": x for name, x in own.items()}
         else:
             flat[prefix + key] = repr(value)
     return flat

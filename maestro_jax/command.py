@@ -3,14 +3,21 @@
 Exit codes: 0 done, 78 something the user has to change (do not restart), 70 a fault of ours.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import absl
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, ConfigError, UserError
+
+# Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
+_PARSER = os.path.dirname(config_flags.__file__)
+_LIBRARY = (os.path.dirname(_PARSER), os.path.dirname(absl.__file__), "<frozen")
 
 
 def run(main: Callable[[Sequence[str]], Any], required: Sequence[str]) -> None:
@@ -29,14 +36,35 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
     logging.set_verbosity(logging.WARNING)  # libraries report every file they open
     try:
         rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise ConfigError(f"{error}; see --help") from error
-    except (AttributeError, KeyError) as error:  # ml_collections, on an override of a key that is not there
-        raise ConfigError(_unknown_key(argv, str(error))) from error
+    except UserError:
+        raise
+    except Exception as error:  # parsing runs the config file, which may raise anything
+        place = _place_in_config_file(error)
+        if place:
+            raise ConfigError(f"the config file fails: {place}; correct it there") from error
+        if isinstance(error, flags.Error):
+            raise ConfigError(f"{error}; see --help") from error
+        if isinstance(error, AttributeError | KeyError):  # ml_collections, on an override of a key that is not there
+            raise ConfigError(_unknown_key(argv, str(error))) from error
+        raise
     for name in required:
         if not flags.FLAGS[name].value:
             raise ConfigError(f"--{name} is missing; see --help, or the README for the whole command")
     return rest
+
+
+def _place_in_config_file(error: BaseException | None) -> str | None:
+    """File, line and reason of what a config file raised; None for what was raised elsewhere."""
+    while error is not None:
+        if isinstance(error, SyntaxError):
+            return f"{error.filename} line {error.lineno}: {error.msg}"
+        frames = traceback.extract_tb(error.__traceback__)
+        parsed = max((i for i, frame in enumerate(frames) if frame.filename.startswith(_PARSER)), default=len(frames))
+        theirs = [frame for frame in frames[parsed + 1 :] if not frame.filename.startswith(_LIBRARY)]
+        if theirs:
+            return f"{theirs[-1].filename} line {theirs[-1].lineno}: {type(error).__name__}: {error}"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _unknown_key(argv: Sequence[str], reason: str) -> str:

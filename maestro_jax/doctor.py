@@ -1,13 +1,16 @@
 """Says, before a run, whether its registry is sound and its experts answer.
 
-    python -m maestro_jax.doctor --config configs/qwen3_vl_4b.py [--seconds 10] [--static]
+    python -m maestro_jax.doctor --config configs/qwen3_vl_4b.py [--seconds 60] [--static]
 
 One line for each finding, with its cure. First what the config alone shows: unknown names, cycles, missing services,
-stages that do not fit together, environment variables that are not set. Then, with the sandbox made where a skill needs
-one, every expert is asked whether it is ready, also the models behind services. Exit code 0 if all is well, else 78.
+stages that do not fit together, environment variables that are not set, `serve` commands that `experts up` would
+refuse. Then everything is built, the sandbox too where a skill needs one, and every endpoint gets one real request with
+the expert's own settings (`registry/trials.py`), also those of models behind services. Exit code 0 if all is well, else
+78.
 """
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,35 +25,40 @@ from maestro_jax.registry.checks import problems
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.reading import read_registry
+from maestro_jax.registry.serving import servers_of
+from maestro_jax.registry.trials import try_experts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
-SECONDS = flags.DEFINE_float("seconds", 10.0, "How long each expert may take to say that it is ready.", lower_bound=0.1)
+SECONDS = flags.DEFINE_float(
+    "seconds", 60.0, "How long each request may take; no longer than the expert's attempt_timeout.", lower_bound=0.1
+)
 STATIC = flags.DEFINE_bool("static", False, "Look at the config only; no expert is asked.")
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    raw = command.load_config(CONFIG)
+    raw, file = command.load_config(CONFIG), config_flags.get_config_filename(flags.FLAGS["config"])
 
     # ---- What the config shows -----------------------------------------------------------------
     registry = read_registry(raw.registry)
-    found = [*problems(registry), *unset_variables(registry, os.environ)]
+    found = [*problems(registry), *unset_variables(registry, os.environ), *serve_mistakes(registry)]
     print_lines(found)
     if not found:
         found = contradictions(raw)
         print_lines(found)
     told = f"{len(registry.experts)} experts, {len(registry.services)} services, {len(registry.skills)} skills"
-    print(f"config: {told}, {len(found)} problems")
+    print(f"config: {told}, {counted(found)}")
 
     # ---- Who answers ---------------------------------------------------------------------------
     if not found and not STATIC.value:
-        answers = asyncio.run(ask_experts(registry, SECONDS.value))
-        for name, problem in answers.items():
-            print(problem or f'expert "{name}": ready')
-        found = [problem for problem in answers.values() if problem]
+        asyncio.run(build(registry))
+        print_lines([f'expert "{expert.name}": ready' for expert in registry.experts if expert.implementation])
+        trials = asyncio.run(try_experts(registry, SECONDS.value))
+        print_lines([trial.line for trial in trials])
+        found = [trial.line for trial in trials if trial.is_problem]
 
     if found:
-        raise ConfigError(f"{len(found)} problems in the registry; the lines above say what to do about each")
+        raise ConfigError(f"{counted(found)} in {file}; the lines above say what to do about each")
 
 
 def print_lines(lines: Sequence[str]) -> None:
@@ -58,11 +66,27 @@ def print_lines(lines: Sequence[str]) -> None:
         print(" ".join(line.split()))
 
 
+def counted(problems_found: Sequence[str]) -> str:
+    return f"{len(problems_found)} problem{'' if len(problems_found) == 1 else 's'}"
+
+
 def unset_variables(registry: RegistryConfig, environment: Mapping[str, str]) -> Iterator[str]:
     """Keys that experts need and that the environment does not have."""
     for expert in registry.experts:
         if expert.key and not environment.get(expert.key):
             yield f'expert "{expert.name}": environment variable {expert.key} is not set; export it with the API key'
+
+
+def serve_mistakes(registry: RegistryConfig) -> list[str]:
+    """What `experts up` would refuse: of each expert, and if there is nothing, between them."""
+    each = [dataclasses.replace(registry, experts=(expert,)) for expert in registry.experts]
+    found = []
+    for part in [*each, registry]:
+        try:
+            servers_of(part)
+        except ConfigError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
 
 
 def contradictions(raw: Any) -> list[str]:
@@ -74,17 +98,9 @@ def contradictions(raw: Any) -> list[str]:
     return []
 
 
-async def ask_experts(config: RegistryConfig, seconds: float) -> dict[str, str | None]:
-    """Expert → what is wrong with it, None if it is ready.
-
-    Raises:
-      ConfigError: an expert, a service or the sandbox cannot be built.
-    """
-    registry = Registry(config)
-    try:
-        return await registry.check(seconds)
-    finally:
-        await registry.close()
+async def build(config: RegistryConfig) -> None:
+    """Raises ConfigError if an expert, a service or the sandbox cannot be built."""
+    await Registry(config).close()
 
 
 if __name__ == "__main__":

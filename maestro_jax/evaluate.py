@@ -76,15 +76,18 @@ def main(argv: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in flatten(raw.to_dict()).items() if not key.startswith(FREE_KEYS)}
     settings |= {"--checkpoint": policy, "--benchmarks": repr(sorted(BENCHMARKS.value)), "--tasks": repr(TASKS.value)}
-    check_same_run(output / "config.json", settings)
+    changes = check_same_run(output / "config.json", settings)
 
     with Progress(curve="accuracy") as progress:
+        for line in changes:
+            progress.note(line)
+
         # ---- Tasks, registry, tokens -----------------------------------------------------------
         _, source = open_data(config, run.workdir if run else output, progress)
         tasks = task_iterator(source, seed=0, shuffle=False, epochs=1, damage_limit=config.data.damage_limit)
         journal = Journal(str(output / "journal.jsonl"))
         registry = None if REPLAY.value else Registry(config.registry, str(output / "expert_cache.jsonl"), journal)
-        dispatcher = Dispatcher(registry or Replay(REPLAY.value), journal)
+        dispatcher = Dispatcher(registry or Replay(REPLAY.value, journal), journal)
         tokens = load_tokens(run.tokenizer if run else config.policy.tokenizer or config.policy.init_from)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
 

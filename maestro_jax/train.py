@@ -26,6 +26,7 @@ from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
 from maestro_jax.data.pipeline import Batches
 from maestro_jax.data.source import TaskSource
+from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
 from maestro_jax.grpo.batch import Scored
@@ -86,12 +87,16 @@ def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
     raw = command.load_config(CONFIG)
     config = parse_config(raw)
+    check_replayable(config)
     workdir = Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in flatten(raw.to_dict()).items() if key not in FREE_KEYS}
-    check_same_run(workdir / "config.json", settings)
+    changes = check_same_run(workdir / "config.json", settings)
 
     with Progress() as progress:
+        for line in changes:
+            progress.note(line)
+
         # ---- Tasks -----------------------------------------------------------------------------
         train_source, test_source = open_data(config, workdir, progress)
         held_out = [test_source[i] for i in range(config.evaluate.tasks or len(test_source))]
@@ -101,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
         registry = None  # in a replay nobody is asked
         if not REPLAY.value:
             registry = Registry(config.registry, str(workdir / "expert_cache.jsonl"), journal)
-        dispatcher = Dispatcher(registry or Replay(REPLAY.value), journal)
+        dispatcher = Dispatcher(registry or Replay(REPLAY.value, journal), journal)
         router = WeakRouter(config.registry, config.warm_start)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
         architecture = open_architecture(config.policy.architecture, config.policy.init_from)
@@ -188,12 +193,12 @@ def main(argv: Sequence[str]) -> None:
         supply = Supply(engine, batches, supply_config(config), config.seed)
         store = CheckpointStore(workdir / "checkpoints", config.checkpoint.keep)
         start, seconds_before = 0, 0.0
+        evaluated: dict[str, Any] | None = None  # the result of evaluating the policy as it is now
         if (latest := store.latest()) is not None:
             state, run = store.restore(latest, state)
             supply.set_state(run["supply"])
-            if registry is not None and run["spent"] is not None:
-                registry.spending.set_state(run["spent"])
             start, seconds_before = latest, run["seconds"]
+            evaluated = run.get("evaluated")  # older versions saved none
             progress.note(f"resumed from the checkpoint of step {latest}")
         metrics = MetricsWriter(workdir / "metrics.jsonl")
         metrics.truncate_after(start if start else -1)
@@ -201,10 +206,10 @@ def main(argv: Sequence[str]) -> None:
             metrics.write({"step": 0, "held_out_accuracy": before.accuracy, "held_out_reward": before.reward})
 
         # ---- Reinforcement ---------------------------------------------------------------------
-        last = before
+        last = before if evaluated is None else Evaluation.from_json(evaluated)
         progress.phase("train", config.grpo.steps, done=start)
         for step in range(start + 1, config.grpo.steps + 1):
-            step_began = time.monotonic()
+            step_began, evaluated = time.monotonic(), None
             journal.begin(f"step {step}")
             rollouts = Stopwatch(supply.step(state.params, step))
             state, seen, step_metrics = learner(state, rollouts)
@@ -213,21 +218,21 @@ def main(argv: Sequence[str]) -> None:
             progress.update(step, {name: row[name] for name in ("reward", "accuracy", "calls", "seconds")})
             if step % config.evaluate.every == 0 or step == config.grpo.steps:
                 last = evaluate(state.params, True, "held-out (greedy)")
+                evaluated = last.to_json()
                 row |= {"held_out_accuracy": last.accuracy, "held_out_reward": last.reward}
                 progress.phase("train", config.grpo.steps, done=step)
             metrics.write(row)
             if step % config.checkpoint.every == 0 or step == config.grpo.steps:
                 elapsed = seconds_before + time.monotonic() - began
                 journal.sync()  # what a checkpoint was trained on is on disk before it is
-                spent = None if registry is None else registry.spending.get_state()
-                store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed, "spent": spent})
+                store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed, "evaluated": evaluated})
                 if registry is not None:
                     write_json(workdir / "experts.json", registry.report())
 
         # ---- Results ---------------------------------------------------------------------------
         store.close()
         metrics.close()
-        if start == config.grpo.steps:  # nothing was left to train
+        if start >= config.grpo.steps and evaluated is None:  # nothing was left to train
             journal.begin("trained")
             last = evaluate(state.params, True, "held-out (greedy)")
         dispatcher.close()
@@ -252,6 +257,15 @@ def main(argv: Sequence[str]) -> None:
     plot_routing(panels, workdir / "routing.png", baselines.by_pair)
     print(summary_table(summary))
     print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl, checkpoints/")
+
+
+def check_replayable(config: Config) -> None:
+    """Refuses to replay what depends on who answers first."""
+    if REPLAY.value and config.rollout.ahead:
+        raise ConfigError(
+            f"--replay with config.rollout.ahead={config.rollout.ahead}: timing decides which policy writes a token, "
+            "so no run of this kind can be repeated; record and replay with config.rollout.ahead=0"
+        )
 
 
 def open_tokens(config: Config, workdir: Path, system: str, router: WeakRouter, tasks: TaskSource) -> Tokens:

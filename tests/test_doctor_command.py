@@ -1,11 +1,15 @@
 """`python -m maestro_jax.doctor`: every finding on a line with its cure, exit code 0 or 78."""
 
+import http.server
 import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.py"
@@ -59,7 +63,32 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         'expert "Far": environment variable NO_SUCH_KEY is not set; export it with the API key',
         "config: 6 experts, 3 services, 7 skills, 5 problems",
     ]
-    assert errors.strip() == "error: 5 problems in the registry; the lines above say what to do about each"
+    assert errors.strip() == f"error: 5 problems in {config}; the lines above say what to do about each"
+
+
+def test_what_experts_up_would_refuse_is_told_too(tmp_path: Path) -> None:
+    def local(name: str, words: str, *ports: int, host: str = "127.0.0.1") -> str:
+        urls = "".join(f'"http://{host}:{port}/v1",' for port in ports)
+        entry = f'{{"name": "{name}", "description": "d", "endpoints": ({urls}), "model": "m", "serve": {words}}}'
+        return f"registry.experts += ({entry},)"
+
+    config = written(
+        tmp_path,
+        local("One", '("vllm",)', 1, 2),
+        local("Away", '("vllm",)', 3, host="example.org"),
+        local("Odd", '("vllm", "{prot}")', 4),
+    )
+    code, lines, _ = doctor(config, "--static")
+    assert code == 78 and lines[:-1] == [
+        'expert "One": serve starts a server for each endpoint; let it take {port}',
+        'expert "Away": serve starts servers on this machine, and http://example.org:3/v1 is another; remove serve',
+        'expert "Odd": serve has {prot}; it can have {host}, {port} and {model}',
+    ]
+    config = written(tmp_path, local("One", '("vllm",)', 1), local("Two", '("sglang",)', 1))
+    code, lines, _ = doctor(config, "--static")
+    assert code == 78 and lines[:-1] == [
+        'expert "Two" and expert "One" serve http://127.0.0.1:1/v1 by other commands; keep one'
+    ]
 
 
 def test_an_expert_that_is_not_there_is_named_and_its_key_is_not(tmp_path: Path) -> None:
@@ -70,6 +99,34 @@ def test_an_expert_that_is_not_there_is_named_and_its_key_is_not(tmp_path: Path)
     assert "4711" not in "".join(lines) + errors
 
 
+class ListsAndRefuses(http.server.BaseHTTPRequestHandler):
+    """A server that lists the model, and takes no request for it."""
+
+    def do_GET(self) -> None:
+        self._send(200, b'{"data": [{"id": "m"}]}')
+
+    def do_POST(self) -> None:
+        self._send(400, b"max_tokens is too large")
+
+    def _send(self, code: int, body: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *parts: object) -> None: ...
+
+
+def test_an_expert_that_refuses_what_a_run_would_ask_is_not_ready(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ListsAndRefuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        config = written(tmp_path, SERVED.format(port=server.server_address[1], key="FAR_KEY").strip())
+        code, lines, _ = doctor(config, environment={"FAR_KEY": "canary-4711"})
+        server.shutdown()
+    assert code == 78 and lines[1:-1] == READY
+    assert "HTTP 400; the server refuses the request" in lines[-1] and "max_tokens is too large" in lines[-1]
+
+
 def test_the_rest_of_the_run_must_fit_too(tmp_path: Path) -> None:
     code, lines, _ = doctor(written(tmp_path, "config.grpo.group_size = 1"), "--static")
     assert code == 78 and lines[0] == "config.grpo.group_size=1 gives no contrast; use at least 2"
@@ -78,7 +135,34 @@ def test_the_rest_of_the_run_must_fit_too(tmp_path: Path) -> None:
 def test_a_wrong_key_is_one_line(tmp_path: Path) -> None:
     code, _, errors = doctor(written(tmp_path, 'registry.experts[0]["descriptoin"] = ""'))
     assert code == 78
-    assert errors.strip() == 'error: registry.experts[0]: unknown key "descriptoin"; did you mean "description"?'
+    assert (
+        errors.strip()
+        == 'error: registry.experts["Glyph-Reader"]: unknown key "descriptoin"; did you mean "description"?'
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ('registry.experts += ({"name": "X"})', 'TypeError: can only concatenate tuple (not "dict") to tuple'),
+        ("registry.expert += ()", 'Did you mean "experts" instead of "expert"?'),
+        ("registry.experts +", "invalid syntax"),
+    ],
+)
+def test_a_config_file_that_fails_is_named_with_its_line(tmp_path: Path, change: str, words: str) -> None:
+    config = written(tmp_path, change)
+    code, lines, errors = doctor(config, "--static")
+    assert (code, lines) == (78, [])
+    assert errors.startswith(f"error: the config file fails: {config} line 5: ") and errors.count("\n") == 1
+    assert words in errors and errors.endswith("; correct it there\n")
+
+
+def test_the_config_file_of_the_docs_is_sound(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "registry.md").read_text()
+    example = text[text.index("from configs import maestro_4b") :].partition("```")[0]
+    (tmp_path / "mine.py").write_text(example)
+    code, lines, errors = doctor(tmp_path / "mine.py", "--static")
+    assert (code, lines) == (0, ["config: 9 experts, 4 services, 6 skills, 0 problems"]), errors
 
 
 def test_the_papers_registries_are_sound() -> None:

@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maestro_jax.assemble import check_same_run, flatten
 from maestro_jax.checkpoint.store import ParamReader
-from maestro_jax.errors import EXIT_CONFIG
+from maestro_jax.errors import EXIT_CONFIG, ConfigError
+from maestro_jax.observe.files import write_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.train import note_shape
@@ -118,9 +120,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Interrupted:
-    """A run that was killed before its first checkpoint, killed again after it, and then left to end."""
+    """A run that was killed before its first checkpoint, killed again after it, and then left to end.
+
+    Attributes:
+      early: a copy of the work directory, as the first kill left it.
+    """
 
     workdir: Path
+    early: Path
     rows_at_kill: list[dict[str, Any]]  # at the second one
     again: subprocess.CompletedProcess[str]
 
@@ -138,11 +145,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def interrupted(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
-    workdir = tmp_path_factory.mktemp("interrupted")
-    for step in (KILLED_EARLY, KILLED_LATE):
-        kill_at(job.start(job.command(workdir, {})), step)
-        assert not (workdir / "summary.json").exists()
-    return Interrupted(workdir, read_metrics(workdir / "metrics.jsonl"), job.run(workdir))
+    workdir, early = tmp_path_factory.mktemp("interrupted"), tmp_path_factory.mktemp("early") / "interrupted"
+    kill_at(job.start(job.command(workdir, {})), KILLED_EARLY)
+    shutil.copytree(workdir, early)
+    kill_at(job.start(job.command(workdir, {})), KILLED_LATE)
+    assert not (workdir / "summary.json").exists()
+    return Interrupted(workdir, early, read_metrics(workdir / "metrics.jsonl"), job.run(workdir))
 
 
 def kill_at(process: subprocess.Popen[str], step: int) -> None:
@@ -247,6 +255,23 @@ def test_a_killed_run_equals_a_straight_one(interrupted: Interrupted, job: Job, 
     assert sum(row.get("grad_norm", 0) > 0 for row in straight) > STEPS / 2
 
 
+def test_a_cap_counts_what_was_spent_before_a_kill(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    """There was no checkpoint yet, and the run had asked as often as it may: it asks no more."""
+    workdir = tmp_path / "capped"
+    shutil.copytree(interrupted.early, workdir, ignore=shutil.ignore_patterns("expert_cache.jsonl"))
+    asked = requests_in(workdir)
+    assert asked > 0 and not any((workdir / "checkpoints").glob("[0-9]*"))
+    result = job.run(workdir, **{"registry.limits.calls": asked})
+    assert_refused(result, f"the run has reached its cap config.registry.limits.calls={asked};")
+    assert requests_in(workdir) == asked
+
+
+def requests_in(workdir: Path) -> int:
+    """How often experts were asked, by the journal; services have no price and no tokens."""
+    lines = [json.loads(line) for line in (workdir / "journal.jsonl").read_text().splitlines()]
+    return sum(line["kind"] == "request" and line["usage"]["prompt_tokens"] > 0 for line in lines)
+
+
 def test_a_key_of_the_environment_is_written_nowhere(interrupted: Interrupted) -> None:
     files = [path for path in interrupted.workdir.rglob("*") if path.is_file()]
     assert any(path.name == "journal.jsonl" for path in files)
@@ -254,18 +279,59 @@ def test_a_key_of_the_environment_is_written_nowhere(interrupted: Interrupted) -
     assert CANARY not in interrupted.again.stdout + interrupted.again.stderr
 
 
+def test_a_finished_run_that_starts_again_asks_nobody(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    """Its last checkpoint knows what its evaluation found. That experts are reached in another way, it says once."""
+    workdir, config = tmp_path / "finished", tmp_path / "moved.py"
+    shutil.copytree(interrupted.workdir, workdir)
+    config.write_text(
+        "from configs import quickstart\n\n\ndef get_config():\n    config = quickstart.get_config()\n"
+        "    config.registry.experts = tuple(expert | {'timeout': 7.0} for expert in config.registry.experts)\n"
+        "    return config\n"
+    )
+    command = job.command(workdir, {})
+    command[command.index("--config=configs/quickstart.py")] = f"--config={config}"
+    result = job.finish(command)
+    assert result.returncode == 0, result.stderr
+    assert "config.registry.experts.Tally.timeout was (not set) so far and is now 7.0" in result.stdout
+    assert json.loads((workdir / "config.json").read_text())["registry.experts.Tally.timeout"] == "7.0"
+    assert_same_results(interrupted.workdir, workdir)
+    assert (workdir / "journal.jsonl").read_text() == (interrupted.workdir / "journal.jsonl").read_text()
+
+
+def assert_same_results(workdir: Path, other: Path) -> None:
+    one, two = (json.loads((where / "summary.json").read_text()) for where in (workdir, other))
+    for name in ("accuracy", "accuracy_by_domain", "reward", "calls"):
+        assert one[name] == two[name]
+
+
 @pytest.mark.slow
 def test_a_killed_run_is_replayed(interrupted: Interrupted, job: Job, tmp_path: Path) -> None:
-    """Nobody is asked: the calls of its three lives are in one journal."""
+    """Nobody is asked: the calls of its three lives are in one journal. The replay is killed, too, and goes on."""
     workdir = tmp_path / "replayed"
     later = ("checkpoints", "metrics.jsonl", "summary.json", "*.png", "before*.json", "baselines.json", "*.jsonl")
     shutil.copytree(interrupted.workdir, workdir, ignore=shutil.ignore_patterns(*later))
-    result = job.finish([*job.command(workdir, {}), f"--replay={interrupted.workdir / 'journal.jsonl'}"])
+    command = [*job.command(workdir, {}), f"--replay={interrupted.workdir / 'journal.jsonl'}"]
+    kill_at(job.start(command), KILLED_LATE)
+    result = job.finish(command)
     assert result.returncode == 0, result.stderr
+    assert "resumed from the checkpoint" in result.stdout
     replayed, killed = (read_metrics(where / "metrics.jsonl") for where in (workdir, interrupted.workdir))
     assert without_times(replayed) == without_times(killed)
     for name in ("baselines.json", "before.json", "before_sampled.json"):
         assert (workdir / name).read_text() == (interrupted.workdir / name).read_text()
+    assert_same_results(interrupted.workdir, workdir)
+    # The parameters are those of the last step, also where fewer steps are asked for.
+    fewer = job.run(workdir, **{"grpo.steps": STEPS - 1})
+    assert fewer.returncode == 0, fewer.stderr
+    assert_same_results(interrupted.workdir, workdir)
+    own = job.finish([*job.command(workdir, {}), f"--replay={workdir / 'journal.jsonl'}"])
+    assert_refused(own, "is what this run itself writes to", "another directory")
+
+
+def test_a_replay_of_a_run_ahead_is_refused(job: Job, tmp_path: Path) -> None:
+    ahead = {"rollout.ahead": 1, "rollout.staleness": 1, "grpo.importance_cap": 2.0}
+    result = job.finish([*job.command(tmp_path, ahead), f"--replay={tmp_path}/journal.jsonl"])
+    assert_refused(result, "config.rollout.ahead=1", "replay with config.rollout.ahead=0")
 
 
 def test_a_shape_of_the_update_is_noted_when_it_is_new() -> None:
@@ -308,6 +374,56 @@ def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
     """The mended command may be given the same one: nothing has been made with the wrong setting."""
     for name in ("misspelt.parquet", "other.parquet"):
         assert_refused(job.run(tmp_path, **verl(tmp_path / name, tmp_path / name)), f"{tmp_path / name}: no such file")
+
+
+def settings_of(expert: dict[str, Any], **others: Any) -> dict[str, str]:
+    names = {"name": "Chart-R1.5", "description": "charts"}
+    skill = {"name": "S", "stages": ({"kind": "ask", "output": "a", "prompt": "{question}"},)} | others
+    return flatten({"seed": 0, "registry": {"experts": (names | expert, {"name": "Other"}), "skills": (skill,)}})
+
+
+SERVED = {"endpoints": ("http://127.0.0.1:1/v1",), "model": "m", "options": {"timeout": 1}, "price_prompt": 1.0}
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        {"endpoints": ("http://127.0.0.1:2/v1", "http://127.0.0.1:3/v1")},
+        {"key": "ANOTHER_KEY"},
+        {"concurrency": 8},
+        {"attempt_timeout": 20.0},
+        {"serve": ("vllm", "{port}")},
+    ],
+)
+def test_servers_may_move_between_a_run_and_its_continuation(moved: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, settings_of(SERVED))
+    (name, value), before = *moved.items(), SERVED.get(*moved)
+    was = "(not set)" if before is None else repr(before)
+    told = f"config.registry.experts.Chart-R1.5.{name} was {was} so far and is now {value!r}"
+    assert check_same_run(path, settings_of(SERVED | moved)) == [told]
+    assert check_same_run(path, settings_of(SERVED)) == []
+
+
+@pytest.mark.parametrize(
+    ("expert", "others", "names"),
+    [
+        ({"model": "n"}, {}, "experts.Chart-R1.5.model='m', this one has 'n'"),
+        ({"temperature": 0.5}, {}, "experts.Chart-R1.5.temperature=(not set), this one has 0.5"),
+        ({"options": {"timeout": 2}}, {}, "experts.Chart-R1.5.options={'timeout': 1}, this one has {'timeout': 2}"),
+        ({"price_prompt": 2.0}, {}, "experts.Chart-R1.5.price_prompt=1.0, this one has 2.0"),
+        ({"name": "Chart-R2"}, {}, "experts=['Chart-R1.5', 'Other'], this one has ['Chart-R2', 'Other']"),
+        ({}, {"description": "new"}, "skills.S.description=(not set), this one has 'new'"),
+        ({}, {"stages": ()}, "skills.S.stages="),
+    ],
+)
+def test_what_experts_answer_may_not_change(
+    expert: dict[str, Any], others: dict[str, Any], names: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, settings_of(SERVED))
+    with pytest.raises(ConfigError, match=re.escape(f"holds a run with config.registry.{names}")):
+        check_same_run(path, settings_of(SERVED | expert, **others))
 
 
 # ---- tasks from verl parquet files -------------------------------------------------------------------------

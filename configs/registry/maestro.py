@@ -22,7 +22,12 @@ QWEN_2_5_PIXELS = {"kind": "resized", "multiple": 28, "min_pixels": 3136, "max_p
 
 
 def get_registry() -> ConfigDict:
-    return ConfigDict({"experts": experts(), "services": services(), "skills": skills()})
+    return ConfigDict({"experts": experts(), "services": services(), "skills": skills(), "limits": limits()})
+
+
+def limits() -> dict[str, float]:
+    """Caps of a run; 0 is none. Here, so that a command line may set them: --config.registry.limits.price=50."""
+    return {"calls": 0, "tokens": 0, "price": 0.0}
 
 
 # ---- experts and services ----------------------------------------------------------------------------------
@@ -102,8 +107,8 @@ def services() -> tuple[Entry, ...]:
             "name": "zoom",
             "expert": "DeepEyes-7B",
             "prompt": "{text}\nWhich part of this picture has to be seen closer to answer that? Write JSON and nothing "
-            'else: {"bbox_2d": [left, top, right, bottom], "label": "what it shows"} for the one part, or [] where '
-            "the whole picture shows enough.",
+            'else: {"bbox_2d": [left, top, right, bottom], "label": "what it shows"} for the one part, a list of these '
+            "where it takes several, or [] where the whole picture shows enough.",
             "parse": "boxes",
         },
     )
@@ -243,7 +248,7 @@ def counting() -> Entry:
         "stages": (
             DETECT,
             DRAW,
-            *zoom("The place where it is easiest to miscount: small, crowded or half hidden objects."),
+            *zoom("Every place where it is easy to miscount: small, crowded or half hidden objects."),
             ask(
                 "listed",
                 f"List every object that the question asks for, with its place. {order} Go through the picture part by "

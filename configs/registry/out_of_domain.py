@@ -27,7 +27,8 @@ from configs.registry.maestro import (
 
 
 def get_registry() -> ConfigDict:
-    return ConfigDict({"experts": experts(), "services": maestro.services(), "skills": skills()})
+    helpers = {"services": maestro.services(), "limits": maestro.limits()}
+    return ConfigDict({"experts": experts(), "skills": skills(), **helpers})
 
 
 def experts() -> tuple[Entry, ...]:

@@ -154,9 +154,6 @@ class CachedExpert:
         key = request_key(self._identity, request)
         return await self._cache.fetch(key, ask, request.deadline, Reply("", Status.TIMEOUT, seconds=request.deadline))
 
-    async def check(self) -> str | None:
-        return await self._expert.check()
-
     async def close(self) -> None:
         await self._expert.close()
 

@@ -4,8 +4,10 @@ Doubled names, placeholders nobody fills, missing services, cycles, implementati
 found before a run.
 """
 
+import ast
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.registry.boxes import FRAMES
@@ -21,6 +23,7 @@ from maestro_jax.registry.stages import (
     PLACEHOLDER,
     TASK_IMAGES,
     AskStage,
+    CropStage,
     Kind,
     ParseStage,
     RunStage,
@@ -73,13 +76,16 @@ def _name_problems(kind: str, names: list[str]) -> Iterator[str]:
 def _expert_problems(expert: ExpertConfig, config: RegistryConfig) -> Iterator[str]:
     where = f'expert "{expert.name}"'
     if expert.implementation:
-        yield from _implementation_problems(expert.implementation, where)
+        yield from _class_problems(expert, where)
     if expert.timeout <= 0:
         yield f"{where}: timeout must be above 0 seconds"
     if expert.frame.kind not in FRAMES:
         yield f'{where}: frame.kind "{expert.frame.kind}" is unknown; {nearest(expert.frame.kind, FRAMES)}'
-    if expert.frame.full <= 0 or expert.frame.multiple <= 0:
-        yield f"{where}: frame.full and frame.multiple must be above 0"
+    for key in ("full", "multiple", "max_pixels"):
+        if getattr(expert.frame, key) <= 0:
+            yield f"{where}: frame.{key} must be above 0"
+    if not 0 <= expert.frame.min_pixels <= expert.frame.max_pixels:
+        yield f"{where}: frame.min_pixels must be 0 to frame.max_pixels ({expert.frame.max_pixels})"
     if "speed" in config.show and expert.shown and not expert.typical_seconds:
         yield f'{where}: registry.show has "speed"; set its typical_seconds'
 
@@ -91,9 +97,11 @@ def _service_problems(service: ServiceConfig, config: RegistryConfig) -> Iterato
     if bool(service.implementation) == bool(service.expert):
         yield f'{where} must have either "implementation" or "expert", and not both'
     elif service.implementation:
-        yield from _implementation_problems(service.implementation, where)
+        yield from _class_problems(service, where)
     else:
         yield from _served_problems(service, config, where)
+        if (service.workers, service.processes) != (1, False):
+            yield f'{where}: "workers" and "processes" are for services with an implementation; remove them'
 
 
 def _served_problems(service: ServiceConfig, config: RegistryConfig, where: str) -> Iterator[str]:
@@ -109,11 +117,22 @@ def _served_problems(service: ServiceConfig, config: RegistryConfig, where: str)
         yield f'{where}: parse "{service.parse}" is unknown; {nearest(service.parse, PARSERS)}'
 
 
-def _implementation_problems(path: str, where: str) -> Iterator[str]:
+def _class_problems(entry: ExpertConfig | ServiceConfig, where: str) -> Iterator[str]:
     try:
-        load_implementation(path, where)
+        load_implementation(entry.implementation, where)
     except ConfigError as error:
         yield str(error)
+    if entry.workers < 1:
+        yield f"{where}: workers must be at least 1, found {entry.workers}"
+    if entry.processes and not _can_travel(entry.options):
+        yield f"{where}: options go to other processes as literals of Python, and do not; simplify them"
+
+
+def _can_travel(options: Mapping[str, Any]) -> bool:
+    try:
+        return bool(ast.literal_eval(repr(dict(options))) == options)
+    except (ValueError, SyntaxError):
+        return False
 
 
 def _skill_problems(skill: SkillConfig, config: RegistryConfig) -> Iterator[str]:
@@ -192,6 +211,8 @@ def _stage_problems(
             yield f'{where}: into "{stage.into}" is unknown; {nearest(stage.into, PARSED)}'
         if stage.text in before and not isinstance(before[stage.text][0], AskStage):
             yield f'{where}: "{stage.text}" is no ask stage; parse what an expert was asked'
+    if isinstance(stage, CropStage) and stage.most < 1:
+        yield f"{where}: most must be at least 1, found {stage.most}"
     if isinstance(stage, RunStage) and not 0 <= stage.rounds <= MOST_ROUNDS:
         yield f"{where}: rounds must be 0 to {MOST_ROUNDS}, found {stage.rounds}"
 

@@ -30,6 +30,9 @@ class ExpertConfig:
       latency_mean: seconds of extra latency, exponentially distributed, that imitate a remote server.
       latency_seed: changes which requests are slow.
       timeout: seconds a single request may take.
+      workers: requests that it gets at a time, each on an instance of its own.
+      processes: whether workers are processes instead of threads; one that crashes, or is late, is ended and started
+        again.
 
     Of servers:
       endpoints: base URLs of OpenAI-compatible servers of the same model, such as "http://127.0.0.1:8000/v1".
@@ -57,6 +60,8 @@ class ExpertConfig:
     latency_mean: float = 0.0
     latency_seed: int = 0
     timeout: float = 60.0
+    workers: int = 1
+    processes: bool = False
     endpoints: tuple[str, ...] = ()
     model: str = ""
     key: str = ""
@@ -109,6 +114,8 @@ class ServiceConfig:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     deterministic: bool = True
     timeout: float = 60.0
+    workers: int = 1
+    processes: bool = False
 
     @property
     def gives(self) -> frozenset[Kind]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from maestro_jax.errors import UserError
 from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
-from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig
+from maestro_jax.registry.config import ExpertConfig, LimitsConfig, Pair, RegistryConfig
 from maestro_jax.registry.http import HttpExpert
 from maestro_jax.registry.inprocess import InProcessExpert, InProcessService
 from maestro_jax.registry.interface import Expert, Service
@@ -79,7 +79,7 @@ class Registry:
       config: from `parse_registry`.
       cache_file: where replies of deterministic experts and services survive a restart; None keeps
         them in memory.
-      journal: records what experts and services answer.
+      journal: records what experts and services answer. What it holds already counts against the run's caps.
       sandbox: where programs of "run" stages run; None makes the one that the config names, if a skill needs it.
 
     Raises:
@@ -96,7 +96,8 @@ class Registry:
         self.config = config
         self.counters: defaultdict[Pair, CallCounter] = defaultdict(CallCounter)
         self.cache = ReplyCache(cache_file)
-        self.spending = Spending(config.limits)
+        capped = config.limits != LimitsConfig()
+        self.spending = Spending(config.limits, *(journal.spent() if journal and capped else ()))
         self._began = time.monotonic()
         self._retries = RetryBudget(time.monotonic)
         self._stacks = [self._stack(entry, journal) for entry in config.experts]
@@ -145,20 +146,6 @@ class Registry:
             self.spending.check()
         self.counters[pair].add(observation)
         return observation
-
-    async def check(self, seconds: float) -> dict[str, str | None]:
-        """Expert → None if it says within so many seconds that it is ready, else one line with the cure."""
-
-        async def one(expert: Expert) -> str | None:
-            try:
-                async with asyncio.timeout(seconds):
-                    return await expert.check()
-            except TimeoutError:
-                cure = "see whether its servers run"
-                return f'expert "{expert.name}": did not say within {seconds:g} s whether it is ready; {cure}'
-
-        found = await asyncio.gather(*(one(expert) for expert in self._experts.values()))
-        return {entry.name: line for entry, line in zip(self.config.experts, found, strict=True)}
 
     def report(self) -> dict[str, dict[str, Any]]:
         """By expert: requests, success, latencies, tokens, price, cache hits, and what each endpoint's breaker did."""

@@ -28,7 +28,7 @@ from maestro_jax.registry.chat import (
 )
 from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.endpoints import Endpoint, Endpoints, NoEndpointError
-from maestro_jax.registry.interface import Message, Reply, Request, Sampling
+from maestro_jax.registry.interface import Reply, Request, Sampling
 from maestro_jax.registry.retries import RetryBudget, RetryConfig, parse_retry_after
 from maestro_jax.types import Status, Usage
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY = 2**20  # bytes of a reply; more are not read
 CONNECT_SECONDS = 5.0
-CHECK_SECONDS = 10.0
+LIST_SECONDS = 5.0  # to hear which models there are
 IDLE_SECONDS = 4.0  # a kept connection; uvicorn closes after 5, and a request must not meet that
 QUOTE_SECONDS = 1.0  # to hear why a server refuses
 QUOTE = 300  # characters of it
@@ -56,7 +56,6 @@ _CURES = {
     422: "the server refuses a field of the request; compare options and sampling with what it serves",
 }
 _OTHER_CURE = "check endpoints, model and options"
-_DOWN_CURE = "start its server or correct endpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +78,16 @@ class Outcome:
     @property
     def is_worth_another(self) -> bool:
         return self.status in (Status.TIMEOUT, Status.UNAVAILABLE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """How one endpoint did: how the attempt ended, after how many seconds, and, if refused, which models it lists."""
+
+    url: str
+    outcome: Outcome
+    seconds: float
+    listed: str
 
 
 class HttpExpert:
@@ -115,11 +124,6 @@ class HttpExpert:
         if outcome.completion is None:
             return Reply("", outcome.status, seconds=seconds)
         return Reply(outcome.completion.text, Status.OK, self._usage(outcome.completion), seconds)
-
-    async def check(self) -> str | None:
-        """None if every endpoint serves the model; else one line about the first that does not, with the cure."""
-        found = await asyncio.gather(*(self._check(endpoint) for endpoint in self.endpoints.all))
-        return next((line for line in found if line), None)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -227,32 +231,32 @@ class HttpExpert:
         line = " ".join(text.split())
         return (line.replace(self._key, "[key]") if self._key else line)[:QUOTE]
 
-    # ---- check ---------------------------------------------------------------------------------------------
+    # ---- trial ---------------------------------------------------------------------------------------------
 
-    async def _check(self, endpoint: Endpoint) -> str | None:
-        if await self._lists_model(endpoint):
-            return None
-        # Not every server lists what it serves: a reply of one token tells.
-        shortest = Request((Message("user", "Hello"),), Sampling(max_tokens=1))
-        outcome = await self._post(endpoint, self._body(shortest), CHECK_SECONDS)
-        if outcome.status is Status.OK:
-            return None
-        cure = "" if outcome.status is Status.CONFIG_ERROR else f"; {_DOWN_CURE}"
-        said = f' (it says: "{outcome.said}")' if outcome.said else ""
-        return f'expert "{self.name}": {endpoint.url}: {outcome.why}{cure}{said}'
+    async def try_each(self, request: Request) -> list[Trial]:
+        """Asks every endpoint once, past retries, breakers and turns: to find out before a run what one would meet."""
+        body = self._body(request)
+        return await asyncio.gather(*(self._trial(each, body, request.deadline) for each in self.endpoints.all))
 
-    async def _lists_model(self, endpoint: Endpoint) -> bool:
-        url = f"{endpoint.url}/models"
+    async def _trial(self, endpoint: Endpoint, body: bytes, seconds: float) -> Trial:
+        start = time.monotonic()
+        outcome = await self._post(endpoint, body, min(seconds, self._config.attempt_timeout))
+        listed = await self._listed(endpoint) if outcome.status is Status.CONFIG_ERROR else ""
+        return Trial(endpoint.url, outcome, time.monotonic() - start, listed)
+
+    async def _listed(self, endpoint: Endpoint) -> str:
+        """Names of the models that it serves, on a short line; not every server lists them."""
         # Not kept: after an exception uvicorn replies and closes, and the next request would meet that.
         once = {"Connection": "close"}
         try:
             async with (
-                asyncio.timeout(CHECK_SECONDS),
-                self._client().get(url, headers=once, allow_redirects=False) as response,
+                asyncio.timeout(LIST_SECONDS),
+                self._client().get(f"{endpoint.url}/models", headers=once, allow_redirects=False) as response,
             ):
-                return response.status == 200 and self._config.model in read_models(await read_body(response))
+                names = read_models(await read_body(response)) if response.status == 200 else []
         except (TimeoutError, BadReplyError, aiohttp.ClientError, OSError):
-            return False
+            return ""
+        return self._redacted(", ".join(names))
 
 
 def http_identity(config: ExpertConfig) -> str:

@@ -63,10 +63,6 @@ class Expert(Protocol):
 
     async def ask(self, request: Request) -> Reply: ...
 
-    async def check(self) -> str | None:
-        """None if the expert is ready; else one line that says what is wrong, with the cure."""
-        ...
-
     async def close(self) -> None: ...
 
 

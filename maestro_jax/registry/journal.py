@@ -6,10 +6,11 @@ Lines are JSON objects of three kinds:
               interrupted in it, replaces its first attempt and all sections that followed that.
     call      what came back to the policy for one call: who asked, a hash of what, the observation.
     request   what one expert or service answered while a call ran: its version, a hash of the request, the reply.
-              Replies from the cache are none: nobody was asked.
+              Replies from the cache are none: nobody was asked. All were paid for, in replaced sections, too.
 
-A run is served from its calls. They hold all that the policy ever saw: whatever a clock decided (a deadline, which of
-two equal requests came first) is in the observation already, and no skill need be run again.
+A run is served from its calls, each section from its own. They hold all that the policy ever saw: whatever a clock
+decided (a deadline, which of two equal requests came first) is in the observation already, and no skill need be run
+again.
 
 A line is one write to the file, so it outlives the process at once; it is on disk (fsync) before a checkpoint is. A
 last line without its end was torn by a kill; its call was not trained on.
@@ -27,7 +28,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from maestro_jax.errors import ConfigError, UserError
 from maestro_jax.registry.cache import content_key, open_for_append, request_key
@@ -55,14 +56,20 @@ class Journal:
 
     Raises:
       JournalError: of every method, when the file cannot be written.
+
+    Attributes:
+      path: of the file.
+      section: that has begun last.
     """
 
     def __init__(self, path: str):
-        self._path = path
+        self.path = path
+        self.section = ""
         with self._writing():
             self._file = open_for_append(path)
 
     def begin(self, section: str) -> None:
+        self.section = section
         self._write({"kind": "section", "name": section})
 
     def call(self, asker: str, call: Call, question: str, images: tuple[bytes, ...], observation: Observation) -> None:
@@ -73,6 +80,18 @@ class Journal:
     def request(self, name: str, version: str, key: str, result: dict[str, Any]) -> None:
         who = {"asker": ASKER.get(), "name": name, "version": version}
         self._write({"kind": "request", **who, "request": key, **result, "at": time.time()})
+
+    def spent(self) -> tuple[int, Usage]:
+        """How often experts have been asked, and what that cost, as far as the file tells.
+
+        Nobody knows what requests cost that were under way when a process was killed.
+        """
+        calls, usage = 0, Usage()
+        for line in _lines(self.path):
+            if line["kind"] == "request" and "images" not in line:  # a service of this process costs nothing
+                calls += 1
+                usage += Usage(**line["usage"])
+        return calls, usage
 
     def sync(self) -> None:
         """Returns when everything written so far is on disk."""
@@ -95,7 +114,7 @@ class Journal:
             yield
         except OSError as error:
             cure = "free or mount its disk, and start the run again"
-            raise JournalError(f"the journal {self._path} cannot be written ({error.strerror}); {cure}") from error
+            raise JournalError(f"the journal {self.path} cannot be written ({error.strerror}); {cure}") from error
 
 
 class JournaledExpert:
@@ -115,9 +134,6 @@ class JournaledExpert:
         result = _result(reply.text, reply.status, reply.seconds, reply.usage)
         self._journal.request(self.name, self._version, request_key(self._identity, request), result)
         return reply
-
-    async def check(self) -> str | None:
-        return await self._expert.check()
 
     async def close(self) -> None:
         await self._expert.close()
@@ -145,24 +161,37 @@ class JournaledService:
 # ---- replay ------------------------------------------------------------------------------------------------
 
 
-class Replay:
-    """A `CallRunner` that answers from a journal, at once, and asks nobody.
+class CallKey(NamedTuple):
+    """What a recorded call is known by: the section, who asks, and the hash of what is asked."""
 
-    Equal calls of one asker (a task that is evaluated again and again) get their observations in the order in which
-    they were recorded.
+    section: str
+    asker: str
+    request: str
+
+
+class Replay:
+    """A `CallRunner` that answers from the journal of another run, at once, and asks nobody.
+
+    A call is known by the section in which it is made, by its asker and by what is asked: so a replay that goes on at
+    step k is served the calls of step k. Equal ones get their observations in the order in which they were recorded.
+
+    Args:
+      path: the recorded run's journal.
+      journal: of the run that is served; it tells the section.
 
     Raises:
-      ConfigError: the file cannot be read or holds no calls.
+      ConfigError: the file cannot be read, holds no calls, or is the journal of the run that is served.
     """
 
-    def __init__(self, path: str):
-        self._path = path
-        self._recorded: dict[tuple[str, str], collections.deque[Observation]] = collections.defaultdict(
-            collections.deque
-        )
+    def __init__(self, path: str, journal: Journal):
+        self._path, self._journal = path, journal
+        self._recorded: dict[CallKey, collections.deque[Observation]] = collections.defaultdict(collections.deque)
         try:
-            for asker, key, observation in read_calls(path):
-                self._recorded[asker, key].append(observation)
+            if os.path.samefile(path, journal.path):
+                cure = "use another directory, or go on without --replay"
+                raise ConfigError(f"{path} is what this run itself writes to and cannot be replayed into it; {cure}")
+            for key, observation in read_calls(path):
+                self._recorded[key].append(observation)
         except OSError as error:
             reason = error.strerror
             raise ConfigError(f"{path} cannot be replayed ({reason}); name the journal.jsonl of a run") from error
@@ -173,18 +202,18 @@ class Replay:
         """What was observed when this was asked.
 
         Raises:
-          ReplayError: it was not asked by this asker, or not as often.
+          ReplayError: it was not asked by this asker in this section, or not as often.
         """
         await asyncio.sleep(0)  # a call never comes back before `submit` has
-        asker = ASKER.get()
-        found = self._recorded.get((asker, call_key(call, question, images)))
+        key = CallKey(self._journal.section, ASKER.get(), call_key(call, question, images))
+        found = self._recorded.get(key)
         if not found:
-            known = any(other == asker for other, _ in self._recorded)
+            known = any(other[:2] == key[:2] for other in self._recorded)
             what = "asked something else" if known and found is None else "asked less often"
             raise ReplayError(
                 f"{self._path}: the recorded run {what if known else 'has no such call'}: {call.expert} with "
-                f"{call.skill}, query {call.query[:40]!r}, asked by {asker}; replay with the recorded run's config, "
-                "data and code, from its beginning"
+                f"{call.skill}, query {call.query[:40]!r}, asked by {key.asker} in {key.section!r}; replay with the "
+                "recorded run's config, data and code"
             )
         return found.popleft()
 
@@ -192,13 +221,13 @@ class Replay:
         pass
 
 
-def read_calls(path: str) -> Iterator[tuple[str, str, Observation]]:
-    """Asker, request hash and observation of every call that counts, in the order of the file.
+def read_calls(path: str) -> Iterator[tuple[CallKey, Observation]]:
+    """Every call that counts with what was observed, in the order of the file.
 
     Raises:
       OSError: the file cannot be read.
     """
-    sections: dict[str, list[tuple[str, str, Observation]]] = {"": []}
+    sections: dict[str, list[tuple[CallKey, Observation]]] = {"": []}
     for line in _lines(path):
         if line["kind"] == "section":
             names = list(sections)
@@ -206,9 +235,10 @@ def read_calls(path: str) -> Iterator[tuple[str, str, Observation]]:
                 del sections[later]
             sections[line["name"]] = []
         elif line["kind"] == "call":
+            section, calls = next(reversed(sections.items()))
             usage = Usage(**line["usage"])
             observation = Observation(line["text"], Status[line["status"]], float(line["seconds"]), usage)
-            next(reversed(sections.values())).append((line["asker"], line["request"], observation))
+            calls.append((CallKey(section, line["asker"], line["request"]), observation))
     for calls in sections.values():
         yield from calls
 
@@ -226,12 +256,14 @@ def _lines(path: str) -> Iterator[dict[str, Any]]:
 
 
 def _checked(line: Any) -> dict[str, Any]:
-    """Raises KeyError, TypeError or ValueError unless what `read_calls` needs is there."""
+    """Raises KeyError, TypeError or ValueError unless what readers need is there."""
     if line["kind"] == "section":
         str.lower(line["name"])
+    if line["kind"] in ("call", "request"):
+        _ = Usage() + Usage(**line["usage"])  # of numbers
     if line["kind"] == "call":
         str.lower(line["asker"] + line["request"] + line["text"])
-        Status[line["status"]], float(line["seconds"]), Usage(**line["usage"])
+        Status[line["status"]], float(line["seconds"])
     return line
 
 

@@ -73,13 +73,16 @@ class Spending:
 
     A cap is checked before a request; those that are under way then still add to it.
 
+    Args:
+      calls, usage: before; a run that goes on has spent what it had.
+
     Attributes:
       calls, usage: so far.
     """
 
-    def __init__(self, limits: LimitsConfig):
-        self.calls = 0
-        self.usage = Usage()
+    def __init__(self, limits: LimitsConfig, calls: int = 0, usage: Usage | None = None):
+        self.calls = calls
+        self.usage = usage or Usage()
         self._limits = limits
         self._refused = ""  # the cap for which a request was refused
 
@@ -112,15 +115,6 @@ class Spending:
                 return f"config.registry.limits.{name}={cap}"
         return ""
 
-    def get_state(self) -> dict[str, Any]:
-        """For a checkpoint: a run that goes on has spent what it had."""
-        return {"calls": self.calls, **dataclasses.asdict(self.usage)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        values = dict(state)
-        self.calls = values.pop("calls")
-        self.usage = Usage(**values)
-
 
 class MeteredExpert:
     """An expert whose requests are counted."""
@@ -137,9 +131,6 @@ class MeteredExpert:
         self._spending.add(reply.usage)
         self.counter.add(reply)
         return reply
-
-    async def check(self) -> str | None:
-        return await self._expert.check()
 
     async def close(self) -> None:
         await self._expert.close()

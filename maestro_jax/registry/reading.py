@@ -20,7 +20,7 @@ from maestro_jax.registry.names import nearest
 from maestro_jax.registry.stages import NO_IMAGES, STAGES, Stage
 
 # Settings that only one kind of expert has.
-_OF_CLASSES = ("latency_mean", "latency_seed", "timeout")
+_OF_CLASSES = ("latency_mean", "latency_seed", "timeout", "workers", "processes")
 _OF_SERVERS = ("model", "key", "temperature", "max_tokens", "top_p", "concurrency", "attempt_timeout", "serve")
 
 T = TypeVar("T")
@@ -69,7 +69,13 @@ def _entries(raw: Mapping[str, Any], key: str) -> list[tuple[Any, str]]:
     found = raw.get(key, ())
     if not isinstance(found, Sequence) or isinstance(found, str):
         raise ConfigError(f"registry.{key} must be a tuple of mappings, found {type(found).__name__}")
-    return [(entry, f"registry.{key}[{i}]") for i, entry in enumerate(found)]
+    return [(entry, f"registry.{key}[{_index(entry, i)}]") for i, entry in enumerate(found)]
+
+
+def _index(entry: Any, i: int) -> str:
+    """The name of an entry, as people look for it; its number if it has none."""
+    name = entry.get("name") if hasattr(entry, "keys") else None
+    return f'"{name}"' if name and isinstance(name, str) else str(i)
 
 
 def _read(cls: type[T], raw: Any, where: str) -> T:
@@ -105,7 +111,8 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     word = {str: "a text", bool: "True or False", int: "an integer", float: "a number of at least 0"}.get(
         kind, "a mapping (of texts)" if get_origin(kind) is not tuple else "a tuple of texts"
     )
-    raise ConfigError(f"{where} must be {word}, found {value!r:.60}")
+    cure = '; a tuple of one needs a comma: ("...",)' if word == "a tuple of texts" and isinstance(value, str) else ""
+    raise ConfigError(f"{where} must be {word}, found {value!r:.60}{cure}")
 
 
 def _read_limits(raw: Any) -> LimitsConfig:

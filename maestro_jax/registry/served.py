@@ -33,7 +33,7 @@ class ServedService:
         seconds = min(deadline, self._config.timeout)
         finds_boxes = self._config.parse == "boxes"
         if finds_boxes:
-            images = tuple(await asyncio.gather(*(asyncio.to_thread(upright, image) for image in images)))
+            images = await turned(images)
         replies = await asyncio.gather(*(self._ask(image, text, seconds) for image in images))
         status = next((reply.status for reply in replies if reply.status is not Status.OK), Status.OK)
         usage = sum((reply.usage for reply in replies), Usage())
@@ -59,6 +59,11 @@ class ServedService:
             found = read_boxes(said(reply.text), sizes[number : number + 1], self._frame)
             boxes += [dataclasses.replace(box, image=number) for box in found]
         return tuple(boxes), write_boxes(boxes, sizes) or NOTHING_FOUND
+
+
+async def turned(images: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The images as they are shown, for a model that is to say where things are (`pictures.upright`)."""
+    return tuple(await asyncio.gather(*(asyncio.to_thread(upright, image) for image in images)))
 
 
 def _joined(texts: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ import http.client
 import ipaddress
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import time
@@ -96,6 +97,14 @@ def _filled(words: Iterable[str], url: str, model: str, where: str) -> tuple[str
     return tuple(PLACEHOLDER.sub(lambda match: values[match[1]], word) for word in words)
 
 
+def command_problem(server: Server) -> str | None:
+    """Why the command of a server cannot be started on this machine, with the cure; None if it can."""
+    if not server.command or shutil.which(server.command[0]):
+        return None
+    what = f'expert "{server.expert}": serve starts {server.command[0]!r}, which is no program of this machine'
+    return f"{what}; install it, put it on PATH or correct serve"
+
+
 def _is_local(host: str) -> bool:
     if host == "localhost":
         return True
@@ -155,10 +164,16 @@ class Supervisor:
           ConfigError: a command cannot be started, or its address is taken; the other servers have ended then too.
         """
         for server in self._servers:
+            if problem := command_problem(server):
+                raise ConfigError(problem)
+        for server in self._servers:
             if await problem_of(server) is None:
                 cure = "stop that one, or remove serve to use it as it is"
                 raise ConfigError(f'expert "{server.expert}": something answers at {server.url} already; {cure}')
-        self._directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--logs {self._directory} cannot be made ({error.strerror}); name another") from error
         try:
             async with asyncio.TaskGroup() as tasks:
                 for server in self._servers:

@@ -17,8 +17,9 @@ from maestro_jax.registry.config import RegistryConfig, SkillConfig
 from maestro_jax.registry.interface import Expert, Message, Reply, Request, Service
 from maestro_jax.registry.names import normalise_name
 from maestro_jax.registry.pictures import crops, drawn, shown_size
-from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus, Sandbox
-from maestro_jax.registry.served import NOTHING_FOUND
+from maestro_jax.registry.sandbox.interface import Limits, Sandbox
+from maestro_jax.registry.sandbox.tested import Judged, Verdict, run_tests
+from maestro_jax.registry.served import NOTHING_FOUND, turned
 from maestro_jax.registry.stages import (
     OTHER,
     TASK_IMAGES,
@@ -42,6 +43,13 @@ FAILURE_TEXTS = {
     Status.TIMEOUT: "The expert gave no reply in time.",
     Status.UNAVAILABLE: "The expert is not available now.",
     Status.CONFIG_ERROR: "The expert is not set up correctly.",
+}
+
+# What the policy reads of a program.
+VERDICTS = {
+    Verdict.PASSED: "It passes the tests read from the picture.",
+    Verdict.FAILED: "Its tests fail: {why}",
+    Verdict.UNTESTED: "There was no test to run.",
 }
 
 
@@ -147,7 +155,7 @@ async def run_skill(skill: SkillConfig, means: Means, given: SkillInput, deadlin
     Returns:
       The last stage's text; usage summed over all requests; seconds along the longest path.
     """
-    run = _Run(means, given, time.monotonic() + deadline)
+    run = _Run(skill, means, given, time.monotonic() + deadline)
     try:
         async with asyncio.TaskGroup() as group:
             for stage in skill.stages:
@@ -169,8 +177,10 @@ async def run_skill(skill: SkillConfig, means: Means, given: SkillInput, deadlin
 class _Run:
     """One skill under way: a task for every stage, under the name of its output."""
 
-    def __init__(self, means: Means, given: SkillInput, end: float):
+    def __init__(self, skill: SkillConfig, means: Means, given: SkillInput, end: float):
         self.tasks: dict[str, asyncio.Task[StageResult | None]] = {}
+        parsed = [stage for stage in skill.stages if isinstance(stage, ParseStage)]
+        self._boxed = {stage.text for stage in parsed if stage.into == "boxes"}  # outputs that say where things are
         self._means, self._given, self._end = means, given, end
 
     async def stage(self, stage: Stage) -> StageResult | None:
@@ -191,6 +201,7 @@ class _Run:
         if isinstance(stage, AskStage):
             values = self._values(needed)
             images = self._images(stage.images, needed)
+            images = await turned(images) if stage.output in self._boxed else images
             return _answered(await self._ask(fill(select_prompt(stage, values), values), images), images)
         if isinstance(stage, ServiceStage):
             return await self._serve(stage, needed)
@@ -211,30 +222,29 @@ class _Run:
         program, tests = needed[stage.program].text, needed[stage.tests].text
         images, values = self._images(stage.images, needed), self._values(needed)
         usage, seconds = NO_USAGE, 0.0
-        if not tests:
-            return StageResult(_report(program, "There was no test to run."))
         for repairs_left in reversed(range(stage.rounds + 1)):
-            ran = await self._try(program, tests)
-            seconds += ran.seconds
-            if ran.status is RanStatus.UNAVAILABLE or self._remaining <= 0:
-                lost = Status.UNAVAILABLE if ran.status is RanStatus.UNAVAILABLE else Status.TIMEOUT
-                return StageResult(status=lost, seconds=seconds, usage=usage)
-            if ran.status is RanStatus.OK or not repairs_left:
+            try:
+                async with asyncio.timeout(self._remaining):
+                    judged = await self._test(program, tests)
+            except TimeoutError:
+                return StageResult(status=Status.TIMEOUT, seconds=seconds, usage=usage)
+            seconds += judged.seconds
+            if judged.verdict is Verdict.UNAVAILABLE:
+                return StageResult(status=Status.UNAVAILABLE, seconds=seconds, usage=usage)
+            why = shortened(judged.why, LONGEST_ERROR)
+            if judged.verdict is not Verdict.FAILED or not repairs_left:
                 break
-            mine = {"program": program, "error": _error(ran)}
-            reply = await self._ask(fill(stage.repair, values | mine), images)
+            reply = await self._ask(fill(stage.repair, values | {"program": program, "error": why}), images)
             usage, seconds = usage + reply.usage, seconds + reply.seconds
             if reply.status is not Status.OK:
                 return StageResult(status=reply.status, seconds=seconds, usage=usage)
             program = program_in(said(reply.text))
-        passed = ran.status is RanStatus.OK
-        verdict = "It passes the tests read from the picture." if passed else f"Its tests fail: {_error(ran)}"
-        return StageResult(_report(program, verdict), seconds=seconds, seen=images, usage=usage)
+        report = f"```python\n{program}\n```\n{VERDICTS[judged.verdict].format(why=why)}"
+        return StageResult(report, seconds=seconds, seen=images, usage=usage)
 
-    async def _try(self, program: str, tests: str) -> Ran:
+    async def _test(self, program: str, tests: str) -> Judged:
         assert self._means.sandbox is not None  # the registry makes one where a skill has such a stage
-        wall = min(Limits().wall_seconds, max(self._remaining, 0.0))
-        return await self._means.sandbox.run(f"{program}\n\n{tests}\n", {}, Limits(wall_seconds=wall))
+        return await run_tests(self._means.sandbox, program, tests, Limits())
 
     async def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Reply:
         return await _ask(self._means.expert, prompt, images, self._end)
@@ -285,12 +295,3 @@ async def _pictured(stage: CropStage | DrawStage, found: StageResult) -> StageRe
     else:
         made = await asyncio.to_thread(drawn, found.seen, found.boxes)
     return StageResult(images=made)
-
-
-def _report(program: str, verdict: str) -> str:
-    return f"```python\n{program}\n```\n{verdict}"
-
-
-def _error(ran: Ran) -> str:
-    """What became of a program; the end of a traceback says most."""
-    return shortened(ran.stderr.strip(), LONGEST_ERROR) or f"it ended with: {ran.status.value}"

@@ -126,10 +126,10 @@ class DrawStage:
 class RunStage:
     """Runs a program with its tests in the sandbox; while they fail, the expert repairs it. Gives text.
 
-    The text is the last program in a fence and a line that says whether it passed.
+    The text is the last program in a fence and a line that says whether it passed (`sandbox/tested.py`).
 
     Attributes:
-      program, tests: outputs with programs; the tests are appended. Without any test nothing is run.
+      program, tests: outputs with programs; the tests are assert statements. If none is reached, there is no verdict.
       repair: template of what the expert is asked; besides the usual placeholders, {program} and {error} are the last
         attempt and what became of it.
       rounds: repairs at most.

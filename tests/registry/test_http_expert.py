@@ -1,4 +1,4 @@
-"""An expert behind a healthy server: what is sent, usage, kept connections, cache, key, check."""
+"""An expert behind a healthy server: what is sent, usage, kept connections, cache, key."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from maestro_jax.registry.interface import Message, Request, Sampling
 from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.retries import RetryBudget
 from maestro_jax.types import Call, Status, Usage
-from tests.registry.servers import FORGED, ChatServer, Seen, answer, completion, hang, models, refused, response, send
+from tests.registry.servers import FORGED, ChatServer, Seen, answer, response
 from tests.registry.test_chat import picture
 
 Raw = Callable[..., dict[str, Any]]
@@ -168,9 +168,9 @@ def test_the_key_is_sent_and_never_logged(monkeypatch: pytest.MonkeyPatch, caplo
     async def scenario() -> None:
         async with ChatServer(repeat_the_key) as server, asking(server.url, key="CANARY") as made:
             assert (await made.ask(REQUEST)).status is Status.CONFIG_ERROR
-            line = await made.check()
+            (trial,) = await made.try_each(REQUEST)
         assert server.requests[0].headers["authorization"] == f"Bearer {SECRET}"
-        assert line is not None and SECRET not in line and "\n" not in line
+        assert "[key]" in trial.outcome.said and SECRET not in trial.outcome.said and "\n" not in trial.outcome.said
 
     run(scenario())
     assert "bad key Bearer [key]" in caplog.text and SECRET not in caplog.text
@@ -183,64 +183,3 @@ def test_a_key_that_is_none_names_the_variable(value: str | None, monkeypatch: p
         monkeypatch.setenv("CANARY", value)
     with pytest.raises(ConfigError, match=r'^expert "E": environment variable CANARY is not set'):
         HttpExpert(ExpertConfig("E", "", endpoints=("http://x/v1",), model="m", key="CANARY"), RetryBudget(lambda: 0.0))
-
-
-# ---- check -------------------------------------------------------------------------------------------------
-
-
-async def check(url: str, *more: str) -> str | None:
-    async with asking(url, *more) as made:
-        return await made.check()
-
-
-def test_a_listed_model_is_ready_without_a_request() -> None:
-    async def scenario() -> None:
-        async with ChatServer(models("other", "m")) as server:
-            assert await check(server.url) is None and not server.chats
-
-    run(scenario())
-
-
-def test_a_model_that_answers_is_ready_though_it_is_not_listed() -> None:
-    async def scenario() -> None:
-        async with ChatServer(answer("42")) as server:
-            assert await check(server.url) is None
-        assert server.chats[0].fields["max_tokens"] == 1
-
-    run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("behaviour", "words"),
-    [
-        (models("other"), ["HTTP 404", "check endpoints"]),
-        (send(b"no", 401), ["HTTP 401", "environment variable", '(it says: "no")']),
-        (send(b"", 500), ["HTTP 500", "start its server"]),
-        (hang, ["no reply in time", "start its server"]),
-        (send(completion("42").replace(b'"42"', b"42")), ["no valid text"]),
-    ],
-)
-def test_what_is_not_ready_has_a_line_with_the_cure(
-    behaviour: Any, words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("maestro_jax.registry.http.CHECK_SECONDS", 0.1)
-
-    async def scenario() -> None:
-        async with ChatServer(answer("42")) as good, ChatServer(behaviour) as bad:
-            line = await check(good.url, bad.url)
-            assert line is not None and line.startswith(f'expert "E": {bad.url}: ')
-            assert all(word in line for word in words), line
-
-    run(scenario())
-
-
-def test_a_server_that_is_down_has_a_line(raw: Raw) -> None:
-    async def scenario() -> None:
-        async with refused() as url:
-            expert = {"name": "Served", "description": "", "endpoints": (url,), "model": "m"}
-            registry = Registry(parse_registry(raw(experts=(expert, *raw()["experts"]))))
-            (line,) = filter(None, (await registry.check(10.0)).values())
-            await registry.close()
-            assert line.startswith(f'expert "Served": {url}: no connection') and "start its server" in line
-
-    run(scenario())

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from maestro_jax.errors import ConfigError
 from maestro_jax.registry import inprocess
 from maestro_jax.registry.config import ExpertConfig, ServiceConfig
-from maestro_jax.registry.inprocess import InProcessExpert, InProcessService, Worker
+from maestro_jax.registry.implementations import MAX_TEXT
+from maestro_jax.registry.inprocess import InProcessExpert, InProcessService, Workers
 from maestro_jax.registry.interface import Message, Reply, Request, ServiceResult
 from maestro_jax.types import Status, Usage
 
@@ -50,21 +52,21 @@ def test_own_timeout_holds_where_it_is_shorter() -> None:
 def test_a_job_given_up_before_its_turn_is_never_run() -> None:
     started, gate, ran = threading.Event(), threading.Event(), []
 
-    def block() -> None:
+    def block(specialist: object) -> None:
         started.set()
         gate.wait()
 
     async def scenario() -> None:
-        worker = Worker("w")
-        blocking = asyncio.create_task(worker.call(block))
+        workers = Workers("w", object())
+        blocking = asyncio.create_task(workers.call(block))
         await asyncio.to_thread(started.wait)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
-                await worker.call(lambda: ran.append(1))
+                await workers.call(lambda specialist: ran.append(1))
         gate.set()
         await blocking
-        await worker.call(lambda: None)  # the queue is drained up to here
-        worker.close()
+        await workers.call(lambda specialist: None)  # the queue is drained up to here
+        await workers.close()
 
     asyncio.run(scenario())
     assert ran == []
@@ -78,6 +80,39 @@ def test_a_broken_specialist_is_unavailable_and_its_message_only_logged(
         reply = ask(make(cls), request())
     assert (reply.text, reply.status) == ("", Status.UNAVAILABLE)
     assert 'expert "E" failed' in caplog.text
+
+
+def test_workers_have_instances_of_their_own_and_work_side_by_side(specialists: types.ModuleType) -> None:
+    """The first two wait for each other, each in its own; a third one has to wait for its turn."""
+    together, ids = threading.Barrier(2), set()
+
+    class Meets:
+        def answer(self, messages: object) -> str:
+            ids.add(id(self))
+            together.wait(30.0)
+            return "met"
+
+    specialists.Meets = Meets  # type: ignore[attr-defined]
+
+    async def scenario() -> list[Status]:
+        expert = make("Meets", workers=2)
+        late = request(deadline=0.05)
+        replies = [await expert.ask(late), *await asyncio.gather(*(expert.ask(request()) for _ in range(3)))]
+        await expert.close()
+        return [reply.status for reply in replies]
+
+    assert asyncio.run(scenario()) == [Status.TIMEOUT, Status.OK, Status.OK, Status.OK]
+    assert len(ids) == 2
+
+
+def test_a_text_that_is_too_long_is_a_fault(specialists: types.ModuleType) -> None:
+    long = types.SimpleNamespace(answer=lambda messages: "x" * (MAX_TEXT + 1))
+    specialists.Long = lambda: long  # type: ignore[attr-defined]
+    assert ask(make("Long"), request()).status is Status.UNAVAILABLE
+
+
+def test_replies_are_known_by_the_class_whoever_gives_them() -> None:
+    assert make("Echo").identity == make("Echo", workers=3).identity
 
 
 def test_wrong_options_name_the_expert() -> None:

@@ -34,12 +34,15 @@ def write(path: Path, *steps: str | tuple[str, str]) -> None:
 
 
 def texts(path: Path) -> list[str]:
-    return [observation.text for _, _, observation in read_calls(str(path))]
+    return [observation.text for _, observation in read_calls(str(path))]
 
 
-def replayed(path: Path, asker: str, call: Call = CALL, times: int = 1) -> list[Observation]:
+def replayed(path: Path, asker: str, call: Call = CALL, times: int = 1, section: str = "") -> list[Observation]:
     """What a dispatcher hears from a replay; raises what it would raise."""
-    dispatcher = Dispatcher(Replay(str(path)))
+    journal = Journal(str(path.with_name("of_the_replay.jsonl")))
+    dispatcher = Dispatcher(Replay(str(path), journal))
+    if section:
+        journal.begin(section)
     try:
         found: list[Observation] = []
         for ticket in range(times):
@@ -50,6 +53,7 @@ def replayed(path: Path, asker: str, call: Call = CALL, times: int = 1) -> list[
         return found
     finally:
         dispatcher.close()
+        journal.close()
 
 
 # ---- what is recorded --------------------------------------------------------------------------------------
@@ -134,7 +138,17 @@ def test_a_torn_last_line_is_left_out_and_the_next_one_is_whole(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "line", ["[]", "7", "{}", '{"kind": "call"}', '{"kind": "section", "name": 7}', "\udcff", '{"kind": "call", "text"']
+    "line",
+    [
+        "[]",
+        "7",
+        "{}",
+        '{"kind": "call"}',
+        '{"kind": "request", "usage": {"price": "1"}}',
+        '{"kind": "section", "name": 7}',
+        "\udcff",
+        '{"kind": "call", "text"',
+    ],
 )
 def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, line: str, caplog: Any) -> None:
     path = tmp_path / "journal.jsonl"
@@ -215,10 +229,34 @@ def test_each_asker_gets_its_own_and_a_repeated_one_in_order(tmp_path: Path) -> 
     assert [found.text for found in replayed(path, "a", times=2)] == ["a1", "a2"]
 
 
+def test_a_replay_that_goes_on_at_a_step_is_served_its_calls(tmp_path: Path) -> None:
+    """The process that made the calls of step 1 is gone: the first one of this process is of step 2."""
+    path = tmp_path / "journal.jsonl"
+    write(path, "step 1", ("a", "of step 1"), "step 2", ("a", "of step 2"), ("a", "again"), "step 3", ("b", "other"))
+    assert [found.text for found in replayed(path, "a", times=2, section="step 2")] == ["of step 2", "again"]
+    assert [found.text for found in replayed(path, "a", section="step 1")] == ["of step 1"]
+    with pytest.raises(ReplayError, match="asked less often.*in 'step 2'"):
+        replayed(path, "a", times=3, section="step 2")
+    with pytest.raises(ReplayError, match="has no such call.*in 'step 3'"):
+        replayed(path, "a", section="step 3")
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "same.jsonl"])
+def test_a_journal_is_not_replayed_into_itself(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    write(path, "step 1", ("a", "one"))
+    (tmp_path / "same.jsonl").symlink_to(path)
+    journal = Journal(str(path))
+    with pytest.raises(ConfigError, match=rf"{name} is what this run itself writes to .*another directory"):
+        Replay(str(tmp_path / name), journal)
+    journal.close()
+    assert texts(path) == ["one"]
+
+
 def test_another_call_is_an_error_not_a_question_to_anybody(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     write(path, ("a", "one"))
-    with pytest.raises(ReplayError, match="asked something else: E with S, query 'how few', asked by a; replay with"):
+    with pytest.raises(ReplayError, match="asked something else: E with S, query 'how few', asked by a in ''; replay"):
         replayed(path, "a", Call("E", "S", "how few"))
     with pytest.raises(ReplayError, match="asked less often"):
         replayed(path, "a", times=2)
@@ -227,8 +265,8 @@ def test_another_call_is_an_error_not_a_question_to_anybody(tmp_path: Path) -> N
 
 
 def test_what_is_no_journal_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot be replayed \(No such file"):
-        Replay(str(tmp_path / "nothing"))
     (tmp_path / "empty").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be replayed \(No such file"):
+        replayed(tmp_path / "nothing", "a")
     with pytest.raises(ConfigError, match="holds no calls"):
-        Replay(str(tmp_path / "empty"))
+        replayed(tmp_path / "empty", "a")

@@ -73,10 +73,12 @@ class ScriptedSandbox:
     def __init__(self, failures: int = 0):
         self.failures = failures
 
-    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
-        LOG.add("sandbox", program, 0)
+    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes = b"") -> Ran:
+        LOG.add("sandbox", files["program.py"].decode(), 0)
         self.failures -= 1
-        return Ran("", "AssertionError", RanStatus.OK if self.failures < 0 else RanStatus.ERROR, 0.5)
+        if self.failures < 0:
+            return Ran(f"{stdin.decode()} 1\n", "", RanStatus.OK, 0.5)
+        return Ran("", "AssertionError", RanStatus.ERROR, 0.5)
 
     async def close(self) -> None: ...
 

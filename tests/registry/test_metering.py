@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from maestro_jax.registry.config import LimitsConfig
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.interface import Reply
+from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.metering import ExpertCounter, Latencies, LimitError, Spending
 from maestro_jax.registry.reading import parse_registry
 from maestro_jax.types import Call, Status, Task, Usage
@@ -90,13 +92,6 @@ def test_a_cap_that_is_met_but_not_exceeded_stops_nothing() -> None:
     spending.check()
 
 
-def test_a_run_that_goes_on_has_spent_what_it_had() -> None:
-    _, first = spend(LimitsConfig(calls=7))
-    second = Spending(LimitsConfig(calls=7))
-    second.set_state(first.get_state())
-    assert not second.begin() and second.usage == first.usage
-
-
 # ---- in the registry ---------------------------------------------------------------------------------------
 
 
@@ -127,6 +122,37 @@ def test_refused_calls_come_back_as_infrastructure_failures(raw: Raw) -> None:
     assert sorted(o.status for o in found.values()) == [Status.OK, Status.UNAVAILABLE, Status.UNAVAILABLE]
     with pytest.raises(LimitError):
         dispatcher.check()
+
+
+def test_a_run_that_goes_on_has_spent_what_its_journal_holds(raw: Raw, tmp_path: Path) -> None:
+    """All of it: also what was asked in sections that a later life began again."""
+    path = tmp_path / "journal.jsonl"
+
+    def live(limits: dict[str, float], asked: int) -> Spending:
+        """A process that begins step 2 again and asks so often for what no cache has; killed, its caches are lost."""
+        journal = Journal(str(path))
+        registry = Registry(parse_registry(raw(limits=limits)), journal=journal)
+        journal.begin("step 2")
+
+        async def scenario() -> None:
+            for number in range(asked):
+                await registry.call(Call("Echo-One", "Text_Solver", ""), str(number), (b"png",), 30.0)
+            await registry.close()
+
+        asyncio.run(scenario())
+        journal.close()
+        return registry.spending
+
+    first = live({"calls": 100}, 3)
+    with open(path, "ab") as file:
+        file.write(b'{"kind": "request", "name": "Echo-One", "usa')  # torn by the kill
+    second = live({"calls": 100}, 2)
+    assert second.calls == first.calls + 2 == 5  # the service of this process is none
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens > 0
+    assert second.usage.price == pytest.approx(5 / 3 * first.usage.price) and first.usage.price > 0
+    for limits in ({"calls": 5}, {"tokens": 1}, {"price": 1.5 * first.usage.price}):
+        with pytest.raises(LimitError):
+            live(limits, 1)
 
 
 def test_replies_from_the_cache_cost_nothing(raw: Raw) -> None:

@@ -87,12 +87,12 @@ MISTAKES = [
     ({"experts": ("x",)}, "registry.experts[0] must be a mapping of settings, found str"),
     (
         {"experts": ({"name": "A", "description": "", "implementatoin": "x"},)},
-        'registry.experts[0]: unknown key "implementatoin"; did you mean "implementation"?',
+        'registry.experts["A"]: unknown key "implementatoin"; did you mean "implementation"?',
     ),
-    ({"experts": ({"name": "A", "implementation": "m:C"},)}, 'registry.experts[0] lacks "description"; add it'),
+    ({"experts": ({"name": "A", "implementation": "m:C"},)}, 'registry.experts["A"] lacks "description"; add it'),
     (
         {"experts": ({"name": "A", "description": "", "implementation": "m:C", "timeout": "5"},)},
-        "registry.experts[0].timeout must be a number of at least 0, found '5'",
+        "registry.experts[\"A\"].timeout must be a number of at least 0, found '5'",
     ),
     (
         {"experts": ({"name": "A", "description": "", "implementation": "fake_specialists:Echo", "timeout": 0},)},
@@ -102,7 +102,12 @@ MISTAKES = [
         {"experts": ({"name": "A@@B", "description": "", "implementation": "m:C"},)},
         'expert name "A@@B" is empty or holds "@@", ":", "<", ">" or a line break; rename it',
     ),
-    ({"skills": (skill(keywords="plot"),)}, "registry.skills[0].keywords must be a tuple of texts, found 'plot'"),
+    (
+        {"skills": (skill(keywords="plot"),)},
+        "registry.skills[\"S\"].keywords must be a tuple of texts, found 'plot'; a tuple of one needs a comma: "
+        '("...",)',
+    ),
+    ({"skills": ({"stages": (ASK,)},)}, 'registry.skills[0] lacks "name"; add it'),
     (
         {"skills": (skill("My-Skill"), skill("my_skill"))},
         'skill "my_skill" has the same name as "My-Skill" (case, "-", "_" and " " do not count); rename one',
@@ -133,7 +138,7 @@ MISTAKES = [
     ),
     (
         {"skills": (skill(stages=({"kind": "asks", "output": "a"},)),)},
-        'registry.skills[0].stages[0].kind must be one of "service", "ask", "parse", "crop", "draw", "run", '
+        'registry.skills["S"].stages[0].kind must be one of "service", "ask", "parse", "crop", "draw", "run", '
         "found 'asks'",
     ),
     (

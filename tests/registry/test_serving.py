@@ -165,13 +165,54 @@ def served(expert: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     return server.url, server.command
 
 
-def test_a_command_that_is_not_there_ends_the_others(job: Job) -> None:
+def test_a_command_that_is_not_there_is_said_before_any_is_started(job: Job) -> None:
     job.write(job.expert("A"), job.expert("B") | {"serve": ("no-such-command", "{port}")})
+    job.start("up")
+    code, out, err = job.end()
+    assert (code, out) == (EXIT_CONFIG, "")
+    assert err == (
+        "error: expert \"B\": serve starts 'no-such-command', which is no program of this machine; install it, put it "
+        "on PATH or correct serve\n"
+    )
+
+
+def test_a_command_that_cannot_be_started_ends_the_others(job: Job) -> None:
+    program = job.directory / "program"
+    program.write_bytes(b"\x7fELF and no more")
+    program.chmod(0o755)
+    job.write(job.expert("A"), job.expert("B") | {"serve": (str(program), "{port}")})
     job.start("up")
     code, _, err = job.end()
     assert code == EXIT_CONFIG
-    assert err.startswith("error: expert \"B\": 'no-such-command' cannot be started (No such file or directory)")
+    assert err.startswith(f"error: expert \"B\": '{program}' cannot be started (Exec format error)")
     assert not pids(job.mark)
+
+
+@pytest.mark.parametrize(
+    ("registry", "says"),
+    [
+        (
+            "{'registry': {'experts': ({'name': 'A', 'description': '', 'serv': ()},)}}",
+            'key "serv"; did you mean "serve"',
+        ),
+        ("{'seed': 0}", "registry needs at least one shown expert"),
+    ],
+)
+def test_what_the_config_shows_is_said_in_a_line(job: Job, registry: str, says: str) -> None:
+    job.config.write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({registry})\n"
+    )
+    job.start("up")
+    code, out, err = job.end()
+    assert (code, out) == (EXIT_CONFIG, "") and err.count("\n") == 1 and says in err
+
+
+def test_logs_that_cannot_be_written_are_an_error(job: Job) -> None:
+    job.write(job.expert("A"))
+    (job.directory / "logs").write_text("a file")
+    job.start("up")
+    code, out, err = job.end()
+    assert (code, out) == (EXIT_CONFIG, "") and "logs cannot be made (File exists); name another" in err
 
 
 def test_an_address_that_is_taken_is_an_error(job: Job) -> None:

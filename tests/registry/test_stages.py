@@ -14,6 +14,7 @@ from maestro_jax.registry.checks import problems
 from maestro_jax.registry.config import ServiceConfig, SkillConfig
 from maestro_jax.registry.interface import Reply, Request, Service
 from maestro_jax.registry.reading import parse_registry, read_registry
+from maestro_jax.registry.sandbox.choose import make_sandbox
 from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus
 from maestro_jax.registry.served import ServedService
 from maestro_jax.registry.skills import Means, SkillInput, run_skill
@@ -41,9 +42,6 @@ class Model:
         text = self.texts.pop(0) if self.status is Status.OK else ""
         return Reply(text, self.status, Usage(1, 1, 0.1), 1.0)
 
-    async def check(self) -> str | None:
-        return None
-
     async def close(self) -> None: ...
 
     @property
@@ -52,18 +50,19 @@ class Model:
 
 
 class Box:
-    """A sandbox that gives its endings in turn."""
+    """A sandbox that gives its endings in turn; so many asserts hold in a program that ends well."""
 
     name = "box"
 
-    def __init__(self, *endings: RanStatus):
-        self.endings, self.programs = list(endings), list[str]()
+    def __init__(self, *endings: RanStatus, asserts: int = 1):
+        self.endings, self.asserts = list(endings), asserts
+        self.ran: list[tuple[str, str]] = []  # program and tests
 
-    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
-        assert not files and limits.wall_seconds <= 30.0
-        self.programs.append(program)
+    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes = b"") -> Ran:
+        self.ran.append((files["program.py"].decode(), files["tests.py"].decode()))
         status = self.endings.pop(0)
-        return Ran("", "AssertionError: 1 != 2" if status is RanStatus.ERROR else "", status, 0.5)
+        stdout = f"{stdin.decode()} {self.asserts}\n" if status is RanStatus.OK else ""
+        return Ran(stdout, "AssertionError: 1 != 2" if status is RanStatus.ERROR else "", status, 0.5)
 
     async def close(self) -> None: ...
 
@@ -141,6 +140,22 @@ def test_boxes_of_an_expert_are_read_in_its_own_frame_and_its_own_pictures() -> 
     assert Image.open(io.BytesIO(crop)).size == (200, 80)
 
 
+def test_a_picture_in_which_an_expert_finds_boxes_is_turned_as_it_is_shown() -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    Image.new("RGB", (200, 100), "white").save(file, "JPEG", exif=exif)
+    expert = Model('{"bbox_2d": [0, 0, 100, 50]}', "done")
+    stages = (
+        AskStage("reply", prompt="where?"),
+        ParseStage("reply", "places", "boxes"),
+        AskStage("answer", prompt="{places}"),
+    )
+    run(stages, Means(expert), (file.getvalue(),))
+    (asked,), (shown,) = (request.messages[0].images for request in expert.requests)
+    assert Image.open(io.BytesIO(asked)).size == (100, 200) and shown == file.getvalue()
+    assert expert.prompts[-1] == "1. object [0, 0, 1000, 250]"
+
+
 @pytest.mark.parametrize(
     ("reply", "program"),
     [
@@ -178,7 +193,7 @@ def program(rounds: int = 3) -> tuple[Stage, ...]:
 def test_a_program_that_passes_is_not_repaired() -> None:
     expert, box = Model("x = 1", "assert x"), Box(RanStatus.OK)
     observation = run(program(), Means(expert, sandbox=box))
-    assert box.programs == ["x = 1\n\nassert x\n"]
+    assert box.ran == [("x = 1", "assert x")]
     assert observation.text == "```python\nx = 1\n```\nIt passes the tests read from the picture."
     assert observation.seconds == 1.5 and len(expert.requests) == 2
 
@@ -187,7 +202,7 @@ def test_a_repair_sees_the_program_and_its_error() -> None:
     expert, box = Model("x = 1", "assert x == 2", "```\nx = 2\n```"), Box(RanStatus.ERROR, RanStatus.OK)
     observation = run(program(), Means(expert, sandbox=box))
     assert expert.prompts[-1] == "x = 1 | AssertionError: 1 != 2 | assert x == 2 | the question"
-    assert box.programs[-1].startswith("x = 2\n") and observation.text.startswith("```python\nx = 2\n```")
+    assert box.ran[-1][0] == "x = 2" and observation.text.startswith("```python\nx = 2\n```")
     assert (observation.seconds, observation.usage.prompt_tokens) == (3.0, 3)
 
 
@@ -198,14 +213,32 @@ def test_after_the_last_round_the_program_is_given_with_its_failure() -> None:
     assert observation.text == "```python\nx = 2\n```\nIts tests fail: it ended with: timeout"
 
 
-def test_without_tests_nothing_is_run() -> None:
-    observation = run(program(), Means(Model("x = 1", "```python\n```"), sandbox=Box()))
+def test_without_tests_there_is_no_verdict_and_no_repair() -> None:
+    observation = run(program(), Means(Model("x = 1", "x"), sandbox=Box(RanStatus.OK, asserts=0)))
     assert observation.text == "```python\nx = 1\n```\nThere was no test to run."
+
+
+def test_a_program_that_leaves_early_does_not_pass() -> None:
+    expert = Model("import sys; sys.exit(0)", "assert f(1) == 2", "def f(x): return x + 1")
+    observation = run(program(), Means(expert, sandbox=make_sandbox("unsafe_process")))
+    assert "| it ended before its tests were over |" in expert.prompts[-1]
+    assert observation.text.endswith("return x + 1\n```\nIt passes the tests read from the picture.")
 
 
 def test_a_sandbox_that_fails_is_not_the_programs_fault() -> None:
     observation = run(program(), Means(Model("x", "y"), sandbox=Box(RanStatus.UNAVAILABLE)))
     assert observation.status is Status.UNAVAILABLE and observation.usage.prompt_tokens == 2
+
+
+def test_a_deadline_that_passes_in_the_sandbox_is_not_the_programs_fault() -> None:
+    class Busy(Box):
+        async def run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes = b"") -> Ran:
+            assert limits == Limits()  # of the program; the deadline is the call's
+            await asyncio.Event().wait()
+            raise AssertionError("not reached")
+
+    observation = run(program(), Means(Model("x", "y"), sandbox=Busy()), deadline=0.2)
+    assert observation.status is Status.TIMEOUT and observation.usage.prompt_tokens == 2
 
 
 def test_a_repair_that_gets_no_reply_ends_the_skill() -> None:
@@ -274,6 +307,10 @@ MISTAKES = [
         ),
         'skill "S" stage 3 ("answer"): rounds must be 0 to 3, found 4',
     ),
+    (
+        of(FIND, {"kind": "crop", "boxes": "objects", "output": "c", "most": 0}, {**ASK, "images": "c"}),
+        'skill "S" stage 2 ("c"): most must be at least 1, found 0',
+    ),
     (of(FIND, ASK), 'skill "S" stage 1 ("objects"): no later stage uses it; use it or remove the stage'),
     (
         of(FIND, {"kind": "draw", "boxes": "objects", "output": "d"}),
@@ -319,8 +356,15 @@ def test_a_frame_is_checked(raw: Raw) -> None:
         ConfigError, match='expert "Echo-One": frame.kind "relativ" is unknown; did you mean "relative"'
     ):
         parse_registry(raw(experts=experts))
+    for key in ("full", "multiple", "max_pixels"):
+        experts = ({**raw()["experts"][0], "frame": {key: 0}},)
+        with pytest.raises(ConfigError, match=f'expert "Echo-One": frame.{key} must be above 0'):
+            parse_registry(raw(experts=experts))
+    experts = ({**raw()["experts"][0], "frame": {"min_pixels": 10, "max_pixels": 9}},)
+    with pytest.raises(ConfigError, match=r"frame.min_pixels must be 0 to frame.max_pixels \(9\)"):
+        parse_registry(raw(experts=experts))
     experts = ({**raw()["experts"][0], "frame": {"sort": "relative"}},)
-    with pytest.raises(ConfigError, match=r'registry.experts\[0\].frame: unknown key "sort"'):
+    with pytest.raises(ConfigError, match=r'registry.experts\["Echo-One"\].frame: unknown key "sort"'):
         parse_registry(raw(experts=experts))
 
 

@@ -24,6 +24,7 @@ from benchmarks.peers import environment
 from maestro_jax.observe.progress import Progress
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.reading import parse_registry
+from maestro_jax.registry.trials import try_experts
 from maestro_jax.types import Call, Observation, Status
 from tests.policy import qwen
 
@@ -124,10 +125,11 @@ def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> Non
 def call(expert: dict[str, Any], images: tuple[bytes, ...], times: int = 1) -> tuple[list[Observation], Registry]:
     stage = {"kind": "ask", "output": "answer", "prompt": "{question} {query}"}
     skills = ({"name": "Look", "stages": (stage,)},)
-    registry = Registry(parse_registry({"experts": (expert,), "services": (), "skills": skills}))
+    config = parse_registry({"experts": (expert,), "services": (), "skills": skills})
+    registry = Registry(config)
 
     async def scenario() -> list[Observation]:
-        assert not any((await registry.check(60.0)).values())
+        assert not any(trial.is_problem for trial in await try_experts(config, 60.0))
         calls = [registry.call(Call("Served", "Look", "Be brief."), "How many?", images, 60.0) for _ in range(times)]
         found = await asyncio.gather(*calls)
         await registry.close()

@@ -47,7 +47,7 @@ def test_replay_gives_the_same_trajectories_bit_for_bit(talker: episodes.Talker,
     assert experts.asked > 20
 
     again = Journal(str(tmp_path / "again.jsonl"))
-    replayed = rollouts(talker, Dispatcher(Replay(path), again))
+    replayed = rollouts(talker, Dispatcher(Replay(path, again), again))
     again.close()
 
     for theirs, ours in zip(recorded, replayed, strict=True):
@@ -67,5 +67,7 @@ def test_a_replay_of_another_run_stops(talker: episodes.Talker, tmp_path: Path) 
     journal = Journal(path)
     rollouts(talker, Dispatcher(Moody(), journal))
     journal.close()
+    again = Journal(str(tmp_path / "again.jsonl"))
     with pytest.raises(ReplayError, match="replay with the recorded run's config"):
-        rollouts(talker, Dispatcher(Replay(path)), first=TASKS)
+        rollouts(talker, Dispatcher(Replay(path, again), again), first=TASKS)
+    again.close()

@@ -18,7 +18,7 @@ class RanStatus(enum.Enum):
     TIMEOUT = "timeout"  # CPU or wall time was used up
     MEMORY = "memory"  # memory was used up
     OUTPUT = "output"  # it wrote more than it may; what came before is kept
-    UNAVAILABLE = "unavailable"  # the sandbox itself failed: says nothing about the program
+    UNAVAILABLE = "unavailable"  # the sandbox failed, or the machine is too busy: says nothing about the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Limits:
     Attributes:
       cpu_seconds: of computing. A back end that counts instructions instead turns them into seconds at a fixed rate,
         so that its verdict does not depend on the machine.
-      wall_seconds: from the call to the reply, waiting for a free worker included; the caller's deadline.
+      wall_seconds: that it may take, computing or asleep. Time in which it waits for a core does not count where the
+        kernel tells it apart (/proc/PID/schedstat of Linux), nor does waiting for a turn before it starts: how busy the
+        machine is must not change a verdict. A caller that has to end by a certain time cancels.
       memory_bytes: of the whole program, the interpreter included.
       output_bytes: of standard output and of standard error, each.
     """
@@ -44,7 +46,7 @@ class Ran:
     """What a program left. Texts are foreign, decoded as UTF-8 with replacements, and at most `output_bytes` long.
 
     Attributes:
-      seconds: wall time of the run, the interpreter's start included.
+      seconds: wall time of the run, the interpreter's start included, waiting for a turn not.
     """
 
     stdout: str
@@ -58,8 +60,10 @@ class Sandbox(Protocol):
 
     name: str  # of the back end: "wasm", "bubblewrap", "unsafe_process"
 
-    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
+    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes = b"") -> Ran:
         """Runs `program` in a fresh interpreter whose working directory holds `files` (relative names → content).
+
+        Standard input is a file with `stdin`.
 
         Raises:
           ValueError: a name in `files` is absolute or leads out of the working directory: the caller's mistake.

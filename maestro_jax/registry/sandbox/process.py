@@ -29,6 +29,7 @@ PROGRAM = "main.py"  # the program's name in its working directory
 _LIMITED = 'ulimit -c 0; ulimit -n 64; ulimit -f "$1"; ulimit -t "$2"; ulimit -v "$3"; shift 3; exec "$@"'
 _BLOCK = 512
 _NO_LIMIT = "unlimited"
+_PATIENCE = 10  # times the wall time that a program may wait for a core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,38 +64,36 @@ class ProcessSandbox:
         self._back_end = back_end
         self._free = asyncio.Semaphore(os.cpu_count() or 1)
 
-    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
+    async def run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes = b"") -> Ran:
         check_names(files)
-        start = time.monotonic()
-        ran = Ran("", "", RanStatus.UNAVAILABLE, 0.0)  # no core became free in time
-        try:
-            async with asyncio.timeout(limits.wall_seconds):
-                await self._free.acquire()
-        except TimeoutError:
+        async with self._free:  # waiting for a turn is no time of the program
+            start = time.monotonic()
+            try:
+                ran = await self._run(program, files, limits, stdin)
+            except OSError:
+                logger.exception("the %s sandbox could not run a program", self.name)
+                ran = Ran("", "", RanStatus.UNAVAILABLE, 0.0)
             return dataclasses.replace(ran, seconds=time.monotonic() - start)
-        try:
-            left = limits.wall_seconds - (time.monotonic() - start)
-            ran = await self._run(program, files, dataclasses.replace(limits, wall_seconds=max(left, 0.0)))
-        except OSError:
-            logger.exception("the %s sandbox could not run a program", self.name)
-        finally:
-            self._free.release()
-        return dataclasses.replace(ran, seconds=time.monotonic() - start)
 
     async def close(self) -> None:
         self._back_end.close()
 
-    async def _run(self, program: str, files: Mapping[str, bytes], limits: Limits) -> Ran:
+    async def _run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes) -> Ran:
         with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as made:
-            directory, output = pathlib.Path(made, "work"), pathlib.Path(made, "output")
+            directory, streams = pathlib.Path(made, "work"), pathlib.Path(made, "streams")
             for name, content in {**files, PROGRAM: program.encode("utf-8", "replace")}.items():
                 path = directory / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            output.mkdir()
-            with open(output / "stdout", "w+b") as stdout, open(output / "stderr", "w+b") as stderr:
+            streams.mkdir()
+            (streams / "stdin").write_bytes(stdin)
+            with (
+                open(streams / "stdin", "rb") as given,
+                open(streams / "stdout", "w+b") as stdout,
+                open(streams / "stderr", "w+b") as stderr,
+            ):
                 command = self._back_end.command(str(directory), limits)
-                process = _start(command, str(directory), limits, stdout, stderr)
+                process = _start(command, str(directory), limits, (given, stdout, stderr))
                 code = await _ended(process, limits.wall_seconds)
                 return judge(code, _read(stdout), _read(stderr), limits)
 
@@ -132,7 +131,7 @@ def _signal(code: int) -> int:
 
 
 def _start(
-    command: Command, directory: str, limits: Limits, stdout: IO[bytes], stderr: IO[bytes]
+    command: Command, directory: str, limits: Limits, streams: tuple[IO[bytes], IO[bytes], IO[bytes]]
 ) -> subprocess.Popen[bytes]:
     blocks = limits.output_bytes // _BLOCK + 1  # one more than may be: that shows who wanted to write more
     cpu, memory = str(math.ceil(limits.cpu_seconds)), str(limits.memory_bytes // 1024)
@@ -140,9 +139,9 @@ def _start(
         cpu = memory = _NO_LIMIT
     return subprocess.Popen(
         ["sh", "-c", _LIMITED, "sh", str(blocks), cpu, memory, *command.arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=stderr,
+        stdin=streams[0],
+        stdout=streams[1],
+        stderr=streams[2],
         cwd=directory,
         env=dict(command.environment),
         start_new_session=True,
@@ -152,23 +151,56 @@ def _start(
 async def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
     """The exit code, None after `seconds`; the whole process group is gone when this returns, also if cancelled."""
     try:
-        async with asyncio.timeout(seconds):
-            return await _exit_code(process)
-    except TimeoutError:
-        return None
+        return await _exit_code(process, seconds)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()  # returns at once: it is dead or just killed
 
 
-async def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Waits for a child without a thread of its own; the pause grows with the time it takes."""
-    pause = 0.002
+async def _exit_code(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Waits for a child without a thread of its own; the pause grows with the time it takes.
+
+    Time in which it is ready and has no core does not count: else a busy machine would judge programs. Looked up only
+    once the time seems to be over.
+
+    Raises:
+      TimeoutError: it waited for a core for `_PATIENCE` times the seconds.
+    """
+    began, waited, pause = time.monotonic(), 0.0, 0.002
+    family: frozenset[int] = frozenset()
     while (code := process.poll()) is None:
+        if time.monotonic() - began - waited >= seconds:
+            family = family or await asyncio.to_thread(_family, process.pid)
+            waited = max(map(_waited, family))
+            if time.monotonic() - began - waited >= seconds:
+                return None
+            if waited > _PATIENCE * seconds:
+                raise TimeoutError(f"a program waited {waited:.0f} s for a core; run fewer things beside it")
         await asyncio.sleep(pause)
         pause = min(pause * 1.2, 0.05)
     return code
+
+
+def _family(pid: int) -> frozenset[int]:
+    """A process and all that came from it: bubblewrap waits for the program that it starts."""
+    children: dict[int, list[int]] = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int(path.read_bytes().rpartition(b")")[2].split()[1])
+            children.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:  # grows meanwhile
+        found += children.get(one, [])
+    return frozenset(found)
+
+
+def _waited(pid: int) -> float:
+    """Seconds that a process was ready to run and had no core; 0 where the kernel does not say, or it has ended."""
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) * 1e-9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _read(file: IO[bytes]) -> bytes:

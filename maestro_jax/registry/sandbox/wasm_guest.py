@@ -108,6 +108,7 @@ def run(compiled: str, directory: str, program: str, fuel: int, memory_bytes: in
     wasi = wasmtime.WasiConfig()
     wasi.argv = ["python", "-s", "-S", "-B", program]
     wasi.env = [("PYTHONHASHSEED", "0")]
+    wasi.inherit_stdin()
     wasi.inherit_stdout()
     wasi.inherit_stderr()
     wasi.preopen_dir(directory, ".", fs_mutable=False)

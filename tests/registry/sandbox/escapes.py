@@ -1,6 +1,7 @@
 """Programs that try to get out of a sandbox. Each prints ESCAPED if it did, whatever else happens to it.
 
-SECRET is replaced by the path of a file outside, PORT by a port on which somebody listens.
+SECRET is replaced by the path of a file outside, MADE by one beside it that is not there, PORT by a port on which
+somebody listens.
 """
 
 from maestro_jax.registry.sandbox.interface import RanStatus
@@ -27,7 +28,7 @@ REFUSED = {
     "a disk": tried("open('/dev/sda', 'rb').read(1)"),
     "write in the working directory": tried("open('made', 'w').write('x')"),
     "change the program": tried("open('main.py', 'a').write('x')"),
-    "write elsewhere": tried("open('/tmp/escaped', 'w').write('x')"),
+    "write elsewhere": tried("open('MADE', 'w').write('x')"),
     "write beside the interpreter": tried("import os\nopen(os.path.dirname(os.__file__) + '/escaped.py', 'w')"),
     "make a directory": tried("import os\nos.mkdir('made')"),
     "remove a given file": tried("import os\nos.remove('given.txt')"),

@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.sandbox import choose
+from maestro_jax.registry.sandbox import choose, process
 from maestro_jax.registry.sandbox.choose import make_sandbox
 from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus, Sandbox
 from maestro_jax.registry.sandbox.process import ProcessSandbox
@@ -20,16 +22,6 @@ from tests.registry.sandbox import escapes
 
 LIMITS = Limits(cpu_seconds=0.5, wall_seconds=300.0, memory_bytes=96 << 20, output_bytes=5000)
 GIVEN = {"given.txt": b"given", "folder/number.py": b"VALUE = 7"}
-
-
-@pytest.fixture(scope="module", params=["wasm", "bubblewrap", "unsafe_process"])
-def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
-    try:
-        made = make_sandbox(request.param)
-    except ConfigError as error:
-        pytest.skip(str(error))
-    yield made
-    asyncio.run(made.close())
 
 
 @pytest.fixture
@@ -79,6 +71,12 @@ def test_a_text_that_is_no_unicode_is_a_program_with_an_error(sandbox: Sandbox) 
     assert ran(sandbox, "print('\udcff')").status in (RanStatus.OK, RanStatus.ERROR)
 
 
+def test_standard_input_is_what_is_given(sandbox: Sandbox) -> None:
+    program = "import sys; print([sys.stdin.read()])"
+    assert ran(sandbox, program).stdout == "['']\n"
+    assert asyncio.run(sandbox.run(program, {}, LIMITS, stdin=b"one\ntwo")).stdout == "['one\\ntwo']\n"
+
+
 def test_output_ends_at_the_same_byte(sandbox: Sandbox) -> None:
     for _ in range(2):
         found = ran(sandbox, "for i in range(10**5): print(i)")
@@ -118,14 +116,59 @@ def test_the_event_loop_goes_on(sandbox: Sandbox) -> None:
     assert asyncio.run(main()) > 5
 
 
-def test_a_program_that_finds_no_free_core_is_not_blamed() -> None:
-    async def main() -> Ran:
+def test_waiting_for_a_turn_is_no_time_of_the_program() -> None:
+    limits = dataclasses.replace(LIMITS, wall_seconds=1.0)
+
+    async def main() -> list[Ran]:
         sandbox = make_sandbox("unsafe_process")
         assert isinstance(sandbox, ProcessSandbox)
-        sandbox._free = asyncio.Semaphore(0)
-        return await sandbox.run("", {}, dataclasses.replace(LIMITS, wall_seconds=0.05))
+        sandbox._free = asyncio.Semaphore(1)
+        return await asyncio.gather(*(sandbox.run("import time; time.sleep(0.6)", {}, limits) for _ in range(3)))
 
-    assert asyncio.run(main()).status is RanStatus.UNAVAILABLE
+    found = asyncio.run(main())
+    assert [one.status for one in found] == [RanStatus.OK] * 3
+    assert all(one.seconds < 1.2 for one in found)
+
+
+@contextlib.contextmanager
+def on_a_busy_core(spinning: int) -> Iterator[None]:
+    """This process and what it starts share one core with so many others."""
+    free = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(free)})
+    # A session each: kernels that group by session share a core among sessions first.
+    spin = [sys.executable, "-S", "-c", "print(flush=True)\nwhile True: pass"]
+    others = [subprocess.Popen(spin, stdout=subprocess.PIPE, start_new_session=True) for _ in range(spinning)]
+    try:
+        for other in others:
+            assert other.stdout is not None and other.stdout.readline()
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
+        os.sched_setaffinity(0, free)
+
+
+def test_a_busy_machine_changes_no_verdict(sandbox: Sandbox) -> None:
+    work, asleep = "for _ in range(3 * 10**6): pass", "import time; time.sleep(1000)"
+    limits = dataclasses.replace(LIMITS, cpu_seconds=3.0)
+    with on_a_busy_core(spinning=0):
+        alone = ran(sandbox, work, limits=limits)
+        assert alone.status is RanStatus.OK
+    with on_a_busy_core(spinning=4):
+        short = dataclasses.replace(limits, wall_seconds=2 * alone.seconds)  # it takes five times as long now
+        assert ran(sandbox, work, limits=short).status is RanStatus.OK
+        # Who sleeps does not wait for a core; in wasm it takes no time.
+        expected = RanStatus.OK if sandbox.name == "wasm" else RanStatus.TIMEOUT
+        assert ran(sandbox, asleep, limits=dataclasses.replace(LIMITS, wall_seconds=1.0)).status is expected
+
+
+def test_a_program_that_hardly_gets_a_core_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    monkeypatch.setattr(process, "_waited", lambda pid: time.monotonic() - began)
+    bare = make_sandbox("unsafe_process")
+    found = ran(bare, "import time; time.sleep(1000)", limits=dataclasses.replace(LIMITS, wall_seconds=0.05))
+    assert found.status is RanStatus.UNAVAILABLE and 0.5 <= found.seconds < 10.0
 
 
 def test_in_wasm_sleeping_costs_nothing_and_clocks_are_made_up(sandbox: Sandbox) -> None:
@@ -156,9 +199,18 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, soc
     del os.environ["MAESTRO_TEST_KEY"]
 
 
+def aimed(program: str, secret: str, port: int) -> str:
+    """A program of the corpus with its placeholders replaced."""
+    return program.replace("SECRET", secret).replace("MADE", made_by_escapes(secret)).replace("PORT", str(port))
+
+
+def made_by_escapes(secret: str) -> str:
+    return str(Path(secret).with_name("made"))
+
+
 async def escaping(sandbox: Sandbox, secret: str, port: int) -> dict[str, Ran]:
     """What became of every program of the corpus."""
-    programs = [text.replace("SECRET", secret).replace("PORT", str(port)) for text, _ in escapes.ENDS.values()]
+    programs = [aimed(text, secret, port) for text, _ in escapes.ENDS.values()]
     found = await asyncio.gather(*(sandbox.run(program, GIVEN, LIMITS) for program in programs))
     return dict(zip(escapes.ENDS, found, strict=True))
 
@@ -174,7 +226,7 @@ def test_nothing_gets_out(closed: Sandbox, outside: tuple[str, socket.socket]) -
         assert found[name].status in statuses, (name, found[name])
     with pytest.raises(BlockingIOError):  # nobody has called
         server.accept()
-    assert not Path("/tmp/escaped").exists()
+    assert not Path(made_by_escapes(secret)).exists()
     assert Path(secret).read_text() == "canary"
     assert not _children()
 
@@ -197,10 +249,11 @@ def test_the_programs_would_get_out_of_no_sandbox(outside: tuple[str, socket.soc
     """The corpus has teeth: a bare process is left by what stays inside elsewhere."""
     secret, server = outside
     bare = make_sandbox("unsafe_process")
-    names = ("read a file by its path", "connect to a server", "fork", "a thread", "write in the working directory")
+    names = ("read a file by its path", "connect to a server", "fork", "a thread", "write elsewhere")
     for name in names:
-        program = escapes.REFUSED[name].replace("SECRET", secret).replace("PORT", str(server.getsockname()[1]))
+        program = aimed(escapes.REFUSED[name], secret, server.getsockname()[1])
         assert "ESCAPED" in ran(bare, program).stdout, name
+    Path(made_by_escapes(secret)).unlink()
     with server.accept()[0]:
         pass
 
