@@ -521,7 +521,7 @@ def test_a_mixture_is_opened_in_its_shares(tmp_path: Path) -> None:
     raw = quickstart.get_config()
     raw.data.kind, raw.data.test_files = "verl", (str(files[0]),)
     raw.data.mixture = tuple(
-        {"kind": "verl", "files": (str(file),), "image_root": "", "weight": weight}
+        {"kind": "verl", "files": (str(file),), "split": "", "image_root": "", "weight": weight}
         for file, weight in zip(files, (0.75, 0.25), strict=True)
     )
     train, test = open_data(parse_config(raw), tmp_path, Progress(io.StringIO()))
@@ -561,6 +561,18 @@ def test_the_published_rows_become_tasks() -> None:
         task = source[0]
         assert (len(source), task.source, task.answers, len(task.images)) == (1, "chartqa", (answer,), 1)
         assert task.question.endswith("?") and "<image>" not in task.question
+
+
+@pytest.mark.slow  # its picture and question have shapes of their own, for which programs are compiled
+@pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")
+def test_the_published_rows_train(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    assert EXAMPLES is not None
+    files = verl(EXAMPLES / "train_data_example.parquet", EXAMPLES / "val_data_example.parquet")
+    tokenizer = {"policy.tokenizer": interrupted.workdir / "tokenizer"}
+    result = job.run(tmp_path / "run", **files | tokenizer | {"warm_start.steps": 0, "grpo.steps": 1})
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["held_out_tasks"] == 1
 
 
 # ---- rollouts that outlive their step ----------------------------------------------------------------------
