@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
                 "train_files": (),
                 "test_files": (),
                 "image_root": "",
+                "mixture": (),
                 "damage_limit": 0,
             },
             "policy": policy(),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from maestro_jax.config import Config
+from maestro_jax.config import Config, MixedConfig
+from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.source import TaskSource, TfdsSource
 from maestro_jax.data.suite.build import build_suite
 from maestro_jax.data.verl import VerlParquetSource
@@ -114,12 +115,23 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:
     """Training and held-out tasks; the suite is built on first use."""
     data = config.data
+    mixed = open_mixture(data.mixture) if data.mixture else None
     if data.kind == "verl":
         root = data.image_root or None
-        return VerlParquetSource(data.train_files, root), VerlParquetSource(data.test_files, root)
+        train = VerlParquetSource(data.train_files, root) if mixed is None else mixed
+        return train, VerlParquetSource(data.test_files, root)
     directory = data.suite_directory or workdir / "suite"
     suite = build_suite(directory, data.train_per_domain, data.test_per_domain, config.seed, progress)
-    return TfdsSource(suite, "train"), TfdsSource(suite, "test")
+    return TfdsSource(suite, "train") if mixed is None else mixed, TfdsSource(suite, "test")
+
+
+def open_mixture(parts: Sequence[MixedConfig]) -> Mixture:
+    def opened(part: MixedConfig) -> TaskSource:
+        if part.kind == "tfds":
+            return TfdsSource(part.files[0], "train")
+        return VerlParquetSource(part.files, part.image_root or None)
+
+    return Mixture([opened(part) for part in parts], [part.weight for part in parts])
 
 
 def open_params(config: Config, architecture: PolicyArchitecture, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:

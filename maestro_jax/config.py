@@ -27,6 +27,23 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
+class MixedConfig:
+    """One source of a mixture.
+
+    Attributes:
+      kind: "verl" reads parquet files, "tfds" the split `train` of a data set in a directory.
+      files: parquet files, or the one directory.
+      image_root: as in `DataConfig`.
+      weight: its share, relative to the others' weights.
+    """
+
+    kind: str
+    files: tuple[str, ...]
+    image_root: str
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where tasks come from.
 
@@ -36,6 +53,8 @@ class DataConfig:
       train_per_domain, test_per_domain: size of the suite.
       train_files, test_files: parquet files of kind "verl".
       image_root: folder that image paths in the files are resolved under; empty allows inline images only.
+      mixture: what training draws from, in shares; empty takes the training tasks of `kind`. Held out are those of
+        `kind` in any case.
       damage_limit: damaged rows that may be skipped (each is reported).
     """
 
@@ -46,6 +65,7 @@ class DataConfig:
     train_files: tuple[str, ...]
     test_files: tuple[str, ...]
     image_root: str
+    mixture: tuple[MixedConfig, ...]
     damage_limit: int
 
 
@@ -286,10 +306,7 @@ def _check(config: Config) -> None:
     for part in config.policy.freeze:
         if part not in FREEZABLE:
             raise ConfigError(f"config.policy.freeze has {part!r}; it may name {', '.join(FREEZABLE)}")
-    if config.data.kind not in ("suite", "verl"):
-        raise ConfigError(f'config.data.kind {config.data.kind!r} is unknown; use "suite" or "verl"')
-    if config.data.kind == "verl" and not (config.data.train_files and config.data.test_files):
-        raise ConfigError('config.data.kind "verl" needs config.data.train_files and config.data.test_files')
+    _check_data(config.data)
     if max(rollout.member_buckets, default=0) != rollout.room:
         raise ConfigError(
             f"config.rollout.member_buckets {rollout.member_buckets} must end with config.rollout.room={rollout.room}"
@@ -305,6 +322,25 @@ def _check(config: Config) -> None:
         found = config.registry.resolve(*pair)
         if isinstance(found, str):
             raise ConfigError(f"config.warm_start.claims.{source} {pair!r} is not in the registry: {found}")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.kind not in ("suite", "verl"):
+        raise ConfigError(f'config.data.kind {data.kind!r} is unknown; use "suite" or "verl"')
+    if data.kind == "verl" and not ((data.train_files or data.mixture) and data.test_files):
+        cure = "name parquet files, or a mixture in place of the first"
+        raise ConfigError(f'config.data.kind "verl" needs config.data.train_files and config.data.test_files; {cure}')
+    if data.mixture and data.train_files:
+        raise ConfigError("config.data.train_files is not read beside config.data.mixture; leave one of them empty")
+    for number, part in enumerate(data.mixture):
+        where = f"config.data.mixture[{number}]"
+        if part.kind not in ("verl", "tfds"):
+            raise ConfigError(f'{where}.kind {part.kind!r} is unknown; use "verl" or "tfds"')
+        if not part.files or (part.kind == "tfds" and len(part.files) > 1):
+            cure = "the directory of one data set" if part.kind == "tfds" else "parquet files"
+            raise ConfigError(f"{where}.files has {len(part.files)} entries; name {cure}")
+        if not 0 < part.weight < float("inf"):
+            raise ConfigError(f"{where}.weight={part.weight} draws nothing from it; use a number above 0")
 
 
 def _check_rollout(rollout: RolloutConfig, grpo: GrpoConfig) -> None:

@@ -7,6 +7,7 @@ routing.png, and the graded episodes, one a line, in episodes.jsonl.
 """
 
 import collections
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from maestro_jax.assemble import check_same_run, fields, flatten, open_data, ope
 from maestro_jax.checkpoint.run import Run, find_run
 from maestro_jax.checkpoint.store import ParamReader
 from maestro_jax.config import Config, parse_config
-from maestro_jax.data.pipeline import task_iterator
+from maestro_jax.data.pipeline import Batches, check_task
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import pairs_of, run_pairs
 from maestro_jax.evaluation.baselines import summarise as summarise_baselines
@@ -84,7 +85,9 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Tasks, registry, tokens -----------------------------------------------------------
         _, source = open_data(config, run.workdir if run else output, progress)
-        tasks = task_iterator(source, seed=0, shuffle=False, epochs=1, damage_limit=config.data.damage_limit)
+        limit = config.data.damage_limit
+        read = Batches(source, 1, check_task, seed=0, shuffle=False, epochs=1, damage_limit=limit)
+        tasks = itertools.chain.from_iterable(read)
         journal = Journal(str(output / "journal.jsonl"))
         registry = None if REPLAY.value else Registry(config.registry, str(output / "expert_cache.jsonl"), journal)
         dispatcher = Dispatcher(registry or Replay(REPLAY.value, journal), journal)

@@ -24,6 +24,7 @@ from maestro_jax.assemble import check_batches, check_same_run, fields, flatten,
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
+from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.pipeline import Batches
 from maestro_jax.data.source import TaskSource
 from maestro_jax.errors import ConfigError
@@ -101,7 +102,8 @@ def main(argv: Sequence[str]) -> None:
         # ---- Tasks -----------------------------------------------------------------------------
         train_source, test_source = open_data(config, workdir, progress)
         held_out = [test_source[i] for i in range(config.evaluate.tasks or len(test_source))]
-        check_sources(task.source for task in (train_source[0], *held_out))
+        parts = train_source.sources if isinstance(train_source, Mixture) else (train_source,)
+        check_sources(task.source for task in (*[part[0] for part in parts], *held_out))
 
         # ---- Registry, tokens, prompts ---------------------------------------------------------
         journal = Journal(str(workdir / "journal.jsonl"))
@@ -189,10 +191,9 @@ def main(argv: Sequence[str]) -> None:
             prepare=prepare,
             mesh=mesh,
         )
-        batches = iter(
-            Batches(train_source, config.grpo.groups, seed=config.seed, damage_limit=config.data.damage_limit)
-        )
-        supply = Supply(engine, batches, supply_config(config), config.seed)
+        limit = config.data.damage_limit
+        batches = Batches(train_source, config.grpo.groups, prompts.prepare, seed=config.seed, damage_limit=limit)
+        supply = Supply(engine, iter(batches), supply_config(config), config.seed)
         store = CheckpointStore(workdir / "checkpoints", config.checkpoint.keep)
         start, seconds_before = 0, 0.0
         evaluated: dict[str, Any] | None = None  # the result of evaluating the policy as it is now

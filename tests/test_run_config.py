@@ -173,12 +173,18 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
 
 # ---- settings that contradict each other -------------------------------------------------------------------
 
+PART = {"kind": "verl", "files": ("a.parquet", "b.parquet"), "image_root": "", "weight": 1}
+
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
         ("data.kind", "parquet", 'use "suite" or "verl"'),
         ("data.kind", "verl", "needs config.data.train_files and config.data.test_files"),
+        ("data.mixture", ({**PART, "kind": "suite"},), 'mixture[0].kind \'suite\' is unknown; use "verl" or "tfds"'),
+        ("data.mixture", (PART, {**PART, "weight": 0}), "mixture[1].weight=0.0 draws nothing"),
+        ("data.mixture", ({**PART, "files": ()},), "mixture[0].files has 0 entries; name parquet files"),
+        ("data.mixture", ({**PART, "kind": "tfds"},), "files has 2 entries; name the directory of one data set"),
         ("rollout.member_buckets", (64, 96), "must end with config.rollout.room="),
         ("grpo.logprob_chunk", 0, "use 1 or more entries of the vocabulary"),
         ("policy.attention", "flash", "use one of auto, xla, blocks, splash"),
@@ -206,6 +212,12 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
 def test_a_contradiction_names_the_cure(key: str, value: Any, says: str) -> None:
     text = message(with_value(key, value))
     assert says in text and f"config.{key.split('.')[0]}." in text
+
+
+def test_training_files_beside_a_mixture_are_refused() -> None:
+    config = with_value("data.mixture", (PART,))
+    config.data.train_files = ("train.parquet",)
+    assert "config.data.train_files is not read beside config.data.mixture" in message(config)
 
 
 def test_a_constant_length_of_zero_names_the_cure() -> None:

@@ -21,8 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maestro_jax.assemble import check_same_run, flatten
+from configs import quickstart
+from maestro_jax.assemble import check_same_run, flatten, open_data
 from maestro_jax.checkpoint.store import ParamReader
+from maestro_jax.config import parse_config
+from maestro_jax.data.mixture import Mixture
 from maestro_jax.errors import EXIT_CONFIG, ConfigError
 from maestro_jax.observe.files import write_json
 from maestro_jax.observe.metrics import read_metrics
@@ -513,6 +516,19 @@ def test_the_config_of_the_4b_trains_a_small_checkpoint(
         assert_same_parameters(interrupted.workdir, tmp_path / "run", below="language_model/norm")
 
 
+def test_a_mixture_is_opened_in_its_shares(tmp_path: Path) -> None:
+    files = [write_parquet(tmp_path / f"{name}.parquet", [png(n) for n in range(2 + n)]) for n, name in enumerate("ab")]
+    raw = quickstart.get_config()
+    raw.data.kind, raw.data.test_files = "verl", (str(files[0]),)
+    raw.data.mixture = tuple(
+        {"kind": "verl", "files": (str(file),), "image_root": "", "weight": weight}
+        for file, weight in zip(files, (0.75, 0.25), strict=True)
+    )
+    train, test = open_data(parse_config(raw), tmp_path, Progress(io.StringIO()))
+    assert isinstance(train, Mixture) and train.weights == (3, 1)
+    assert (len(train), len(test)) == (5, 2)
+
+
 def test_a_corrupt_parquet_file_is_refused(job: Job, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "train.parquet", [png(0)])
     path.write_bytes(path.read_bytes()[:-20])
@@ -535,10 +551,6 @@ def test_a_source_that_nobody_can_grade_is_refused_before_anything_is_computed(j
 
 @pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")
 def test_the_published_rows_become_tasks() -> None:
-    from configs import quickstart
-    from maestro_jax.assemble import open_data
-    from maestro_jax.config import parse_config
-
     assert EXAMPLES is not None
     raw = quickstart.get_config()
     raw.data.kind = "verl"

@@ -21,6 +21,10 @@ class TaskSource(Protocol):
         """The task at `index` in 0..len-1; raises `DataError` (file, row, field) when it cannot be read."""
         ...
 
+    def where(self, index: int) -> str:
+        """File and row of a task, as its errors name them."""
+        ...
+
 
 class TfdsSource:
     """A split of a TFDS data set in ArrayRecord format with the fields of a `Task`.
@@ -57,9 +61,11 @@ class TfdsSource:
         # ArrayRecord reports a flipped bit as RuntimeError or IndexError, protobuf as its own ValueError-like kinds
         except Exception as error:
             raise DataError(
-                f"cannot read {self.directory} split {self.split} row {index} ({type(error).__name__}); "
-                "delete the directory and build it again"
+                f"cannot read {self.where(index)} ({type(error).__name__}); delete the directory and build it again"
             ) from error
+
+    def where(self, index: int) -> str:
+        return f"{self.directory} split {self.split} row {index}"
 
 
 def _open_records(directory: Path, split: str) -> Any:

@@ -68,17 +68,26 @@ class VerlParquetSource:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Task:
-        if not 0 <= index < len(self):
-            raise IndexError(f"task {index} of {len(self)}")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number, offset = self._find(index)
         file, _, first = self._groups[number]
-        offset = index - int(self._starts[number])
-        where = f"{self._paths[file]} row {first + offset}"
+        where = self.where(index)
         try:
             row = self._group(number).slice(offset, 1).to_pylist()[0]
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: a text is not UTF-8; re-export the file") from error
         return _task(row, f"{self._names[file]}/{first + offset:06d}", where, self._image_root)
+
+    def where(self, index: int) -> str:
+        number, offset = self._find(index)
+        file, _, first = self._groups[number]
+        return f"{self._paths[file]} row {first + offset}"
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """Row group of a task, and its row within that."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"task {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, index - int(self._starts[number])
 
     def _group(self, number: int) -> Any:
         """The table of a row group, from the cache of the most recently used ones."""

@@ -15,17 +15,29 @@ from PIL import Image
 from maestro_jax.errors import DataError
 from maestro_jax.policy.config import VisionConfig
 
+# Scaled to [-1, 1] in float64 and then rounded, as transformers does: the patches are the same bit for bit.
+_NORMALISED = ((np.arange(256) * (1 / 255)).astype(np.float32) - 0.5) / 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class PreparedImage:
-    """One image as patches in merge-block order."""
+    """One image cut into patches in merge-block order, kept as bytes: images wait in this form."""
 
-    patches: np.ndarray  # float32 [N, channels * temporal * patch * patch]
+    cut: np.ndarray  # uint8 [N, channels, patch, patch]
     rows: int  # patch rows
     columns: int  # patch columns
+    temporal: int  # how often a patch is repeated along time
 
     def tokens(self, merge: int) -> int:
         return self.rows * self.columns // merge**2
+
+    @property
+    def patches(self) -> np.ndarray:
+        """float32 `[N, channels * temporal * patch * patch]` in [-1, 1]."""
+        count, channels, patch, _ = self.cut.shape
+        repeated = np.empty((count, channels, self.temporal, patch, patch), np.float32)
+        repeated[:] = _NORMALISED[self.cut][:, :, None]
+        return repeated.reshape(count, -1)
 
 
 def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -45,20 +57,15 @@ def target_size(height: int, width: int, factor: int, min_pixels: int, max_pixel
 
 
 def prepare_image(pixels: np.ndarray, config: VisionConfig, min_pixels: int, max_pixels: int) -> PreparedImage:
-    """Resizes (bicubic), normalises to [-1, 1] and cuts `pixels` uint8 `[H, W, 3]` into patches."""
+    """Resizes `pixels` uint8 `[H, W, 3]` (bicubic) and cuts them into patches."""
     patch, merge = config.patch_size, config.spatial_merge_size
     height, width = target_size(pixels.shape[0], pixels.shape[1], patch * merge, min_pixels, max_pixels)
     if (height, width) != pixels.shape[:2]:
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-    # Scaled in float64 and then rounded, as transformers does: the patches are the same bit for bit.
-    values = ((pixels.astype(np.float64) * (1 / 255)).astype(np.float32) - 0.5) / 0.5
     rows, columns = height // patch, width // patch
-    blocks = values.transpose(2, 0, 1).reshape(
-        config.in_channels, rows // merge, merge, patch, columns // merge, merge, patch
-    )
-    blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
-    repeated = np.repeat(blocks, config.temporal_patch_size, axis=5)
-    return PreparedImage(repeated.reshape(rows * columns, -1), rows, columns)
+    blocks = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, config.in_channels)
+    cut = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, config.in_channels, patch, patch)
+    return PreparedImage(cut, rows, columns, config.temporal_patch_size)
 
 
 def block_order(rows: int, columns: int, merge: int) -> np.ndarray:
@@ -132,7 +139,7 @@ def collate_images(
     }
     for group, images in enumerate(groups):
         for number, image in enumerate(images):
-            at, n = group * per_group + number, len(image.patches)
+            at, n = group * per_group + number, len(image.cut)
             index, weight = interpolation(image.rows, image.columns, config.spatial_merge_size, side)
             batch["patches"][at, :n] = image.patches
             batch["table_index"][at, :n] = index

@@ -33,6 +33,14 @@ class PromptConfig:
     max_pixels: int
 
 
+@dataclasses.dataclass(frozen=True)
+class PreparedTask:
+    """A task whose images are decoded and cut: what takes long, and needs no other task."""
+
+    task: Task
+    images: tuple[preprocess.PreparedImage, ...]
+
+
 class Prompts:
     """Builds the prompts of tasks for one registry text."""
 
@@ -52,19 +60,39 @@ class Prompts:
         self.root_text = self._render([self.system], generate=False)
         self.root = np.array(tokens.encode(self.root_text), np.int32)
 
-    def batch(self, tasks: Sequence[Task], longest: bool = False) -> PrefixBatch:
+    def batch(self, tasks: Sequence[Task]) -> PrefixBatch:
+        """Numpy-valued `PrefixBatch` of one group per task; errors as of `prepare` and `collate`."""
+        return self.collate([self.prepare(task) for task in tasks])
+
+    def prepare(self, task: Task) -> PreparedTask:
+        """Decodes the images and cuts them; may run in any thread, ahead of the step that needs it.
+
+        Raises:
+          DataError: a broken image.
+          ConfigError: more images than a task may have.
+        """
+        if len(task.images) > self.config.images_per_task:
+            raise ConfigError(
+                f"task {task.id} has {len(task.images)} images; set config.policy.images_per_task={len(task.images)}"
+            )
+        pixels = [decode_image(data, f"task {task.id}, image {i}") for i, data in enumerate(task.images)]
+        limits = (self.config.min_pixels, self.config.max_pixels)
+        images = [preprocess.prepare_image(p, self.architecture.vision, *limits) for p in pixels]
+        return PreparedTask(task, tuple(images))
+
+    def collate(self, prepared: Sequence[PreparedTask], longest: bool = False) -> PrefixBatch:
         """Numpy-valued `PrefixBatch` of one group per task.
 
         Args:
           longest: takes the largest buckets, whatever the tasks, so that batches can be mixed.
 
         Raises:
-          DataError: a broken image, or a prompt beyond the largest bucket.
+          DataError: a prompt or an image beyond the largest bucket.
         """
-        images = [self._images(task) for task in tasks]
+        tasks, images = [one.task for one in prepared], [one.images for one in prepared]
         rows = [self._prefix(task, shown) for task, shown in zip(tasks, images, strict=True)]
         width = max(self._bucket(task, row) for task, row in zip(tasks, rows, strict=True))
-        most = max((len(image.patches) for shown in images for image in shown), default=1)
+        most = max((len(image.cut) for shown in images for image in shown), default=1)
         patches = preprocess.bucket(
             most, self.config.image_buckets, "an image's patches", "raise config.policy.image_buckets"
         )
@@ -72,15 +100,6 @@ class Prompts:
             width, patches = max(self.config.prefix_buckets), max(self.config.image_buckets)
         per_group = max(self.config.images_per_task, 1)
         return collate_prompts(self.root, rows, images, self.architecture, width, per_group, patches)
-
-    def _images(self, task: Task) -> list[preprocess.PreparedImage]:
-        if len(task.images) > self.config.images_per_task:
-            raise ConfigError(
-                f"task {task.id} has {len(task.images)} images; set config.policy.images_per_task={len(task.images)}"
-            )
-        pixels = [decode_image(data, f"task {task.id}, image {i}") for i, data in enumerate(task.images)]
-        limits = (self.config.min_pixels, self.config.max_pixels)
-        return [preprocess.prepare_image(p, self.architecture.vision, *limits) for p in pixels]
 
     def _prefix(self, task: Task, images: Sequence[preprocess.PreparedImage]) -> np.ndarray:
         """Ids of the user turn and the assistant header, each image expanded to its tokens."""

@@ -15,7 +15,7 @@ from flax import nnx
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.policy.model import PrefixBatch
-from maestro_jax.policy.prompts import join_prompts, take_prompts
+from maestro_jax.policy.prompts import PreparedTask, join_prompts, take_prompts
 from maestro_jax.rollout.engine import Engine, Rollout, assemble, lane_key
 from maestro_jax.rollout.session import Session
 from maestro_jax.rollout.trajectory import GroupRecord
@@ -42,9 +42,9 @@ class SupplyConfig:
 
 
 class TaskBatches(Protocol):
-    """A resumable stream of batches of tasks."""
+    """A resumable stream of batches of tasks, prepared (`Prompts.prepare`)."""
 
-    def __next__(self) -> Sequence[Task]: ...
+    def __next__(self) -> Sequence[PreparedTask]: ...
 
     def get_state(self) -> dict[str, Any]: ...
 
@@ -109,9 +109,8 @@ class Supply:
     def _own(self, params: nnx.State, step: int) -> Iterator[Rollout]:
         """On-policy: the step's own tasks."""
         config, engine = self.config, self.engine
-        tasks = next(self.batches)
+        tasks, prompts = self._next_batch()
         self.next_step = step + 1
-        prompts = engine.prompts.batch(tasks)
         session = engine.session(params, config.groups, config.members, prompts.tokens.shape[1], greedy=False)
         records = session.submit(tasks, prompts, self._keys(tasks, step), config.groups)
         given = 0
@@ -152,14 +151,18 @@ class Supply:
 
     def _pull(self, session: Session) -> None:
         step, data = self.next_step, self.batches.get_state()
-        tasks = next(self.batches)
+        tasks, prompts = self._next_batch(longest=True)
         self.next_step += 1
         left = set(range(len(tasks))) - self._done_before.pop(step, set())
-        prompts, keys = self.engine.prompts.batch(tasks, longest=True), self._keys(tasks, step)
+        keys = self._keys(tasks, step)
         records = session.submit(tasks, prompts, keys, self.config.groups, only=left)
         self._origin |= {record: (step, record.prompt[1]) for record in records}
         if left:
             self.pulled[step] = Pulled(step, data, left)
+
+    def _next_batch(self, longest: bool = False) -> tuple[list[Task], PrefixBatch]:
+        prepared = next(self.batches)
+        return [one.task for one in prepared], self.engine.prompts.collate(prepared, longest)
 
     def _trained(self, record: GroupRecord) -> None:
         step, row = self._origin.pop(record)

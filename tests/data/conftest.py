@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from maestro_jax.types import Task
+from tests.data.listed import Listed
 
 
 @pytest.fixture(scope="session")
@@ -16,5 +17,5 @@ def png() -> bytes:
 
 
 @pytest.fixture(scope="session")
-def tasks(png: bytes) -> list[Task]:
-    return [Task(f"toy/{i:05d}", f"question {i}?", (png,), (str(i),), "toy") for i in range(11)]
+def tasks(png: bytes) -> Listed:
+    return Listed(Task(f"toy/{i:05d}", f"question {i}?", (png,), (str(i),), "toy") for i in range(11))

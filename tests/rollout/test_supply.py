@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.policy.prompts import PreparedTask, Prompts
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.supply import Supply, SupplyConfig
-from maestro_jax.types import Call, Observation, Status, Task
+from maestro_jax.types import Call, Observation, Status
 from tests.rollout import toy
 from tests.rollout.test_engine import Experts, Runner, assert_same_arrays, bigram_runner, one_device
 
@@ -35,12 +36,13 @@ class SlowForSome(Experts):
 class Numbered:
     """Batches of tasks 0, 1, 2, ..., without end."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: Prompts) -> None:
+        self.prompts = prompts
         self.position = 0
 
-    def __next__(self) -> list[Task]:
+    def __next__(self) -> list[PreparedTask]:
         self.position += GROUPS
-        return [toy.task(n) for n in range(self.position - GROUPS, self.position)]
+        return [self.prompts.prepare(toy.task(n)) for n in range(self.position - GROUPS, self.position)]
 
     def get_state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -57,7 +59,8 @@ def runner(toy_tokens: Tokens) -> Iterator[Runner]:
 
 
 def supply(runner: Runner, parts: int = 1, ahead: int = 0, staleness: int = 0) -> Supply:
-    return Supply(runner.engine, Numbered(), SupplyConfig(GROUPS, MEMBERS, parts, ahead, staleness), seed=0)
+    batches = Numbered(runner.engine.prompts)
+    return Supply(runner.engine, batches, SupplyConfig(GROUPS, MEMBERS, parts, ahead, staleness), seed=0)
 
 
 def ids(rollout: Rollout) -> list[str]:
