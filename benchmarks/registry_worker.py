@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.peers.load import drive
 from benchmarks.peers.protocol import serve
+from maestro_jax.command import tune_collector
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.reading import parse_registry
@@ -59,4 +60,5 @@ class Peer:
 
 
 if __name__ == "__main__":
+    tune_collector()  # as every command does
     serve(Peer())
