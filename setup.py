@@ -23,6 +23,7 @@ setup(
         "array-record>=0.8",
         "grain>=0.2.15",
         "aiohttp>=3.12",  # experts over HTTP
+        "math-verify>=0.9",  # answers in LaTeX; brings latex2sympy2_extended and sympy
         "ml-collections>=1.1",
         "absl-py>=2.2",
         "numpy>=2",

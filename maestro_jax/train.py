@@ -53,6 +53,7 @@ from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.journal import Journal, Replay
 from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.rewards.graders import check_sources
 from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.rollout.supply import Supply, SupplyConfig
@@ -100,6 +101,7 @@ def main(argv: Sequence[str]) -> None:
         # ---- Tasks -----------------------------------------------------------------------------
         train_source, test_source = open_data(config, workdir, progress)
         held_out = [test_source[i] for i in range(config.evaluate.tasks or len(test_source))]
+        check_sources(task.source for task in (train_source[0], *held_out))
 
         # ---- Registry, tokens, prompts ---------------------------------------------------------
         journal = Journal(str(workdir / "journal.jsonl"))
@@ -383,6 +385,8 @@ def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dic
         "reward": float(np.mean([part.total for part in parts])),
         "accuracy": float(np.mean([part.outcome for part in parts])),
         "format": float(np.mean([part.format for part in parts])),
+        "cost": float(np.mean([part.cost for part in parts])),
+        "latency": float(np.mean([part.latency for part in parts])),
         "calls": float(np.mean([t.executed_calls for t in trajectories])),
         "price": float(np.sum([t.price for t in trajectories])),
         "queue_seconds": float(np.mean([t.timing.queued for t in trajectories])),

@@ -26,10 +26,6 @@ class Status(enum.IntEnum):
     def is_infrastructure(self) -> bool:
         return self in (Status.TIMEOUT, Status.UNAVAILABLE, Status.CONFIG_ERROR)
 
-    @property
-    def is_policy_fault(self) -> bool:
-        return self in (Status.MALFORMED, Status.UNKNOWN)
-
 
 class StopReason(enum.IntEnum):
     """Why a turn ended on the device."""

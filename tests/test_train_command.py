@@ -195,6 +195,12 @@ def test_metrics_hold_every_step_once(interrupted: Interrupted) -> None:
     assert [row["step"] for row in rows if "held_out_accuracy" in row] == [0, EVERY, 2 * EVERY, STEPS]
 
 
+def test_the_logged_terms_of_the_reward_add_up(interrupted: Interrupted) -> None:
+    for row in read_metrics(interrupted.workdir / "metrics.jsonl")[1:]:
+        terms = row["accuracy"], row["format"], row["cost"], row["latency"]
+        assert row["reward"] == pytest.approx(sum(terms))
+
+
 def test_rows_before_the_checkpoint_are_kept(interrupted: Interrupted) -> None:
     kept = [row for row in interrupted.rows_at_kill if 0 < row["step"] <= interrupted.resumed_from]
     assert [row["step"] for row in kept] == list(range(1, interrupted.resumed_from + 1))
@@ -518,6 +524,13 @@ def test_a_broken_image_is_refused(job: Job, tmp_path: Path) -> None:
     train = write_parquet(tmp_path / "train.parquet", [png(0), b"\x89PNG but no picture"])
     result = job.run(tmp_path / "run", **verl(train, write_parquet(tmp_path / "test.parquet", [png(0)])))
     assert_refused(result, f"{train} row 1, field images[0]")
+
+
+def test_a_source_that_nobody_can_grade_is_refused_before_anything_is_computed(job: Job, tmp_path: Path) -> None:
+    path = verl_rows.write_rows(tmp_path / "train.parquet", [verl_rows.row(0, png(0), data_source="riddles")])
+    result = job.run(tmp_path / "run", **verl(path, path))
+    assert_refused(result, 'no grader for source "riddles"', "add one to GRADERS")
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")

@@ -12,7 +12,7 @@ import numpy as np
 
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
-from maestro_jax.rewards.graders import grade
+from maestro_jax.rewards.graders import grade_all
 from maestro_jax.types import Call, Status, Task
 from maestro_jax.warm_start.demonstrations import make_calls
 
@@ -72,13 +72,9 @@ def run_pairs(
     """Calls every pair on every task: float `[tasks, pairs]`, 1 where the reply is the right answer."""
     calls = [(task, Call(expert, skill, QUERY)) for task in tasks for expert, skill in pairs]
     replies = make_calls(dispatcher, calls, deadline, tick)
-    return np.array(
-        [
-            reply.status == Status.OK and grade(task, reply.text)
-            for (task, _), reply in zip(calls, replies, strict=True)
-        ],
-        float,
-    ).reshape(len(tasks), len(pairs))
+    texts = [reply.text if reply.status == Status.OK else "" for reply in replies]  # nothing is never right
+    right = grade_all([(task, text) for (task, _), text in zip(calls, texts, strict=True)])
+    return np.array(right, float).reshape(len(tasks), len(pairs))
 
 
 def summarise(source_of_task: Sequence[str], pairs: Sequence[tuple[str, str]], right: np.ndarray) -> Baselines:

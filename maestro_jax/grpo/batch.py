@@ -12,7 +12,7 @@ from maestro_jax.grpo.losses import LossCount, count_loss
 from maestro_jax.grpo.microbatches import Part, Planner
 from maestro_jax.grpo.update import GroupBatch, batch_shardings
 from maestro_jax.policy.prompts import take_prompts
-from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig, RewardParts, score
+from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig, RewardParts, score_all
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.trajectory import Trajectory
 
@@ -28,7 +28,8 @@ class Scored:
 
 def score_rollout(rollout: Rollout, config: RewardConfig) -> Scored:
     """Grades every trajectory; the gold answers are read here only."""
-    parts = [[score(t.task, summary(t), config) for t in group] for group in rollout.trajectories]
+    scored = iter(score_all([(t.task, summary(t)) for group in rollout.trajectories for t in group], config))
+    parts = [[next(scored) for _ in group] for group in rollout.trajectories]
     rewards = np.zeros(rollout.length.shape)
     valid = np.zeros(rollout.length.shape, bool)
     for g, group in enumerate(rollout.trajectories):

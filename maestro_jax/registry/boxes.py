@@ -5,11 +5,12 @@ else, numbers are clamped to the picture, and whatever is no box is left out.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
+
+from maestro_jax.registry.strict_json import DECODER
 
 MOST_BOXES = 64
 LONGEST_LABEL = 40
@@ -108,19 +109,14 @@ def write_boxes(boxes: Sequence[Box], sizes: Sequence[tuple[int, int]]) -> str:
 
 def _entries(text: str) -> Iterator[dict[str, Any]]:
     """Every object with a box, of every JSON value in `text`."""
-    decoder = json.JSONDecoder(parse_constant=_refuse)
     at, tries = 0, 0
     while tries < _MOST_TRIES and (opening := _OPENING.search(text, at)):
         try:
-            value, at = decoder.raw_decode(text, opening.start())
+            value, at = DECODER.raw_decode(text, opening.start())
         except (ValueError, RecursionError):
             at, tries = opening.end(), tries + 1
             continue
         yield from _with_boxes(value)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _with_boxes(value: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 In: a key made of everything that determines a reply, and a way to get it. Out: the reply, from memory,
 from a request already in flight (the members of a group often ask the same thing), or from the callee.
-Only successful replies are kept. With a file, they are appended to it as JSON lines and survive a
+Only successful replies are kept, in bounded memory. With a file, they are appended to it as JSON lines and survive a
 restart. All methods run on one event loop; nothing here is locked.
 
 A kept reply carries the usage and the seconds of the request that earned it, so a member's cost does
@@ -12,11 +12,16 @@ not depend on which member of the group happened to ask first.
 import asyncio
 import base64
 import binascii
+import collections
 import dataclasses
+import errno
+import functools
 import hashlib
 import json
 import logging
 import os
+import sys
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar, cast
 
@@ -27,26 +32,43 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R", Reply, ServiceResult)
 
+MOST_BYTES = 2**28  # of memory for replies: 230,000 of 500 characters
+_ENTRY_BYTES = 600  # of a reply and its key, without text and images (tracemalloc, CPython 3.11: 516)
+
 
 def content_key(parts: Iterable[str | bytes]) -> str:
     """sha256 over parts, each with its type and length, so that no two lists of parts collide by joining."""
-    digest = hashlib.sha256()
+    return hashlib.sha256(_joined(parts)).hexdigest()
+
+
+def _joined(parts: Iterable[str | bytes]) -> bytes:
+    pieces: list[bytes] = []
     for part in parts:
-        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        digest.update(f"{'t' if isinstance(part, str) else 'b'}{len(data)}:".encode())
-        digest.update(data)
-    return digest.hexdigest()
+        if isinstance(part, str):
+            data = part.encode("utf-8", "surrogatepass")
+            pieces += (b"t%d:" % len(data), data)
+        else:
+            pieces += (b"b%d:" % len(part), part)
+    return b"".join(pieces)
 
 
 def request_key(identity: str, request: Request) -> str:
     """The key of an expert's reply: who is asked, how it decodes, what it is shown. Not the deadline."""
-    # An expert's own settings are part of its identity.
-    sampling = request.sampling or Sampling()
-    settings = (sampling.temperature, sampling.max_tokens, sampling.top_p)
-    parts: list[str | bytes] = ["ask", identity, repr(settings)]
+    parts: list[str | bytes] = []
     for message in request.messages:
-        parts += [message.role, message.text, str(len(message.images)), *message.images]
-    return content_key(parts)
+        parts += [message.role, message.text, str(len(message.images)), *map(image_digest, message.images)]
+    # An expert's own settings are part of its identity.
+    return hashlib.sha256(_asked(identity, request.sampling or Sampling()) + _joined(parts)).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)  # the members of a group show the same images, turn after turn
+def image_digest(image: bytes) -> str:
+    return hashlib.sha256(image).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)  # experts and how they are asked are few
+def _asked(identity: str, sampling: Sampling) -> bytes:
+    return _joined(["ask", identity, repr((sampling.temperature, sampling.max_tokens, sampling.top_p))])
 
 
 class ReplyCache:
@@ -54,15 +76,16 @@ class ReplyCache:
 
     Args:
       path: the JSON-lines file; None keeps everything in memory only.
+      most_bytes: of memory for replies. Beyond it, those that were not asked for longest are forgotten, and asked for
+        again when they are wanted. The file has all; of it, the latest that fit are read.
     """
 
-    def __init__(self, path: str | None = None):
-        self.hits = 0
-        self._kept: dict[str, Reply | ServiceResult] = {}
-        self._running: dict[str, asyncio.Task[Any]] = {}
+    def __init__(self, path: str | None = None, most_bytes: int = MOST_BYTES):
+        self._kept = _Recent(most_bytes)
+        self._running: dict[str, asyncio.Future[Any]] = {}
         self._file: int | None = None
         if path is not None:
-            self._kept = _load(path)
+            _load(path, self._kept)
             self._file = open_for_append(path)
 
     def __len__(self) -> int:
@@ -71,63 +94,87 @@ class ReplyCache:
     async def fetch(self, key: str, ask: Callable[[float], Coroutine[Any, Any, R]], deadline: float, timed_out: R) -> R:
         """The reply kept under `key`, else the one of the request in flight, else `ask(seconds left)`.
 
-        A caller never waits past its own deadline (it then gets `timed_out`), and one whose deadline is
-        later than that of the request it joined asks again when that one times out.
+        A caller never waits for another's request past its own deadline (it then gets `timed_out`), and asks again
+        itself where that one came to nothing: it timed out before the caller has to, or was cancelled. `ask` keeps the
+        seconds it is given.
         """
-        loop = asyncio.get_running_loop()
-        end = loop.time() + deadline
+        end = time.monotonic() + deadline
         while True:
-            if key in self._kept:
-                self.hits += 1
-                return cast(R, self._kept[key])
-            joined = self._running.get(key)
-            task = joined or self._start(key, ask(end - loop.time()))
-            try:
-                async with asyncio.timeout_at(end):
-                    # Shielded: a caller that gives up must not cancel the others' request.
-                    reply = cast(R, await asyncio.shield(task))
-            except TimeoutError:
+            kept = self._kept.get(key)
+            if kept is not None:
+                return cast(R, kept)
+            left = end - time.monotonic()
+            if left <= 0:
                 return timed_out
-            if joined is None or reply.status is not Status.TIMEOUT:
-                self.hits += joined is not None
-                return reply
+            running = self._running.get(key)
+            if running is None:
+                return await self._lead(key, ask(left))
+            await asyncio.wait((running,), timeout=left)
+            if running.done() and (reply := running.result()) and reply.status is not Status.TIMEOUT:
+                return cast(R, reply)
 
-    def _start(self, key: str, work: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
-        async def run() -> R:
-            try:
-                reply = await work
-                if reply.status is Status.OK:
-                    self._keep(key, reply)
-                return reply
-            finally:
-                del self._running[key]
-
-        task = self._running[key] = asyncio.create_task(run())
-        return task
+    async def _lead(self, key: str, work: Coroutine[Any, Any, R]) -> R:
+        """Makes the request that others with this key may wait for: they hear the reply, or None if there is none."""
+        self._running[key] = others = asyncio.get_running_loop().create_future()
+        reply = None
+        try:
+            reply = await work
+            if reply.status is Status.OK:
+                self._keep(key, reply)
+            return reply
+        finally:
+            del self._running[key]
+            others.set_result(reply)
 
     def _keep(self, key: str, reply: Reply | ServiceResult) -> None:
-        self._kept[key] = reply
+        self._kept.put(key, reply)
         if self._file is None:
             return
         try:
             # One write call a line: lines of several processes do not mix.
-            os.write(self._file, _to_line(key, reply))
+            if os.write(self._file, line := _to_line(key, reply)) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the next line would be glued to half of one
         except OSError as error:
             logger.warning("reply cache: cannot write (%s); going on in memory only", error)
-            self._close_file()
+            self.close()
 
-    async def close(self) -> None:
-        """Cancels what is in flight and closes the file."""
-        tasks = list(self._running.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._close_file()
-
-    def _close_file(self) -> None:
+    def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+class _Recent:
+    """The replies that were put or got last, as many as fit into so many bytes."""
+
+    def __init__(self, most_bytes: int):
+        self._most = most_bytes
+        self._bytes = 0
+        self._replies: collections.OrderedDict[str, Reply | ServiceResult] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._replies)
+
+    def get(self, key: str) -> Reply | ServiceResult | None:
+        reply = self._replies.get(key)
+        if reply is not None:
+            self._replies.move_to_end(key)
+        return reply
+
+    def put(self, key: str, reply: Reply | ServiceResult) -> None:
+        if (before := self._replies.pop(key, None)) is not None:
+            self._bytes -= _size(before)
+        self._replies[key] = reply
+        self._bytes += _size(reply)
+        while self._bytes > self._most:
+            _, oldest = self._replies.popitem(last=False)
+            self._bytes -= _size(oldest)
+
+
+def _size(reply: Reply | ServiceResult) -> int:
+    """Bytes of memory, with the key."""
+    images = reply.images if isinstance(reply, ServiceResult) else ()
+    return _ENTRY_BYTES + sys.getsizeof(reply.text) + sum(map(len, images))
 
 
 class CachedExpert:
@@ -149,7 +196,7 @@ class CachedExpert:
 
         def ask(seconds: float) -> Coroutine[Any, Any, Reply]:
             self.hits -= 1
-            return self._expert.ask(dataclasses.replace(request, deadline=seconds))
+            return self._expert.ask(Request(request.messages, request.sampling, seconds))
 
         key = request_key(self._identity, request)
         return await self._cache.fetch(key, ask, request.deadline, Reply("", Status.TIMEOUT, seconds=request.deadline))
@@ -169,7 +216,7 @@ class CachedService:
         def run(seconds: float) -> Coroutine[Any, Any, ServiceResult]:
             return self._service.run(images, text, seconds)
 
-        key = content_key(["run", self._identity, text, *images])
+        key = content_key(["run", self._identity, text, *map(image_digest, images)])
         late = ServiceResult(status=Status.TIMEOUT, seconds=deadline)
         return await self._cache.fetch(key, run, deadline, late)
 
@@ -203,23 +250,22 @@ def _from_line(line: bytes) -> tuple[str, Reply | ServiceResult]:
     return key, Reply(text, Status.OK, Usage(*tokens, float(usage["price"])), seconds)
 
 
-def _load(path: str) -> dict[str, Reply | ServiceResult]:
+def _load(path: str, kept: _Recent) -> None:
     """Reads what is whole. A last line without its end was torn by a kill and is dropped in silence."""
-    kept: dict[str, Reply | ServiceResult] = {}
     if not os.path.exists(path):
-        return kept
+        return
+    lines = damaged = 0
     with open(path, "rb") as file:
-        lines = file.read().split(b"\n")[:-1]
-    damaged = 0
-    for line in filter(None, lines):
-        try:
-            key, reply = _from_line(line)
-            kept[key] = reply
-        except (ValueError, KeyError, TypeError, binascii.Error):
-            damaged += 1
+        for line in file:
+            if line == b"\n" or not line.endswith(b"\n"):
+                continue
+            lines += 1
+            try:
+                kept.put(*_from_line(line))
+            except (ValueError, KeyError, TypeError, binascii.Error):
+                damaged += 1
     if damaged:
-        logger.warning("reply cache %s: skipped %d damaged of %d lines", path, damaged, len(lines))
-    return kept
+        logger.warning("reply cache %s: skipped %d damaged of %d lines", path, damaged, lines)
 
 
 def open_for_append(path: str) -> int:

@@ -9,9 +9,10 @@ import base64
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from maestro_jax.registry.interface import Message, Sampling
+from maestro_jax.registry.strict_json import DECODER
 
 MOST_TOKENS = 10**9  # no request has more; a server that says so is not believed
 
@@ -86,7 +87,7 @@ def read_completion(body: bytes) -> Completion:
       BadReplyError: no UTF-8, no JSON, or not what a chat completion has.
     """
     try:
-        reply = json.loads(body.decode("utf-8"), parse_constant=_refuse)
+        reply = DECODER.decode(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise BadReplyError(f"the body is no JSON ({type(error).__name__})") from error
     try:
@@ -98,10 +99,6 @@ def read_completion(body: bytes) -> Completion:
     if not isinstance(text, str) or not _is_text(text):
         raise BadReplyError(f"choices[0].message.content is {type(text).__name__} or no valid text")
     return Completion(text, _tokens(prompt), _tokens(completion))
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _is_text(text: str) -> bool:

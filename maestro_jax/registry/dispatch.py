@@ -5,11 +5,10 @@ observations. Nothing in here raises for a fault at run time: every call ends in
 """
 
 import asyncio
-import dataclasses
 import logging
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, Protocol
 
@@ -34,22 +33,6 @@ logger = logging.getLogger(__name__)
 # A skill keeps its deadline by itself and then still reports its usage; past this many more seconds it is cut off.
 GRACE_SECONDS = 0.1
 CLOSE_SECONDS = 10.0
-
-
-@dataclasses.dataclass
-class CallCounter:
-    """Totals of one (expert, skill) pair since the registry was built."""
-
-    calls: int = 0
-    ok: int = 0
-    seconds: float = 0.0
-    price: float = 0.0
-
-    def add(self, observation: Observation) -> None:
-        self.calls += 1
-        self.ok += observation.status is Status.OK
-        self.seconds += observation.seconds
-        self.price += observation.usage.price
 
 
 class ExpertStack(NamedTuple):
@@ -94,7 +77,6 @@ class Registry:
         sandbox: Sandbox | None = None,
     ):
         self.config = config
-        self.counters: defaultdict[Pair, CallCounter] = defaultdict(CallCounter)
         self.cache = ReplyCache(cache_file)
         capped = config.limits != LimitsConfig()
         self.spending = Spending(config.limits, *(journal.spent() if journal and capped else ()))
@@ -144,7 +126,6 @@ class Registry:
         observation = await run_called(self.config, named, means, given, deadline)
         if observation.status is not Status.OK:
             self.spending.check()
-        self.counters[pair].add(observation)
         return observation
 
     def report(self) -> dict[str, dict[str, Any]]:
@@ -152,7 +133,7 @@ class Registry:
         return {stack.bare.name: stack.report(self._began) for stack in self._stacks}
 
     async def close(self) -> None:
-        await self.cache.close()
+        self.cache.close()
         await asyncio.gather(*(expert.close() for expert in self._experts.values()))
         await asyncio.gather(*(service.close() for service in self._services.values()))
         if self._sandbox is not None:

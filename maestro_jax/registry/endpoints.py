@@ -1,14 +1,18 @@
 """The endpoints of an expert: which one gets the next attempt, and how many it has at a time.
 
-In: attempts. Out: a lease on the endpoint with the fewest outstanding attempts among those whose breaker admits one.
-Of one event loop; nothing is locked.
+In: attempts. Out: a lease on the endpoint with the fewest attempts under way among those whose breaker admits one and
+which have room. Where none has room, attempts wait in line. Of one event loop; nothing is locked.
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 
-from maestro_jax.registry.breaker import Breaker, BreakerConfig, Permit
+from maestro_jax.registry.breaker import Breaker, BreakerConfig
+from maestro_jax.registry.pressure import Pressure
+from maestro_jax.registry.retries import RetryConfig
+
+_TICK = 0.001  # seconds; an event loop's timer may come a little early
 
 
 class Endpoint:
@@ -16,67 +20,128 @@ class Endpoint:
 
     Args:
       url: base URL, such as "http://127.0.0.1:8000/v1".
-      concurrency: attempts it gets at a time; further ones wait.
     """
 
-    def __init__(self, url: str, concurrency: int, breaker: Breaker):
+    def __init__(self, url: str, breaker: Breaker, pressure: Pressure):
         self.url = url.rstrip("/")
         self.breaker = breaker
-        self.outstanding = 0  # attempts that run or wait for their turn
-        self.turns = asyncio.Semaphore(concurrency)
+        self.pressure = pressure
 
 
 class NoEndpointError(Exception):
-    """The breakers of all endpoints are open."""
+    """No endpoint may be asked in time; the text says why."""
+
+
+class Lease:
+    """Leave for one attempt on `endpoint`, until the block ends. The holder says how the attempt ended; unless it does,
+    it was abandoned.
+    """
+
+    def __init__(self, endpoint: Endpoint, give_back: Callable[[Endpoint], None]):
+        permit = endpoint.breaker.acquire()
+        assert permit is not None  # asked for only where the breaker admits
+        self.endpoint = endpoint
+        self._permit, self._give_back = permit, give_back
+        self._round = endpoint.pressure.rounds
+        endpoint.pressure.running += 1
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.endpoint.breaker.abandoned(self._permit)
+        self._give_back(self.endpoint)
+
+    def succeeded(self) -> None:
+        self.endpoint.pressure.served()
+        self.endpoint.breaker.succeeded(self._permit)
+
+    def failed(self) -> None:
+        self.endpoint.breaker.failed(self._permit)
+
+    def refused(self, retry_after: float) -> bool:
+        """The server is too busy; says whether that is a failure (see `Pressure.refused`)."""
+        is_failure = self.endpoint.pressure.refused(self._round, retry_after)
+        if is_failure:
+            self.failed()
+        return is_failure
 
 
 class Endpoints:
-    """All servers of an expert."""
+    """All servers of an expert.
 
-    def __init__(self, urls: Sequence[str], concurrency: int, clock: Callable[[], float]):
-        self.all = [Endpoint(url, concurrency, Breaker(BreakerConfig(), clock)) for url in urls]
+    Args:
+      concurrency: attempts that each gets at a time; further ones wait.
+      clock: that of the event loop.
+    """
+
+    def __init__(self, urls: Sequence[str], concurrency: int, retries: RetryConfig, clock: Callable[[], float]):
+        self.all = [
+            Endpoint(url, Breaker(BreakerConfig(), clock), Pressure(concurrency, retries, clock)) for url in urls
+        ]
+        self._clock = clock
+        self._line: deque[asyncio.Event] = deque()  # of those who wait; the first one looks whenever it is woken
 
     @property
     def admit(self) -> bool:
         """Whether any of them may be asked now."""
         return any(endpoint.breaker.admits for endpoint in self.all)
 
-    @contextlib.asynccontextmanager
-    async def lease(self, end: float, tried: Collection[Endpoint] = ()) -> AsyncIterator[tuple[Endpoint, Permit]]:
+    async def lease(self, end: float, tried: Collection[Endpoint] = ()) -> Lease:
         """An endpoint and leave for one attempt on it, once it is its turn.
 
-        The holder reports to the endpoint's breaker how the attempt ended; unless it does, it was abandoned.
-
         Args:
-          end: until when to wait for a turn, as the event loop counts.
-          tried: those that have failed the request; they get it again only if no other admits it.
+          end: until when to wait for a turn, as the clock counts.
+          tried: those that have failed the request; they get it again only if no other has room.
 
         Raises:
-          NoEndpointError: also for those who waited when the last breaker opened.
+          NoEndpointError: the breakers of all are open, or all are held until after `end`; also for those who waited
+            when that came.
           TimeoutError: there was no turn until `end`.
         """
-        while True:
-            endpoint = self._least_outstanding(tried)
-            endpoint.outstanding += 1
-            try:
-                # A timer costs; most turns are free at once.
-                async with asyncio.timeout_at(end) if endpoint.turns.locked() else contextlib.nullcontext():
-                    await endpoint.turns.acquire()
-                try:
-                    # While it waited, the breaker may have opened.
-                    if (permit := endpoint.breaker.acquire()) is not None:
-                        try:
-                            yield endpoint, permit
-                        finally:
-                            endpoint.breaker.abandoned(permit)
-                        return
-                finally:
-                    endpoint.turns.release()
-            finally:
-                endpoint.outstanding -= 1
+        endpoint = None if self._line else self._with_room(end, tried)
+        return Lease(endpoint or await self._turn(end, tried), self._take_back)
 
-    def _least_outstanding(self, tried: Collection[Endpoint]) -> Endpoint:
+    async def _turn(self, end: float, tried: Collection[Endpoint]) -> Endpoint:
+        """Waits in line."""
+        woken = asyncio.Event()
+        self._line.append(woken)
+        try:
+            async with asyncio.timeout_at(end):
+                while True:
+                    if self._line[0] is woken and (endpoint := self._with_room(end, tried)):
+                        return endpoint
+                    woken.clear()
+                    await woken.wait()
+        finally:
+            self._line.remove(woken)
+            self._wake()
+
+    def _with_room(self, end: float, tried: Collection[Endpoint]) -> Endpoint | None:
+        """The one for the next attempt; None if it has to wait."""
         admitting = [endpoint for endpoint in self.all if endpoint.breaker.admits]
+        roomy = [endpoint for endpoint in admitting if endpoint.pressure.has_room]
+        if len(roomy) > 1:
+            return min(roomy, key=lambda endpoint: (endpoint in tried, endpoint.pressure.running))
+        if roomy:
+            return roomy[0]
         if not admitting:
-            raise NoEndpointError
-        return min(admitting, key=lambda endpoint: (endpoint in tried, endpoint.outstanding))
+            raise NoEndpointError("its endpoints keep failing and are left alone for a while")
+        if all(endpoint.pressure.held_until > end for endpoint in admitting):
+            raise NoEndpointError("its endpoints are busy and ask to be left alone until after the deadline")
+        return None
+
+    def _take_back(self, endpoint: Endpoint) -> None:
+        endpoint.pressure.running -= 1
+        if endpoint.pressure.held_until:
+            self._wake_after(endpoint.pressure.held_until)
+        self._wake()
+
+    def _wake_after(self, held_until: float) -> None:
+        seconds = held_until - self._clock()
+        if seconds > 0:
+            asyncio.get_running_loop().call_later(seconds + _TICK, self._wake)
+
+    def _wake(self) -> None:
+        if self._line:
+            self._line[0].set()

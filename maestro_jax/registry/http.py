@@ -29,6 +29,7 @@ from maestro_jax.registry.chat import (
 from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.endpoints import Endpoint, Endpoints, NoEndpointError
 from maestro_jax.registry.interface import Reply, Request, Sampling
+from maestro_jax.registry.metering import priced
 from maestro_jax.registry.retries import RetryBudget, RetryConfig, parse_retry_after
 from maestro_jax.types import Status, Usage
 
@@ -42,7 +43,8 @@ QUOTE_SECONDS = 1.0  # to hear why a server refuses
 QUOTE = 300  # characters of it
 RETRIES = RetryConfig()
 LARGE = 2**20  # bytes of a request from which on aiohttp wants a file, to send it piece by piece
-TOKENS_PER_PRICE = 1_000_000  # prices are per million tokens
+LEAST_SECRET = 8  # characters of a key; a shorter one ("EMPTY", "none") is a placeholder, and may be a word of a reply
+HIDDEN = "[key]"
 
 # Refusals that may pass. All others below 500 (and redirects, which are not followed: they would carry the key
 # elsewhere) are there to stay until somebody changes the set-up.
@@ -64,6 +66,7 @@ class Outcome:
 
     Attributes:
       completion: there if and only if `status` is OK.
+      is_busy: the server refuses since it has too much to do; nothing is wrong with it.
       retry_after: seconds that the server asked to be left alone.
       why: what went wrong; one of few texts, so that each is logged once.
       said: what the server said to it.
@@ -71,6 +74,7 @@ class Outcome:
 
     status: Status
     completion: Completion | None = None
+    is_busy: bool = False
     retry_after: float = 0.0
     why: str = ""
     said: str = ""
@@ -104,7 +108,7 @@ class HttpExpert:
     def __init__(self, config: ExpertConfig, budget: RetryBudget, retries: RetryConfig = RETRIES):
         self.name = config.name
         self.identity = http_identity(config)
-        self.endpoints = Endpoints(config.endpoints, config.concurrency, time.monotonic)
+        self.endpoints = Endpoints(config.endpoints, config.concurrency, retries, time.monotonic)
         self._config, self._budget, self._retries = config, budget, retries
         self._sampling = Sampling(config.temperature, config.max_tokens, config.top_p)
         self._key = _read_key(config)
@@ -138,8 +142,11 @@ class HttpExpert:
         tried: set[Endpoint] = set()
         while True:
             outcome = await self._attempt(body, end, tried)
-            if outcome.status is not Status.OK:
-                self._log(outcome)
+            if outcome.status is Status.OK:
+                return outcome
+            self._log(outcome)
+            if outcome.is_busy:
+                continue  # to the end of the line, which moves when the server wants; no failure, no retry
             failures += 1
             if not outcome.is_worth_another or failures == self._retries.attempts:
                 return outcome
@@ -150,23 +157,25 @@ class HttpExpert:
             await asyncio.sleep(wait)
 
     async def _attempt(self, body: bytes, end: float, tried: set[Endpoint]) -> Outcome:
-        """One attempt on one endpoint, which joins those tried; its breaker hears how the attempt ended."""
+        """One attempt on one endpoint, which joins those tried; it hears how the attempt ended."""
         try:
-            async with self.endpoints.lease(end, tried) as (endpoint, permit):
-                tried.add(endpoint)
+            with await self.endpoints.lease(end, tried) as lease:
+                tried.add(lease.endpoint)
                 left, whole = end - time.monotonic(), self._config.attempt_timeout
-                outcome = await self._post(endpoint, body, min(left, whole))
+                outcome = await self._post(lease.endpoint, body, min(left, whole))
                 if outcome.status is Status.TIMEOUT and left < whole:
                     return outcome  # cut short by its caller: says nothing about the endpoint
+                if outcome.is_busy:
+                    return dataclasses.replace(outcome, is_busy=not lease.refused(outcome.retry_after))
                 if outcome.is_worth_another:
-                    endpoint.breaker.failed(permit)
+                    lease.failed()
                 else:
-                    endpoint.breaker.succeeded(permit)
+                    lease.succeeded()
                 return outcome
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no turn before the deadline (more endpoints or concurrency would help)")
-        except NoEndpointError:
-            return Outcome(Status.UNAVAILABLE, why="its endpoints keep failing and are left alone for a while")
+        except NoEndpointError as error:
+            return Outcome(Status.UNAVAILABLE, why=str(error))
 
     async def _post(self, endpoint: Endpoint, body: bytes, seconds: float) -> Outcome:
         """Sends a request and reads its reply, in so many seconds."""
@@ -176,7 +185,7 @@ class HttpExpert:
             async with asyncio.timeout(seconds), self._client().post(url, data=data, allow_redirects=False) as response:
                 if response.status != 200:
                     return await self._refusal(response)
-                return Outcome(Status.OK, read_completion(await read_body(response)))
+                return Outcome(Status.OK, self._read(await read_body(response)))
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no reply in time")
         except BadReplyError as error:
@@ -184,13 +193,22 @@ class HttpExpert:
         except (aiohttp.ClientError, OSError) as error:
             return Outcome(Status.UNAVAILABLE, why=f"no connection ({type(error).__name__})")
 
+    def _read(self, body: bytes) -> Completion:
+        """What a server said, without the key, which some repeat: it must not reach journal, cache or policy."""
+        found = read_completion(body)
+        if self._key in found.text and len(self._key) >= LEAST_SECRET:
+            return dataclasses.replace(found, text=found.text.replace(self._key, HIDDEN))
+        return found
+
     async def _refusal(self, response: aiohttp.ClientResponse) -> Outcome:
         code, why = response.status, f"HTTP {response.status}"
         if code >= 500 or code in _PASSING:
-            now = datetime.datetime.now(datetime.UTC)
-            return Outcome(
-                Status.UNAVAILABLE, retry_after=parse_retry_after(response.headers.get("Retry-After", ""), now), why=why
-            )
+            asked = response.headers.get("Retry-After", "")
+            is_busy = code == 429 or (code == 503 and bool(asked))
+            if is_busy:
+                await _quote(response)  # a connection is kept only if its reply was read
+            seconds = parse_retry_after(asked, datetime.datetime.now(datetime.UTC))
+            return Outcome(Status.UNAVAILABLE, is_busy=is_busy, retry_after=seconds, why=why)
         cure = _CURES.get(code, _OTHER_CURE)
         return Outcome(Status.CONFIG_ERROR, why=f"{why}; {cure}", said=self._redacted(await _quote(response)))
 
@@ -215,9 +233,7 @@ class HttpExpert:
         return request_body(self._config.model, request.messages, sampling, self._config.options)
 
     def _usage(self, completion: Completion) -> Usage:
-        prompt, made = completion.prompt_tokens, completion.completion_tokens
-        price = prompt * self._config.price_prompt + made * self._config.price_completion
-        return Usage(prompt, made, price / TOKENS_PER_PRICE)
+        return priced(self._config, completion.prompt_tokens, completion.completion_tokens)
 
     def _log(self, outcome: Outcome) -> None:
         """Says what went wrong; each kind of it once."""
@@ -229,7 +245,7 @@ class HttpExpert:
     def _redacted(self, text: str) -> str:
         """One short line; servers like to repeat the key that they refuse."""
         line = " ".join(text.split())
-        return (line.replace(self._key, "[key]") if self._key else line)[:QUOTE]
+        return (line.replace(self._key, HIDDEN) if self._key else line)[:QUOTE]
 
     # ---- trial ---------------------------------------------------------------------------------------------
 
@@ -286,9 +302,9 @@ async def read_body(response: aiohttp.ClientResponse) -> bytes:
     """
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise BadReplyError("the body is compressed")
-    body = bytearray()
-    async for piece in response.content.iter_any():
-        body += piece
+    body, content = bytearray(), response.content
+    while not content.at_eof():
+        body += await content.readany()
         if max(len(body), response.content_length or 0) > MAX_BODY:
             raise BadReplyError(f"the body has more than {MAX_BODY} bytes")
     return bytes(body)

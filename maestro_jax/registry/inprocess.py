@@ -23,13 +23,13 @@ from maestro_jax.registry.cache import request_key
 from maestro_jax.registry.config import ExpertConfig, ServiceConfig
 from maestro_jax.registry.implementations import SpecialistError, implementation_identity
 from maestro_jax.registry.interface import Reply, Request, ServiceResult
+from maestro_jax.registry.metering import priced
 from maestro_jax.registry.processes import HostedSpecialist
 from maestro_jax.types import Status, Usage
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-TOKENS_PER_PRICE = 1_000_000  # prices are per million tokens
 END_SECONDS = 5.0  # for a worker whose process was killed
 
 
@@ -73,8 +73,7 @@ class InProcessExpert:
         """A specialist has no tokenizer: words stand for tokens. A request that gave nothing still was read."""
         prompt = sum(len(message.text.split()) for message in request.messages)
         completion = len(text.split())
-        price = prompt * self._config.price_prompt + completion * self._config.price_completion
-        return Usage(prompt, completion, price / TOKENS_PER_PRICE)
+        return priced(self._config, prompt, completion)
 
 
 class InProcessService:

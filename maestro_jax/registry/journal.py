@@ -12,26 +12,26 @@ A run is served from its calls, each section from its own. They hold all that th
 decided (a deadline, which of two equal requests came first) is in the observation already, and no skill need be run
 again.
 
-A line is one write to the file, so it outlives the process at once; it is on disk (fsync) before a checkpoint is. A
-last line without its end was torn by a kill; its call was not trained on.
+A line is one write to the file, so it outlives the process at once, and the line of a call is written before its
+observation goes to the engine; it is on disk (fsync) before a checkpoint is. A last line without its end was torn by a
+kill; its call was not trained on.
 """
 
 import asyncio
 import collections
-import contextlib
 import contextvars
 import errno
-import functools
 import hashlib
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from maestro_jax.errors import ConfigError, UserError
-from maestro_jax.registry.cache import content_key, open_for_append, request_key
+from maestro_jax.registry.cache import content_key, image_digest, open_for_append, request_key
 from maestro_jax.registry.interface import Expert, Reply, Request, Service, ServiceResult
 from maestro_jax.types import Call, Observation, Status, Usage
 
@@ -52,10 +52,11 @@ class ReplayError(UserError):
 class Journal:
     """Appends to the journal of a run; see the module's docstring. Used from several threads.
 
-    A journal that cannot be written ends the run: it could not be replayed, and what was paid for would be lost.
+    A journal that cannot be written ends the run: it could not be replayed, and what was paid for would be lost. After
+    the first error nothing is written any more, since what follows would be glued to the line that was torn.
 
     Raises:
-      JournalError: of every method, when the file cannot be written.
+      JournalError: of every method, when the file cannot be written, or could not be before.
 
     Attributes:
       path: of the file.
@@ -65,8 +66,12 @@ class Journal:
     def __init__(self, path: str):
         self.path = path
         self.section = ""
-        with self._writing():
+        self._lock = threading.Lock()
+        self._error: JournalError | None = None
+        try:
             self._file = open_for_append(path)
+        except OSError as error:
+            raise self._broken(error) from error
 
     def begin(self, section: str) -> None:
         self.section = section
@@ -95,26 +100,37 @@ class Journal:
 
     def sync(self) -> None:
         """Returns when everything written so far is on disk."""
-        with self._writing():
-            os.fsync(self._file)
+        with self._lock:
+            self._check()
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                raise self._broken(error) from error
 
     def close(self) -> None:
-        self.sync()
-        os.close(self._file)
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
 
     def _write(self, line: dict[str, Any]) -> None:
         data = json.dumps(line).encode("ascii") + b"\n"
-        with self._writing():
-            if os.write(self._file, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with self._lock:
+            self._check()
+            try:
+                if os.write(self._file, data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise self._broken(error) from error
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            cure = "free or mount its disk, and start the run again"
-            raise JournalError(f"the journal {self.path} cannot be written ({error.strerror}); {cure}") from error
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _broken(self, error: OSError) -> JournalError:
+        cure = "free or mount its disk, and start the run again"
+        self._error = JournalError(f"the journal {self.path} cannot be written ({error.strerror}); {cure}")
+        return self._error
 
 
 class JournaledExpert:
@@ -149,8 +165,8 @@ class JournaledService:
 
     async def run(self, images: tuple[bytes, ...], text: str, deadline: float) -> ServiceResult:
         made = await self._service.run(images, text, deadline)
-        result = _result(made.text, made.status, made.seconds, Usage()) | {"images": [*map(_digest, made.images)]}
-        key = content_key(["run", self._identity, text, *map(_digest, images)])
+        result = _result(made.text, made.status, made.seconds, Usage()) | {"images": [*map(image_digest, made.images)]}
+        key = content_key(["run", self._identity, text, *map(image_digest, images)])
         self._journal.request(self.name, self._version, key, result)
         return made
 
@@ -272,12 +288,7 @@ def _checked(line: Any) -> dict[str, Any]:
 
 def call_key(call: Call, question: str, images: tuple[bytes, ...]) -> str:
     """The hash of all that a call asks."""
-    return content_key(["call", call.expert, call.skill, call.query, question, *map(_digest, images)])
-
-
-@functools.lru_cache(maxsize=256)  # the members of a group show the same images, turn after turn
-def _digest(image: bytes) -> str:
-    return hashlib.sha256(image).hexdigest()
+    return content_key(["call", call.expert, call.skill, call.query, question, *map(image_digest, images)])
 
 
 def _short(identity: str) -> str:

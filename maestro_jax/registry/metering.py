@@ -10,16 +10,23 @@ import math
 from typing import Any
 
 from maestro_jax.errors import UserError
-from maestro_jax.registry.config import LimitsConfig
+from maestro_jax.registry.config import ExpertConfig, LimitsConfig
 from maestro_jax.registry.interface import Expert, Reply, Request
 from maestro_jax.types import Status, Usage
 
+_TOKENS_PER_PRICE = 1_000_000  # prices are per million tokens
 _STEP = math.log(1.02)  # of the histogram: latencies are known to 1 %
 _LEAST_SECONDS = 1e-6
 
 
 class LimitError(UserError):
     """A cap of the run is reached."""
+
+
+def priced(config: ExpertConfig, prompt_tokens: int, completion_tokens: int) -> Usage:
+    """The usage of a reply of this expert."""
+    price = prompt_tokens * config.price_prompt + completion_tokens * config.price_completion
+    return Usage(prompt_tokens, completion_tokens, price / _TOKENS_PER_PRICE)
 
 
 class Latencies:

@@ -11,7 +11,7 @@ import email.utils
 import re
 from collections.abc import Callable
 
-_SECONDS = re.compile(r"[0-9]{1,9}")
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")  # with the fractions that some servers send
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,11 @@ class RetryConfig:
           draw: a random number between 0 and 1.
         """
         jitter = draw() * min(self.longest, self.first * 2 ** (failures - 1))
-        return max(jitter, min(retry_after, self.longest_after))
+        return max(jitter, self.obeyed(retry_after))
+
+    def obeyed(self, retry_after: float) -> float:
+        """Seconds of a Retry-After that are waited."""
+        return min(retry_after, self.longest_after)
 
 
 def parse_retry_after(value: str, now: datetime.datetime) -> float:

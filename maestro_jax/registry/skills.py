@@ -9,7 +9,8 @@ depends on replies alone and never on who was faster (a journal can then be repl
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
 
 from maestro_jax.errors import UserError
 from maestro_jax.registry.boxes import Box, Frame, read_boxes, write_boxes
@@ -80,7 +81,6 @@ class StageResult:
       seconds: its own; a cached reply counts with the seconds it took when it was first given.
       images, boxes: see `stages.Kind`; boxes are in `seen`.
       seen: the images it worked on.
-      finished: seconds from the start of the skill, along the longest path to this stage and with it.
     """
 
     text: str = ""
@@ -90,7 +90,6 @@ class StageResult:
     boxes: tuple[Box, ...] = ()
     seen: tuple[bytes, ...] = ()
     usage: Usage = NO_USAGE
-    finished: float = 0.0
 
 
 def failure(status: Status, seconds: float = 0.0, usage: Usage = NO_USAGE) -> Observation:
@@ -123,6 +122,8 @@ async def run_called(
         named = [child for child in children if child.name == chosen]
         skill = named[0] if named else choose_child(children, f"{given.query}\n{given.question}", len(given.images))
     found = await run_skill(skill, means, given, end - time.monotonic())
+    if usage is NO_USAGE:  # nobody was asked to choose
+        return found
     return dataclasses.replace(found, usage=usage + found.usage, seconds=seconds + found.seconds)
 
 
@@ -156,29 +157,44 @@ async def run_skill(skill: SkillConfig, means: Means, given: SkillInput, deadlin
       The last stage's text; usage summed over all requests; seconds along the longest path.
     """
     run = _Run(skill, means, given, time.monotonic() + deadline)
+    results: Sequence[StageResult | None]
+    if len(skill.stages) == 1:  # nothing to wait for, so no task
+        results = [await run.begin(skill.stages[0], {})]
+    else:
+        results = await _together(run, skill.stages)
+    usage = sum((result.usage for result in results if result), NO_USAGE)
+    for stage, result in zip(skill.stages, results, strict=True):  # in their order, whichever failed first
+        if result and result.status is not Status.OK:
+            return failure(result.status, run.finished[stage.output], usage)
+    last = results[-1]
+    assert last is not None  # nothing failed, so everything ran
+    return Observation(last.text, Status.OK, run.finished[skill.stages[-1].output], usage)
+
+
+async def _together(run: "_Run", stages: Sequence[Stage]) -> list[StageResult | None]:
+    """Runs stages beside each other, each as soon as it can."""
     try:
         async with asyncio.TaskGroup() as group:
-            for stage in skill.stages:
+            for stage in stages:
                 run.tasks[stage.output] = group.create_task(run.stage(stage))
     except ExceptionGroup as raised:
         # A journal that cannot be written, say: what only the user can mend is to end the run, not this call.
         for_user = raised.subgroup(UserError)
         raise (for_user or raised).exceptions[0] from raised
-    results = [task.result() for task in run.tasks.values()]
-    usage = sum((result.usage for result in results if result), NO_USAGE)
-    for result in results:  # in the order of the stages, whichever failed first
-        if result and result.status is not Status.OK:
-            return failure(result.status, result.finished, usage)
-    last = results[-1]
-    assert last is not None  # nothing failed, so everything ran
-    return Observation(last.text, Status.OK, last.finished, usage)
+    return [task.result() for task in run.tasks.values()]
 
 
 class _Run:
-    """One skill under way: a task for every stage, under the name of its output."""
+    """One skill under way.
+
+    Attributes:
+      tasks: of stages, where there are several, by the name of their output.
+      finished: seconds from the start of the skill, along the longest path to a stage and with it.
+    """
 
     def __init__(self, skill: SkillConfig, means: Means, given: SkillInput, end: float):
         self.tasks: dict[str, asyncio.Task[StageResult | None]] = {}
+        self.finished: dict[str, float] = {}
         parsed = [stage for stage in skill.stages if isinstance(stage, ParseStage)]
         self._boxed = {stage.text for stage in parsed if stage.into == "boxes"}  # outputs that say where things are
         self._means, self._given, self._end = means, given, end
@@ -191,11 +207,15 @@ class _Run:
             if result is None or result.status is not Status.OK:
                 return None
             needed[name] = result
-        began = max((result.finished for result in needed.values()), default=0.0)
-        if time.monotonic() >= self._end:
-            return StageResult(status=Status.TIMEOUT, finished=began)
-        result = await self._work(stage, needed)
-        return dataclasses.replace(result, finished=began + result.seconds)
+        return await self.begin(stage, needed)
+
+    async def begin(self, stage: Stage, needed: Mapping[str, StageResult]) -> StageResult:
+        """Runs `stage`, for which all that it needs is there."""
+        late = time.monotonic() >= self._end
+        result = StageResult(status=Status.TIMEOUT) if late else await self._work(stage, needed)
+        began = max((self.finished[name] for name in needed), default=0.0)
+        self.finished[stage.output] = began + result.seconds
+        return result
 
     async def _work(self, stage: Stage, needed: Mapping[str, StageResult]) -> StageResult:
         if isinstance(stage, AskStage):
@@ -246,8 +266,8 @@ class _Run:
         assert self._means.sandbox is not None  # the registry makes one where a skill has such a stage
         return await run_tests(self._means.sandbox, program, tests, Limits())
 
-    async def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Reply:
-        return await _ask(self._means.expert, prompt, images, self._end)
+    def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Coroutine[Any, Any, Reply]:
+        return _ask(self._means.expert, prompt, images, self._end)
 
     def _values(self, needed: Mapping[str, StageResult]) -> dict[str, str]:
         inputs = {"question": self._given.question, "query": self._given.query}

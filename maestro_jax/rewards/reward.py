@@ -5,8 +5,9 @@ their sum. Gold answers are read here and nowhere nearer to the experts.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
-from maestro_jax.rewards.graders import grade
+from maestro_jax.rewards.graders import grade_all
 from maestro_jax.types import Task
 
 FORMAT_PENALTY = -1.0
@@ -63,7 +64,16 @@ def score(task: Task, episode: EpisodeSummary, config: RewardConfig) -> RewardPa
     Raises:
       ConfigError: the task's source has no grader.
     """
-    right = episode.answer is not None and grade(task, episode.answer)
+    return score_all([(task, episode)], config)[0]
+
+
+def score_all(episodes: Sequence[tuple[Task, EpisodeSummary]], config: RewardConfig) -> list[RewardParts]:
+    """`score` for many episodes, whose answers are graded side by side."""
+    verdicts = iter(grade_all([(task, e.answer) for task, e in episodes if e.answer is not None]))
+    return [_parts(e.answer is not None and next(verdicts), e, config) for _, e in episodes]
+
+
+def _parts(right: bool, episode: EpisodeSummary, config: RewardConfig) -> RewardParts:
     called = episode.executed_calls > 0 or not config.require_call
     outcome = 1.0 if right else 0.0
     format_term = 0.0 if episode.answer is not None and called and episode.well_formed else FORMAT_PENALTY

@@ -147,6 +147,24 @@ def models(*names: str) -> Behaviour:
     return behave
 
 
+def limited(most: int, after: float, refusal: Behaviour) -> Behaviour:
+    """A chat completion after so many seconds; `refusal` to those who come while `most` others wait for theirs."""
+    running = 0
+
+    async def behave(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        nonlocal running
+        if running >= most:
+            await refusal(seen, writer)
+            return
+        running += 1
+        try:
+            await answer("42", after)(seen, writer)
+        finally:
+            running -= 1
+
+    return behave
+
+
 def first(count: int, behaviour: Behaviour, then: Behaviour) -> Behaviour:
     """`behaviour` for the first `count` requests, `then` for all others."""
     seen_so_far = 0
@@ -252,4 +270,5 @@ async def _not_http(seen: Seen, writer: asyncio.StreamWriter) -> None:
 
 
 LATE = ("hang", "drip")  # of the faults; all others are noticed at once
+BUSY = ("429", "429, come back in a minute")  # of the faults: the first refusal is none, only what comes after it
 REFUSALS = (400, 401, 403, 404, 422, 302)  # which the user has to mend

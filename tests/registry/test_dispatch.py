@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from maestro_jax.registry.config import Pair
-from maestro_jax.registry.dispatch import CallCounter, Dispatcher, Registry
+from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.reading import parse_registry
 from maestro_jax.types import Call, Observation, Status
 
@@ -39,19 +38,10 @@ def test_a_call_runs_the_skill_with_the_expert(raw: Raw) -> None:
     assert (text.text, text.status) == ("two words of 1; how many? 2", Status.OK)
 
 
-def test_counters_are_kept_by_canonical_pair(raw: Raw) -> None:
-    registry = Registry(parse_registry(raw()))
-    first, _ = call(registry, CALL, Call("echo one", "plain solver", "other"))
-    counter = registry.counters[Pair("Echo-One", "Plain_Solver")]
-    assert (counter.calls, counter.ok) == (2, 2)
-    assert counter.price > first.usage.price > 0 and counter.seconds > 0
-
-
 def test_an_unknown_name_is_an_observation(raw: Raw) -> None:
     registry = Registry(parse_registry(raw()))
     (observation,) = call(registry, Call("Nobody", "Plain_Solver", "x"))
     assert (observation.status, observation.text[:23]) == (Status.UNKNOWN, 'Unknown expert "Nobody"')
-    assert not registry.counters
 
 
 def test_equal_calls_ask_once_and_cost_the_same(raw: Raw, specialists: ModuleType) -> None:
@@ -81,14 +71,6 @@ def test_a_hanging_expert_times_out_and_leaves_the_others_alone(raw: Raw) -> Non
     registry = Registry(parse_registry(raw(experts=(*raw()["experts"], hanging()))))
     slow, quick = call(registry, Call("Slow", "Plain_Solver", "x"), CALL, deadline=0.05)
     assert (slow.status, quick.status) == (Status.TIMEOUT, Status.OK)
-    assert registry.counters[Pair("Slow", "Plain_Solver")].ok == 0
-
-
-def test_counter_adds_up() -> None:
-    counter = CallCounter()
-    counter.add(Observation("", Status.TIMEOUT, seconds=1.5))
-    counter.add(Observation("x", Status.OK, seconds=0.5))
-    assert counter == CallCounter(calls=2, ok=1, seconds=2.0, price=0.0)
 
 
 # ---- dispatcher --------------------------------------------------------------------------------------------

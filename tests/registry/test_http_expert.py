@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import pathlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -13,10 +14,11 @@ from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.registry.http import HttpExpert
 from maestro_jax.registry.interface import Message, Request, Sampling
+from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.retries import RetryBudget
 from maestro_jax.types import Call, Status, Usage
-from tests.registry.servers import FORGED, ChatServer, Seen, answer, response
+from tests.registry.servers import FORGED, ChatServer, Seen, answer, completion, response
 from tests.registry.test_chat import picture
 
 Raw = Callable[..., dict[str, Any]]
@@ -174,6 +176,43 @@ def test_the_key_is_sent_and_never_logged(monkeypatch: pytest.MonkeyPatch, caplo
 
     run(scenario())
     assert "bad key Bearer [key]" in caplog.text and SECRET not in caplog.text
+
+
+async def repeat_the_headers(seen: Seen, writer: asyncio.StreamWriter) -> None:
+    writer.write(response(completion(f"you sent {seen.headers['authorization']}")))
+
+
+def test_a_key_that_a_reply_repeats_goes_nowhere(
+    raw: Raw, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("CANARY", SECRET)
+    caplog.set_level(logging.DEBUG)
+
+    async def scenario() -> None:
+        async with ChatServer(repeat_the_headers) as server:
+            served = {"name": "E", "description": "", "endpoints": (server.url,), "model": "m", "key": "CANARY"}
+            journal = Journal(str(tmp_path / "journal.jsonl"))
+            registry = Registry(parse_registry(raw(experts=(served,))), str(tmp_path / "cache.jsonl"), journal)
+            observation = await registry.call(Call("E", "Plain_Solver", "x"), "q", (), 5.0)
+            await registry.close()
+            journal.close()
+        assert server.requests[0].headers["authorization"] == f"Bearer {SECRET}"
+        assert (observation.status, observation.text) == (Status.OK, "you sent Bearer [key]")
+
+    run(scenario())
+    written = [file.read_text() for file in tmp_path.iterdir()]
+    assert len(written) == 2 and all("you sent Bearer [key]" in text and SECRET not in text for text in written)
+    assert SECRET not in caplog.text
+
+
+def test_a_placeholder_for_a_key_is_a_word_like_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANARY", "EMPTY")
+
+    async def scenario() -> None:
+        async with ChatServer(answer("the glass is EMPTY")) as server, asking(server.url, key="CANARY") as made:
+            assert (await made.ask(REQUEST)).text == "the glass is EMPTY"
+
+    run(scenario())
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", "sk\nX-Evil: 1", "schlüssel"])

@@ -19,7 +19,22 @@ from maestro_jax.registry.interface import Message, Reply, Request
 from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.retries import RetryBudget, RetryConfig
 from maestro_jax.types import Call, Status
-from tests.registry.servers import FAULTS, FORGED, LATE, REFUSALS, ChatServer, Flood, answer, first, hang, refused, send
+from tests.registry.servers import (
+    BUSY,
+    FAULTS,
+    FORGED,
+    LATE,
+    REFUSALS,
+    Behaviour,
+    ChatServer,
+    Flood,
+    answer,
+    first,
+    hang,
+    limited,
+    refused,
+    send,
+)
 
 DEADLINE = 0.6
 EPSILON = 0.4  # a busy machine
@@ -89,7 +104,7 @@ def test_a_fault_ends_in_its_status_within_the_deadline(name: str) -> None:
             reply = await in_time(made)
             expected = Status.TIMEOUT if name in LATE else Status.UNAVAILABLE
             assert (reply.text, reply.status) == ("", expected)
-            assert 1 <= len(server.requests) <= 3
+            assert 1 <= len(server.requests) <= 3 + (name in BUSY)
 
     run(scenario)
 
@@ -121,7 +136,7 @@ def test_forged_tags_are_text() -> None:
     run(scenario)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [name for name in FAULTS if name not in BUSY])
 def test_the_breaker_opens_within_five_failures(name: str) -> None:
     async def scenario() -> None:
         async with ChatServer(FAULTS[name]()) as server, asking(server.url, attempt_timeout=0.05) as made:
@@ -174,6 +189,74 @@ def test_retry_after_is_obeyed() -> None:
     run(scenario)
 
 
+# ---- servers that are busy -----------------------------------------------------------------------------------
+
+
+BUSY_FOR = "0.2"
+TOO_MANY = {
+    "429": send(b"{}", 429, Retry_After=BUSY_FOR),
+    "503": send(b"busy", 503, Retry_After=BUSY_FOR),
+    "429 without a time": send(b"{}", 429),
+}
+
+
+@pytest.mark.parametrize("name", TOO_MANY)
+def test_a_busy_server_serves_all_and_its_breaker_never_opens(name: str) -> None:
+    async def scenario() -> None:
+        server = ChatServer(limited(4, 0.02, TOO_MANY[name]))
+        async with server, asking(server.url, budget=RetryBudget(time.monotonic), concurrency=64) as made:
+            replies = await asyncio.gather(*(made.ask(request(15.0)) for _ in range(100)))
+            assert {reply.status for reply in replies} == {Status.OK}
+            assert not made.endpoints.all[0].breaker.changes
+            assert len(server.requests) < 3 * 100
+            assert server.connections <= 64  # one that was refused is kept
+
+    run(scenario)
+
+
+def test_the_other_endpoint_takes_the_load_of_a_busy_one() -> None:
+    async def scenario() -> None:
+        busy = send(b"", 429, Retry_After="60")
+        async with ChatServer(busy) as one, ChatServer(answer("42")) as two, asking(one.url, two.url) as made:
+            start = time.monotonic()
+            replies = await asyncio.gather(*(made.ask(request(10.0)) for _ in range(50)))
+            assert {reply.text for reply in replies} == {"42"} and time.monotonic() - start < 5.0
+            assert len(one.requests) <= 50 // 2 and not made.endpoints.all[0].breaker.changes
+            before = len(one.requests)
+            await asyncio.gather(*(made.ask(request(10.0)) for _ in range(10)))
+            assert len(one.requests) == before
+
+    run(scenario)
+
+
+def test_who_cannot_wait_for_a_busy_server_hears_it_at_once() -> None:
+    async def scenario() -> None:
+        async with ChatServer(send(b"", 429, Retry_After="60")) as server, asking(server.url) as made:
+            start = time.monotonic()
+            replies = [await made.ask(request(20.0)) for _ in range(5)]
+            assert {reply.status for reply in replies} == {Status.UNAVAILABLE} and time.monotonic() - start < 5.0
+            assert len(server.requests) == 1 and not made.endpoints.all[0].breaker.changes
+
+    run(scenario)
+
+
+def test_a_server_that_serves_nobody_is_broken_however_it_says_so() -> None:
+    async def scenario() -> None:
+        async with ChatServer(send(b"", 429, Retry_After="0")) as server, asking(server.url) as made:
+            for _ in range(5):
+                await in_time(made)
+            assert made.endpoints.all[0].breaker.state is BreakerState.OPEN
+            assert len(server.requests) == 6
+            start = time.monotonic()
+            assert (await made.ask(request(60.0))).status is Status.UNAVAILABLE
+            assert time.monotonic() - start < EPSILON and len(server.requests) == 6
+
+    run(scenario)
+
+
+# ---- several endpoints, cancelling, waiting ------------------------------------------------------------------
+
+
 def test_the_other_endpoint_takes_over() -> None:
     async def scenario() -> None:
         async with refused() as dead, ChatServer(answer("42")) as server, asking(dead, server.url) as made:
@@ -216,14 +299,15 @@ def test_waiting_for_a_turn_ends_with_the_deadline() -> None:
 # ---- R9: no retry storm --------------------------------------------------------------------------------------
 
 
-def test_an_outage_of_everything_sends_no_storm() -> None:
+@pytest.mark.parametrize("outage", [send(b"", 500), send(b"", 429), send(b"", 429, Retry_After="0")])
+def test_an_outage_of_everything_sends_no_storm(outage: Behaviour) -> None:
     """Twenty experts whose servers all fail, so that breakers leave retries to the budget for long enough."""
 
     async def scenario() -> None:
         start = time.monotonic()
         budget = RetryBudget(time.monotonic)
         offered = 0
-        async with ChatServer(send(b"", 500)) as server, contextlib.AsyncExitStack() as stack:
+        async with ChatServer(outage) as server, contextlib.AsyncExitStack() as stack:
             urls = [f"{server.url}/{number}" for number in range(20)]
             experts = [await stack.enter_async_context(asking(url, budget=budget)) for url in urls]
             for _ in range(15):

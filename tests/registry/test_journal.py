@@ -1,7 +1,11 @@
 """The journal: what it holds, what it survives, and what a replay makes of it."""
 
 import asyncio
+import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from maestro_jax.types import Call, Observation, Status, Usage
 
 CALL = Call("E", "S", "how many")
 QUESTION, IMAGES = "what?", (b"one", b"two")
+REAL_WRITE = os.write
 
 
 def observed(text: str, status: Status = Status.OK) -> Observation:
@@ -158,6 +163,85 @@ def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, line: str, caplog:
     write(path, ("b", "two"))
     assert texts(path) == ["one", "two"]
     assert "journal.jsonl line 3 is damaged" in caplog.text
+
+
+def short_write(descriptor: int, data: bytes) -> int:
+    """The disk is full after half of it."""
+    return REAL_WRITE(descriptor, data[: len(data) // 2])
+
+
+def failing_write(descriptor: int, data: bytes) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(("broken", "why"), [(short_write, "No space left"), (failing_write, "Input/output error")])
+def test_after_a_failed_write_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Any, why: str
+) -> None:
+    """Also when the disk has space again: the next line would be glued to the torn one."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(str(path))
+    journal.call("a", CALL, QUESTION, IMAGES, observed("one"))
+    monkeypatch.setattr(os, "write", broken)
+    with pytest.raises(JournalError, match=why):
+        journal.call("b", CALL, QUESTION, IMAGES, observed("torn"))
+    monkeypatch.undo()
+    before = path.read_bytes()
+    later: list[Callable[[], object]] = [
+        lambda: journal.call("c", CALL, QUESTION, IMAGES, observed("glued")),
+        lambda: journal.begin("step 2"),
+        journal.sync,
+        journal.close,
+    ]
+    for method in later:
+        with pytest.raises(JournalError, match=why):
+            method()
+    assert path.read_bytes() == before and texts(path) == ["one"]
+    write(path, ("d", "two"))
+    assert texts(path) == ["one", "two"]
+
+
+def test_after_a_failed_sync_nothing_counts_as_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reports a lost page once; the next fsync would succeed."""
+    journal = Journal(str(tmp_path / "journal.jsonl"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: failing_write(descriptor, b""))
+    with pytest.raises(JournalError):
+        journal.sync()
+    monkeypatch.undo()
+    with pytest.raises(JournalError):
+        journal.sync()
+
+
+KILLED = """
+import sys
+from maestro_jax.registry.dispatch import Dispatcher
+from maestro_jax.registry.journal import Journal
+from maestro_jax.types import Call, Observation, Status
+
+class Answers:
+    async def call(self, call, question, images, deadline):
+        return Observation(call.query, Status.OK)
+    async def close(self):
+        pass
+
+dispatcher = Dispatcher(Answers(), Journal(sys.argv[1]))
+for ticket in range(10**9):
+    dispatcher.submit(ticket, Call("E", "S", str(ticket)), "", (), 30.0)
+    if ticket % 16 == 15:
+        dispatcher.wait(30.0)
+        for _, observation in dispatcher.collect():
+            print(observation.text, flush=True)
+"""
+
+
+def test_what_was_handed_over_outlives_a_kill(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen = [process.stdout.readline().strip() for _ in range(100)]
+        process.kill()
+        seen += [line.strip() for line in process.stdout.read().split("\n")[:-1]]
+    assert set(seen) <= set(texts(path)) and len(seen) >= 100
 
 
 def test_a_section_that_begins_again_replaces_itself_and_what_followed(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def test_retry_after_is_the_least_wait_up_to_its_cap() -> None:
     [
         ("120", 120.0),
         (" 0 ", 0.0),
+        ("0.25", 0.25),  # no RFC has it, but servers do
         ("Thu, 01 Jan 2026 12:00:30 GMT", 30.0),
         ("Thu, 01 Jan 2026 11:00:00 GMT", 0.0),
         ("Thu, 01 Jan 2026 12:00:30 -0000", 0.0),  # a date without a zone

@@ -1,4 +1,4 @@
-"""Graders: hand-checked (answer, gold, verdict) rows for each family, and hostile answers."""
+"""Graders: what holds for all sources, their names, hostile answers. The families' tables are in tables/."""
 
 import time
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.rewards.graders import GRADERS, MAX_ANSWER_CHARS, grade, grader_for, parse_number
+from maestro_jax.rewards import equations, programs
+from maestro_jax.rewards.graders import GRADERS, MAX_ANSWER_CHARS, check_sources, grade, grade_all, grader_for
+from maestro_jax.rewards.reading import parse_number
 from maestro_jax.types import Task
 
 SAME_NUMBER = [  # right in every family but counting, where money and percent are no count
@@ -115,14 +117,13 @@ DIFFERENT_TEXT = [
     ("c++", "c"),
     ("a & b", "a b"),
 ]
-ALL = tuple(GRADERS)
+PLAIN = ("visual_qa", "reading", "counting", "charts", "geometry", "ChartQA")
+NUMERIC_AND_TEXT = tuple(source for source in PLAIN if source != "counting")
+READ = tuple(source for source in GRADERS if source != "HumanEval-V")  # whose answers are no programs
 
 
 def verdict_of(source: str, answer: str, gold: Sequence[str]) -> bool:
     return grade(Task("", "", (), tuple(gold), source), answer)
-
-
-NUMERIC_AND_TEXT = tuple(source for source in GRADERS if source != "counting")
 
 
 @pytest.mark.parametrize("source", NUMERIC_AND_TEXT)
@@ -131,7 +132,7 @@ def test_plain_formatting_is_forgiven(source: str, answer: str, gold: str) -> No
     assert verdict_of(source, answer, [gold])
 
 
-@pytest.mark.parametrize("source", ALL)
+@pytest.mark.parametrize("source", PLAIN)
 @pytest.mark.parametrize(("answer", "gold"), NEVER_EQUAL + DIFFERENT_TEXT)
 def test_content_is_not_forgiven(source: str, answer: str, gold: str) -> None:
     assert not verdict_of(source, answer, [gold])
@@ -143,103 +144,44 @@ def test_exact_families_allow_no_tolerance(source: str, answer: str, gold: str) 
     assert not verdict_of(source, answer, [gold])
 
 
-@pytest.mark.parametrize(
-    ("answer", "gold", "verdict"),
-    [
-        ("5", "5", True),
-        (" 5.", "5", True),
-        ("5.0", "5", True),
-        ("The answer is 5", "5", True),
-        ("1,000", "1000", True),
-        ("0", "0", True),
-        ("05", "5", True),
-        ("5.01", "5", False),
-        ("5.5", "5", False),
-        ("-5", "5", False),
-        ("5%", "5", False),
-        ("$5", "5", False),
-        ("5\u00b0", "5", False),
-        ("five", "5", False),
-        ("4 or 5", "5", False),
-        ("5 circles", "5", False),
-        ("15", "5", False),
-        ("5, 6", "5", False),
-        ("none", "none", False),
-    ],
-)
-def test_counting(answer: str, gold: str, verdict: bool) -> None:
-    assert verdict_of("counting", answer, [gold]) is verdict
-
-
-@pytest.mark.parametrize("source", ["charts", "ChartQA", "chartqa"])
-@pytest.mark.parametrize(
-    ("answer", "gold", "verdict"),
-    [
-        ("103", "100", True),
-        ("97", "100", True),
-        ("105", "100", True),
-        ("95", "100", True),
-        ("106", "100", False),
-        ("94.9", "100", False),
-        ("105.01", "100", False),
-        ("-103", "-100", True),
-        ("-100", "100", False),
-        ("88 %", "88", True),
-        ("88", "88%", True),
-        ("0.88", "88%", True),
-        ("88%", "0.88", True),
-        ("0.9", "88%", True),
-        ("0.80", "88%", False),
-        ("0.88", "88", False),
-        ("8800%", "88", True),
-        ("88%", "0.88%", False),
-        ("2000", "2019", True),  # lenient on purpose: years too
-        ("1900", "2019", False),
-        ("0", "0", True),
-        ("0.0", "0", True),
-        ("0.01", "0", False),
-        ("1.04", "1", True),
-        ("0.001", "0.00105", True),
-        ("Go-Jek", "Go-Jek", True),
-        ("Gojek", "Go-Jek", False),
-        ("bar", "bars", False),
-        ("yes", "Yes", True),
-        ("100", "one hundred", False),
-        ("12 million", "12", False),
-    ],
-)
-def test_relaxed_accuracy(source: str, answer: str, gold: str, verdict: bool) -> None:
-    assert verdict_of(source, answer, [gold]) is verdict
-
-
-@pytest.mark.parametrize(
-    ("answer", "gold", "verdict"),
-    [
-        ("45", "45", True),
-        ("45\u00b0", "45", True),
-        ("45.0000005", "45", True),
-        ("45.001", "45", False),
-        ("0.3333333", "0.33333333", True),
-        ("0.33", "0.3333", False),
-        ("1000000.5", "1000000", True),
-        ("1000002", "1000000", False),
-        ("isosceles", "Isosceles", True),
-        ("isosceles triangle", "isosceles", False),
-        ("12.5", "12.50", True),
-        ("12,5", "12.5", False),
-    ],
-)
-def test_geometry(answer: str, gold: str, verdict: bool) -> None:
-    assert verdict_of("geometry", answer, [gold]) is verdict
-
-
 def test_any_accepted_answer_counts() -> None:
     assert verdict_of("reading", "two", ["one", "Two"])
     assert not verdict_of("reading", "two", [])
 
 
+@pytest.mark.parametrize("spelled", ["hrbench_4k", "HRBench-4K", "hrbench4k", "HRBENCH 4K"])
+def test_names_of_sources_differ_by_case_and_hyphens_only(spelled: str) -> None:
+    assert grader_for(spelled) is GRADERS["HRBench-4K"]
+
+
+def test_answers_are_graded_together_in_their_order() -> None:
+    maths, chart = Task("", "", (), (r"\sqrt{8}",), "MathVision"), Task("", "", (), ("100",), "ChartQA")
+    pairs = [(maths, r"2\sqrt{2}"), (chart, "106"), (maths, r"3\sqrt{2}"), (chart, "105"), (maths, r"2\sqrt{2}")]
+    assert grade_all(pairs) == [True, False, False, True, True]
+    assert grade_all([]) == []
+
+
+def test_sources_are_checked_before_a_run() -> None:
+    check_sources(["charts", "MathVision", "chartqa"])
+    with pytest.raises(ConfigError, match='no grader for source "riddles"'):
+        check_sources(["charts", "riddles"])
+
+
+def test_a_missing_package_is_named_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(kind: str) -> None:
+        raise ConfigError('sandbox "bubblewrap" needs bwrap')
+
+    monkeypatch.setattr(programs, "make_sandbox", missing)
+    monkeypatch.setattr(equations.importlib.util, "find_spec", lambda name: None)
+    check_sources(["SLAKE"])
+    with pytest.raises(ConfigError, match=r"install math-verify"):
+        check_sources(["SLAKE", "Geometry3K"])
+    with pytest.raises(ConfigError, match=r"run in a sandbox; install maestro_jax\[sandbox\]"):
+        check_sources(["SLAKE", "HumanEval-V"])
+
+
 def test_an_unknown_source_names_the_known_ones() -> None:
-    message = r'^no grader for source "chart"; known: visual_qa, .*chartqa; add one to GRADERS$'
+    message = r'^no grader for source "chart"; known: visual_qa, .*ChartQA.*; add one to GRADERS$'
     with pytest.raises(ConfigError, match=message):
         verdict_of("chart", "x", ["x"])
     with pytest.raises(ConfigError):
@@ -260,13 +202,22 @@ HOSTILE = [
     "-" * 4096,
     "0." + "0" * 4090 + "1",
     "\u0338" * 4000,
+    "B, " * 1365,
+    "?" + "," * 4000,
+    "{5}{" * 1000,
+    "5 rows " * 500,
+    "yes, " * 800,
+    "option " * 500,
+    "```python\n" * 400,
+    "\\text{" * 600,
+    "\\boxed{1}" * 400,
     "__import__('os').system('id')",
     "\ud800",
     "\x00",
 ]
 
 
-@pytest.mark.parametrize("source", ALL)
+@pytest.mark.parametrize("source", READ)
 def test_hostile_answers_are_cheap_and_wrong(source: str) -> None:
     start = time.perf_counter()
     assert not any(verdict_of(source, answer, ["100", "red"]) for answer in HOSTILE)
@@ -278,12 +229,12 @@ def test_a_too_long_answer_is_wrong_even_if_padded_with_spaces() -> None:
     assert not verdict_of("counting", "5" + " " * MAX_ANSWER_CHARS, ["5"])
 
 
-@given(st.sampled_from(ALL), st.text(max_size=30), st.text(max_size=30))
+@given(st.sampled_from(READ), st.text(max_size=30), st.text(max_size=30))
 def test_grading_never_raises(source: str, answer: str, gold: str) -> None:
     verdict_of(source, answer, [gold])
 
 
-@given(st.sampled_from(NUMERIC_AND_TEXT), st.text(min_size=1, max_size=30).filter(str.strip))
+@given(st.sampled_from((*NUMERIC_AND_TEXT, "MathVision")), st.text(min_size=1, max_size=30).filter(str.strip))
 def test_the_gold_answer_is_right(source: str, gold: str) -> None:
     assert verdict_of(source, gold, [gold])
 
