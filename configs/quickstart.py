@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
                 "test_per_domain": 50,
                 "train_files": (),
                 "test_files": (),
+                "train_split": "train",
+                "test_split": "test",
                 "image_root": "",
                 "mixture": (),
                 "damage_limit": 0,

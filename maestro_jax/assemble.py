@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from maestro_jax.config import Config, MixedConfig
 from maestro_jax.data.mixture import Mixture
+from maestro_jax.data.opening import KINDS, open_source
 from maestro_jax.data.source import TaskSource, TfdsSource
 from maestro_jax.data.suite.build import build_suite
-from maestro_jax.data.verl import VerlParquetSource
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.update import UpdateConfig
@@ -115,23 +115,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:
     """Training and held-out tasks; the suite is built on first use."""
     data = config.data
-    mixed = open_mixture(data.mixture) if data.mixture else None
-    if data.kind == "verl":
-        root = data.image_root or None
-        train = VerlParquetSource(data.train_files, root) if mixed is None else mixed
-        return train, VerlParquetSource(data.test_files, root)
+    train: TaskSource | None = open_mixture(data.mixture) if data.mixture else None
+    if data.kind in KINDS:
+        root = data.image_root
+        if train is None:
+            train = open_source(data.kind, data.train_files, split=data.train_split, image_root=root)
+        return train, open_source(data.kind, data.test_files, split=data.test_split, image_root=root)
     directory = data.suite_directory or workdir / "suite"
     suite = build_suite(directory, data.train_per_domain, data.test_per_domain, config.seed, progress)
-    return TfdsSource(suite, "train") if mixed is None else mixed, TfdsSource(suite, "test")
+    return TfdsSource(suite, "train") if train is None else train, TfdsSource(suite, "test")
 
 
 def open_mixture(parts: Sequence[MixedConfig]) -> Mixture:
-    def opened(part: MixedConfig) -> TaskSource:
-        if part.kind == "tfds":
-            return TfdsSource(part.files[0], "train")
-        return VerlParquetSource(part.files, part.image_root or None)
-
-    return Mixture([opened(part) for part in parts], [part.weight for part in parts])
+    opened = [open_source(part.kind, part.files, split=part.split, image_root=part.image_root) for part in parts]
+    return Mixture(opened, [part.weight for part in parts])
 
 
 def open_params(config: Config, architecture: PolicyArchitecture, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:

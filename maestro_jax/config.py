@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from maestro_jax.data.opening import KINDS
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.advantages import NORMALISERS
 from maestro_jax.grpo.losses import AGGREGATIONS, KL_ESTIMATORS, SURROGATES
@@ -31,14 +32,14 @@ class MixedConfig:
     """One source of a mixture.
 
     Attributes:
-      kind: "verl" reads parquet files, "tfds" the split `train` of a data set in a directory.
-      files: parquet files, or the one directory.
-      image_root: as in `DataConfig`.
+      kind, files, split, image_root: as `kind`, `train_files`, `train_split` and `image_root` of `DataConfig`, without
+        the suite.
       weight: its share, relative to the others' weights.
     """
 
     kind: str
     files: tuple[str, ...]
+    split: str
     image_root: str
     weight: float
 
@@ -48,10 +49,12 @@ class DataConfig:
     """Where tasks come from.
 
     Attributes:
-      kind: "suite" builds the offline suite; "verl" reads parquet files in the verl schema.
+      kind: "suite" builds the offline suite; "tfds" reads data sets that `maestro_jax.data.prepare` (or anyone) made,
+        "verl" parquet files in the verl schema, "jsonl" one JSON object a line (docs/data.md).
       suite_directory: where suites are kept; empty means inside the work directory.
       train_per_domain, test_per_domain: size of the suite.
-      train_files, test_files: parquet files of kind "verl".
+      train_files, test_files: the files of kinds "verl" and "jsonl", the data sets' directories of kind "tfds".
+      train_split, test_split: the splits of kind "tfds", such as "train", "test" or "train[:100]".
       image_root: folder that image paths in the files are resolved under; empty allows inline images only.
       mixture: what training draws from, in shares; empty takes the training tasks of `kind`. Held out are those of
         `kind` in any case.
@@ -64,6 +67,8 @@ class DataConfig:
     test_per_domain: int
     train_files: tuple[str, ...]
     test_files: tuple[str, ...]
+    train_split: str
+    test_split: str
     image_root: str
     mixture: tuple[MixedConfig, ...]
     damage_limit: int
@@ -325,20 +330,21 @@ def _check(config: Config) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    if data.kind not in ("suite", "verl"):
-        raise ConfigError(f'config.data.kind {data.kind!r} is unknown; use "suite" or "verl"')
-    if data.kind == "verl" and not ((data.train_files or data.mixture) and data.test_files):
-        cure = "name parquet files, or a mixture in place of the first"
-        raise ConfigError(f'config.data.kind "verl" needs config.data.train_files and config.data.test_files; {cure}')
+    if data.kind not in ("suite", *KINDS):
+        raise ConfigError(f"config.data.kind {data.kind!r} is unknown; use one of suite, {', '.join(KINDS)}")
+    if data.kind != "suite" and not ((data.train_files or data.mixture) and data.test_files):
+        cure = "name files, or a mixture in place of the first"
+        raise ConfigError(
+            f'config.data.kind "{data.kind}" needs config.data.train_files and config.data.test_files; {cure}'
+        )
     if data.mixture and data.train_files:
         raise ConfigError("config.data.train_files is not read beside config.data.mixture; leave one of them empty")
     for number, part in enumerate(data.mixture):
         where = f"config.data.mixture[{number}]"
-        if part.kind not in ("verl", "tfds"):
-            raise ConfigError(f'{where}.kind {part.kind!r} is unknown; use "verl" or "tfds"')
-        if not part.files or (part.kind == "tfds" and len(part.files) > 1):
-            cure = "the directory of one data set" if part.kind == "tfds" else "parquet files"
-            raise ConfigError(f"{where}.files has {len(part.files)} entries; name {cure}")
+        if part.kind not in KINDS:
+            raise ConfigError(f"{where}.kind {part.kind!r} is unknown; use one of {', '.join(KINDS)}")
+        if not part.files:
+            raise ConfigError(f"{where}.files is empty; name the files or directories of its tasks")
         if not 0 < part.weight < float("inf"):
             raise ConfigError(f"{where}.weight={part.weight} draws nothing from it; use a number above 0")
 

@@ -68,7 +68,7 @@ def test_exif_rotation_is_applied() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
-@pytest.mark.parametrize("size", [(5000, 5000), (11000, 11000), (60000, 60000)])
+@pytest.mark.parametrize("size", [(9000, 9000), (11000, 11000), (60000, 60000)])
 def test_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
     with pytest.raises(DataError, match="^row 1: .*scale the image down"):
         decode_image(png_header(*size), "row 1")

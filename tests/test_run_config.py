@@ -173,18 +173,22 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
 
 # ---- settings that contradict each other -------------------------------------------------------------------
 
-PART = {"kind": "verl", "files": ("a.parquet", "b.parquet"), "image_root": "", "weight": 1}
+PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", "weight": 1}
 
 
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("data.kind", "parquet", 'use "suite" or "verl"'),
+        ("data.kind", "parquet", "use one of suite, tfds, verl, jsonl"),
         ("data.kind", "verl", "needs config.data.train_files and config.data.test_files"),
-        ("data.mixture", ({**PART, "kind": "suite"},), 'mixture[0].kind \'suite\' is unknown; use "verl" or "tfds"'),
+        ("data.kind", "jsonl", '"jsonl" needs config.data.train_files and config.data.test_files'),
+        (
+            "data.mixture",
+            ({**PART, "kind": "suite"},),
+            "mixture[0].kind 'suite' is unknown; use one of tfds",
+        ),
         ("data.mixture", (PART, {**PART, "weight": 0}), "mixture[1].weight=0.0 draws nothing"),
-        ("data.mixture", ({**PART, "files": ()},), "mixture[0].files has 0 entries; name parquet files"),
-        ("data.mixture", ({**PART, "kind": "tfds"},), "files has 2 entries; name the directory of one data set"),
+        ("data.mixture", ({**PART, "files": ()},), "mixture[0].files is empty; name the files"),
         ("rollout.member_buckets", (64, 96), "must end with config.rollout.room="),
         ("grpo.logprob_chunk", 0, "use 1 or more entries of the vocabulary"),
         ("policy.attention", "flash", "use one of auto, xla, blocks, splash"),

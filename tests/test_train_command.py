@@ -25,13 +25,16 @@ from configs import quickstart
 from maestro_jax.assemble import check_same_run, flatten, open_data
 from maestro_jax.checkpoint.store import ParamReader
 from maestro_jax.config import parse_config
+from maestro_jax.data.benchmarks.catalogue import BENCHMARKS
 from maestro_jax.data.mixture import Mixture
+from maestro_jax.data.prepare import prepare
 from maestro_jax.errors import EXIT_CONFIG, ConfigError
 from maestro_jax.observe.files import write_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.train import note_shape
 from tests.data import verl_rows
+from tests.data.benchmarks import layouts
 
 ROOT = Path(__file__).parents[1]
 # The published rows are handed out in a shared folder inside the checkout or beside it.
@@ -521,7 +524,7 @@ def test_a_mixture_is_opened_in_its_shares(tmp_path: Path) -> None:
     raw = quickstart.get_config()
     raw.data.kind, raw.data.test_files = "verl", (str(files[0]),)
     raw.data.mixture = tuple(
-        {"kind": "verl", "files": (str(file),), "image_root": "", "weight": weight}
+        {"kind": "verl", "files": (str(file),), "split": "", "image_root": "", "weight": weight}
         for file, weight in zip(files, (0.75, 0.25), strict=True)
     )
     train, test = open_data(parse_config(raw), tmp_path, Progress(io.StringIO()))
@@ -561,6 +564,18 @@ def test_the_published_rows_become_tasks() -> None:
         task = source[0]
         assert (len(source), task.source, task.answers, len(task.images)) == (1, "chartqa", (answer,), 1)
         assert task.question.endswith("?") and "<image>" not in task.question
+
+
+@pytest.mark.slow  # its picture and question have shapes of their own, for which programs are compiled
+@pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")
+def test_the_published_rows_train(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    assert EXAMPLES is not None
+    files = verl(EXAMPLES / "train_data_example.parquet", EXAMPLES / "val_data_example.parquet")
+    tokenizer = {"policy.tokenizer": interrupted.workdir / "tokenizer"}
+    result = job.run(tmp_path / "run", **files | tokenizer | {"warm_start.steps": 0, "grpo.steps": 1})
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["held_out_tasks"] == 1
 
 
 # ---- rollouts that outlive their step ----------------------------------------------------------------------
@@ -646,3 +661,32 @@ def test_an_evaluation_refuses_what_it_cannot_do(job: Job, interrupted: Interrup
     assert_refused(job.finish([*command, "--tasks=1"]), "--tasks=0", "this one has 1", "another directory")
     nothing = [*command[:3], "--config=configs/quickstart.py", f"--output={evaluated}"]
     assert_refused(job.finish(nothing), "no policy to evaluate", "--checkpoint", "config.policy.init_from")
+
+
+# ---- published benchmarks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # longer prompts, for which programs are compiled
+def test_all_published_benchmarks_are_evaluated(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    """Prepared from small files in their published layouts, in one evaluation with in-process experts."""
+    layouts_of = {name: write for name, write in layouts.LAYOUTS.values()}
+    for name, write in layouts_of.items():
+        write(tmp_path / "files" / name)
+        prepare(name, tmp_path / "files" / name, tmp_path / "data", Progress(io.StringIO()))
+    files = tuple(str(tmp_path / "data" / name) for name in BENCHMARKS)
+    settings = TINY | {
+        "data.kind": "tfds",
+        "data.train_files": f"('{tmp_path}/data/chartqa',)",
+        "data.test_files": repr(files),
+        "policy.images_per_task": 2,
+        "policy.prefix_buckets": "(640,)",
+        "evaluate.batch": 7,
+    }
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    own = [f"--checkpoint={interrupted.workdir}", f"--output={tmp_path}/evaluation", "--tasks=1"]
+    command = [sys.executable, "-m", "maestro_jax.evaluate", "--config=configs/quickstart.py", *own, *flags]
+    result = job.finish(command)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
+    assert set(summary["benchmarks"]) == {benchmark.source for benchmark in BENCHMARKS.values()}
+    assert summary["tasks"] == len(BENCHMARKS) == 14

@@ -1,1 +1,1 @@
-"""Tasks in: images, sources (TFDS, verl parquet), the Grain pipeline and the offline suite. No jax in this room."""
+"""Tasks in: sources (TFDS, verl parquet, JSONL), benchmarks, the Grain pipeline and the offline suite. No jax here."""

@@ -7,14 +7,11 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-import numpy as np
-
-from maestro_jax.data.source import TaskSource
+from maestro_jax.data.source import ChainedSource, TaskSource
 from maestro_jax.errors import ConfigError
-from maestro_jax.types import Task
 
 
-class Mixture:
+class Mixture(ChainedSource):
     """Sources with the shares in which a stream draws from them; by number, all their tasks one after the other.
 
     Args:
@@ -28,26 +25,8 @@ class Mixture:
     def __init__(self, sources: Sequence[TaskSource], weights: Sequence[float]):
         if not sources or len(sources) != len(weights):
             raise ConfigError(f"a mixture needs a weight a source, found {len(sources)} and {len(weights)}")
-        self.sources = tuple(sources)
+        super().__init__(sources)
         self.weights = whole_weights(weights)
-        self._starts = np.cumsum([0, *[len(source) for source in sources]])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> Task:
-        return self.sources[self._number(index)][self._row(index)]
-
-    def where(self, index: int) -> str:
-        return self.sources[self._number(index)].where(self._row(index))
-
-    def _number(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise IndexError(f"task {index} of {len(self)}")
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
-
-    def _row(self, index: int) -> int:
-        return index - int(self._starts[self._number(index)])
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:

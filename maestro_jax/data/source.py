@@ -1,12 +1,14 @@
 """Sources of tasks: random access by number, as Grain needs. A stored data set in, `Task` objects out."""
 
+import collections
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from maestro_jax.errors import DataError
+from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.types import Task
 
 FIELDS = ("id", "question", "images", "answers", "source")  # "choices" and "kind" may be there
@@ -24,6 +26,31 @@ class TaskSource(Protocol):
     def where(self, index: int) -> str:
         """File and row of a task, as its errors name them."""
         ...
+
+
+class ChainedSource:
+    """Several sources behind each other."""
+
+    def __init__(self, sources: Sequence[TaskSource]):
+        self.sources = tuple(sources)
+        self._starts = np.cumsum([0, *(len(source) for source in sources)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Task:
+        source, row = self._find(index)
+        return source[row]
+
+    def where(self, index: int) -> str:
+        source, row = self._find(index)
+        return source.where(row)
+
+    def _find(self, index: int) -> tuple[TaskSource, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"task {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.sources[number], index - int(self._starts[number])
 
 
 class TfdsSource:
@@ -72,7 +99,8 @@ def _open_records(directory: Path, split: str) -> Any:
     if not (directory / "dataset_info.json").is_file():
         raise DataError(
             f"no TFDS data set in {directory} (dataset_info.json is missing); "
-            "build one with `python -m maestro_jax.data.suite.build --directory DIR` and name the folder it prints"
+            "build one with `python -m maestro_jax.data.suite.build` or `python -m maestro_jax.data.prepare` and name "
+            "the folder it prints"
         )
     import tensorflow_datasets as tfds
 
@@ -102,3 +130,14 @@ def _open_records(directory: Path, split: str) -> Any:
             f"cannot open split {split!r} of {directory}, which has {', '.join(builder.info.splits)}; "
             "name one of these, or delete the directory and build it again if a file is missing"
         ) from error
+
+
+def stable_names(paths: Sequence[Path]) -> list[str]:
+    """A unique name a file, for ids of its tasks, that does not depend on where a data set lies on this machine."""
+    absolute = [path.absolute() for path in paths]
+    common = Path(os.path.commonpath([path.parent for path in absolute]))
+    names = [path.relative_to(common).with_suffix("").as_posix() for path in absolute]
+    repeated = [name for name, times in collections.Counter(names).items() if times > 1]
+    if repeated:
+        raise ConfigError(f"the file {repeated[0]} is named twice; name each file once")
+    return names

@@ -2,7 +2,7 @@
 
 A row holds `data_source`, `prompt` [{role, content}], `ability`, `extra_info` {answer, index,
 question, split}, `images` [{bytes, path}] and `reward_model` {style, ground_truth}. Question,
-images and answers are taken from it; its system prompt is not (the registry prompt is ours).
+images, answers and choices are taken from it; its system prompt is not (the registry prompt is ours).
 Rows are untrusted: images come inline or from under one declared folder, never from a URL.
 """
 
@@ -16,6 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from maestro_jax.data.choices import letter_of, split_options, with_options
+from maestro_jax.data.roots import ImageRoot, open_root, refuse_url
+from maestro_jax.data.rows import describe
+from maestro_jax.data.source import stable_names
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.images import check_image
 from maestro_jax.types import Task
@@ -23,7 +27,6 @@ from maestro_jax.types import Task
 PLACEHOLDER = "<image>"
 COLUMNS = ("data_source", "prompt", "extra_info", "images", "reward_model")
 REQUIRED = ("data_source", "images", "reward_model")
-MAX_IMAGE_BYTES = 64 << 20
 # Row groups are decompressed whole; a shuffle jumps between them, so as many as fit here stay in memory.
 CACHE_BYTES = 1 << 30
 
@@ -51,8 +54,8 @@ class VerlParquetSource:
         if not listed:
             raise ConfigError("no parquet file is named; give at least one path")
         self._paths = [Path(path) for path in listed]
-        self._image_root = _resolve_root(image_root)
-        self._names = _stable_names(self._paths)
+        self._image_root = None if image_root is None else open_root(image_root)
+        self._names = stable_names(self._paths)
         self._files = [_open(path) for path in self._paths]
         # One entry a row group: (file, group in the file, first row in the file).
         self._groups = [
@@ -142,38 +145,40 @@ def _group_starts(opened: Any) -> list[tuple[int, int]]:
     return starts
 
 
-def _stable_names(paths: list[Path]) -> list[str]:
-    """A unique name a file that does not depend on where the data set lies on this machine."""
-    absolute = [path.absolute() for path in paths]
-    common = Path(os.path.commonpath([path.parent for path in absolute]))
-    names = [path.relative_to(common).with_suffix("").as_posix() for path in absolute]
-    repeated = [name for name, times in collections.Counter(names).items() if times > 1]
-    if repeated:
-        raise ConfigError(f"parquet file {repeated[0]} is named twice; name each file once")
-    return names
-
-
-def _resolve_root(image_root: str | os.PathLike[str] | None) -> Path | None:
-    if image_root is None:
-        return None
-    root = Path(image_root).resolve()
-    if not root.is_dir():
-        raise ConfigError(f"image_root {image_root} is not a folder; name the folder that image paths start from")
-    return root
-
-
-def _task(row: dict[str, Any], name: str, where: str, image_root: Path | None) -> Task:
+def _task(row: dict[str, Any], name: str, where: str, image_root: ImageRoot | None) -> Task:
     source = row.get("data_source")
     if not isinstance(source, str) or not source:
-        raise DataError(f"{where}, field data_source: expected a text, found {_kind(source)}; re-export the row")
+        raise DataError(f"{where}, field data_source: expected a text, found {describe(source)}; re-export the row")
     images = _images(row.get("images"), where, image_root)
-    return Task(
-        id=name,
-        question=_question(row, where, len(images)),
-        images=images,
-        answers=_answers(row.get("reward_model"), where),
-        source=source,
-    )
+    answers = _answers(row.get("reward_model"), where)
+    question, choices = _choices(row, _question(row, where, len(images)), answers, where)
+    return Task(id=name, question=question, images=images, answers=answers, source=source, choices=choices)
+
+
+def _choices(row: dict[str, Any], question: str, answers: tuple[str, ...], where: str) -> tuple[str, tuple[str, ...]]:
+    """The question as it is shown, with its options if it is multiple choice.
+
+    Options are the list `extra_info.choices` (or `options`), else those that the question itself shows ("A. text"),
+    if the answers point to one of them. The paper's repository writes the latter, with the answers [letter, text of the
+    option] (jinyangwu/Maestro, verl_tool/workers/reward_manager/reward_score/msearthmcq.py).
+    """
+    info = row.get("extra_info")
+    listed = (info.get("choices") or info.get("options")) if isinstance(info, dict) else None
+    _, shown = split_options(question)
+    if listed is None:
+        letters = {letter_of(answer, shown) for answer in answers}
+        return question, shown if len(letters) == 1 and None not in letters else ()
+    if not isinstance(listed, list) or not all(isinstance(choice, str) and choice.strip() for choice in listed):
+        raise DataError(
+            f"{where}, field extra_info.choices: expected a list of texts, found {describe(listed)}; re-export the row"
+        )
+    choices = tuple(choice.strip() for choice in listed)
+    if not any(letter_of(answer, choices) for answer in answers):
+        raise DataError(
+            f"{where}, field reward_model.ground_truth: neither the letter nor the text of one of its "
+            f"{len(choices)} choices; correct it or remove the row"
+        )
+    return (question if shown else with_options(question, choices)), choices
 
 
 def _question(row: dict[str, Any], where: str, images: int) -> str:
@@ -209,7 +214,7 @@ def _answers(reward_model: Any, where: str) -> tuple[str, ...]:
     answers = tuple(str(answer).strip() for answer in listed if isinstance(answer, (str, int, float)))
     if not answers or len(answers) != len(listed) or not all(answers):
         raise DataError(
-            f"{where}, field reward_model.ground_truth: expected a text or a list of texts, found {_kind(truth)}; "
+            f"{where}, field reward_model.ground_truth: expected a text or a list of texts, found {describe(truth)}; "
             "fill it or remove the row"
         )
     return answers
@@ -227,11 +232,13 @@ def _json_texts(truth: Any) -> list[Any]:
     return [truth]
 
 
-def _images(entries: Any, where: str, image_root: Path | None) -> tuple[bytes, ...]:
+def _images(entries: Any, where: str, image_root: ImageRoot | None) -> tuple[bytes, ...]:
     if entries is None:
         return ()
     if not isinstance(entries, list):
-        raise DataError(f"{where}, field images: expected a list of {{bytes, path}}, found {_kind(entries)}; re-export")
+        raise DataError(
+            f"{where}, field images: expected a list of {{bytes, path}}, found {describe(entries)}; re-export"
+        )
     images = []
     for number, entry in enumerate(entries):
         field = f"{where}, field images[{number}]"
@@ -241,38 +248,13 @@ def _images(entries: Any, where: str, image_root: Path | None) -> tuple[bytes, .
     return tuple(images)
 
 
-def _image_bytes(entry: Any, field: str, image_root: Path | None) -> bytes:
+def _image_bytes(entry: Any, field: str, image_root: ImageRoot | None) -> bytes:
     if isinstance(entry, dict) and isinstance(entry.get("bytes"), bytes):
         return entry["bytes"]
     path = entry.get("path") if isinstance(entry, dict) else None
     if not isinstance(path, str) or not path:
         raise DataError(f"{field}: neither bytes nor a path; re-export the row with its image")
-    if "://" in path:
-        raise DataError(f"{field}: path is a URL, which is never fetched; download the image and re-export the row")
+    refuse_url(path, field)
     if image_root is None:
         raise DataError(f"{field}: has a path and no bytes; set image_root to the folder that paths start from")
-    return _read_under(image_root, path, field)
-
-
-def _read_under(root: Path, path: str, field: str) -> bytes:
-    """Reads a file that really lies under `root`, whatever `..` or symbolic links say."""
-    try:
-        resolved = (root / path).resolve()
-        if not resolved.is_relative_to(root):
-            raise DataError(f"{field}: path {path!r} leads outside image_root; correct the path")
-        if not resolved.is_file():
-            raise DataError(f"{field}: no file {path!r} under image_root; correct the path or image_root")
-        if resolved.stat().st_size > MAX_IMAGE_BYTES:
-            raise DataError(f"{field}: file {path!r} has more than {MAX_IMAGE_BYTES >> 20} MiB; scale the image down")
-        return resolved.read_bytes()
-    except (OSError, ValueError, RuntimeError) as error:  # unreadable, a NUL in the name, a loop of links
-        raise DataError(f"{field}: cannot read {path!r} under image_root; correct the path or its rights") from error
-
-
-def _kind(value: Any) -> str:
-    """What a wrong value is, without its content (it may be long or binary)."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, (list, dict, str, bytes)) and not value:
-        return f"an empty {type(value).__name__}"
-    return f"a {type(value).__name__}"
+    return image_root.read(path, field)

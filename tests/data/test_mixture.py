@@ -1,13 +1,20 @@
 """Which source stands where in a mixture, and mixtures as sources."""
 
+import base64
 import collections
+import itertools
+import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maestro_jax.data.jsonl import JsonlSource
 from maestro_jax.data.mixture import Mixture, source_at, whole_weights
-from maestro_jax.errors import ConfigError
+from maestro_jax.data.pipeline import Batches
+from maestro_jax.data.source import ChainedSource
+from maestro_jax.errors import ConfigError, DataError
 from tests.data.listed import numbered
 
 
@@ -57,3 +64,14 @@ def test_a_mixture_is_its_sources_one_after_the_other() -> None:
 def test_a_source_without_weight_is_refused() -> None:
     with pytest.raises(ConfigError, match="a weight a source, found 2 and 1"):
         Mixture([numbered(1), numbered(1)], [1])
+
+
+def test_a_damaged_image_of_a_json_line_is_named_by_file_and_line(png: bytes, tmp_path: Path) -> None:
+    """Sources within sources say where a row is, and lines that are blank count."""
+    picture = base64.b64encode(png[:60]).decode()
+    broken = {"question": "What?", "images": [{"bytes": picture}], "answers": ["1"], "source": "toy"}
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("\n\n" + json.dumps(broken) + "\n")
+    mixture = Mixture([numbered(1), ChainedSource([JsonlSource(path)])], [1, 1])
+    with pytest.raises(DataError, match=r"^\S*tasks.jsonl line 3: task .* image is damaged"):
+        list(itertools.islice(Batches(mixture, 2, seed=0), 1))

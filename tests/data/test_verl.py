@@ -228,3 +228,56 @@ def test_json_text_of_mixed_items_stays_one_answer(write: Write, png: bytes) -> 
     truth = json.dumps(["a", 1])
     rows = [row(0, png, reward_model={"style": "rule", "ground_truth": truth})]
     assert VerlParquetSource(write(rows, schema=with_truth(pa.string())))[0].answers == (truth,)
+
+
+# ---- multiple choice ---------------------------------------------------------------------------------------
+
+OPTIONS = "A. rubber\nB. cotton wool\nC. glass"
+
+
+def multiple_choice(png: bytes, truth: list[str], question: str) -> dict:
+    info = {"question": question, "index": 0, "split": "train", "answer": truth}
+    return row(0, png, extra_info=info, reward_model={"style": "rule", "ground_truth": truth})
+
+
+def with_choices(choices: list[str], truth: list[str], png: bytes) -> tuple[list[dict], pa.Schema]:
+    """Rows whose `extra_info` has a list of choices, and their schema."""
+    rows = [multiple_choice(png, truth, "What is it?")]
+    rows[0]["extra_info"]["choices"] = choices
+    info = SCHEMA.field("extra_info").type
+    changed = pa.field("extra_info", pa.struct([*info, pa.field("choices", pa.list_(pa.string()))]))
+    return rows, SCHEMA.set(SCHEMA.get_field_index("extra_info"), changed)
+
+
+@pytest.mark.parametrize("truth", [["B", "cotton wool"], ["B"], ["B. cotton wool"]])
+def test_choices_are_those_that_the_question_shows(write: Write, png: bytes, truth: list[str]) -> None:
+    """["B", "cotton wool"] is how the paper's repository writes MSEarthMCQ and MicroVQA."""
+    question = f"<image>What is it?\n{OPTIONS}"
+    task = VerlParquetSource(write([multiple_choice(png, truth, question)]))[0]
+    assert task.choices == ("rubber", "cotton wool", "glass")
+    assert (task.question, task.answers) == (f"What is it?\n{OPTIONS}", tuple(truth))
+
+
+@pytest.mark.parametrize("truth", [["7"], ["D"], ["B", "silk"], ["A", "B"]])
+def test_options_that_no_answer_points_to_are_part_of_an_open_question(
+    write: Write, png: bytes, truth: list[str]
+) -> None:
+    task = VerlParquetSource(write([multiple_choice(png, truth, f"Which?\n{OPTIONS}")]))[0]
+    assert (task.choices, task.answers) == ((), tuple(truth))
+
+
+def test_listed_choices_are_shown(write: Write, png: bytes) -> None:
+    rows, schema = with_choices(["rubber", "silk"], ["silk"], png)
+    task = VerlParquetSource(write(rows, schema=schema))[0]
+    assert (task.choices, task.question) == (("rubber", "silk"), "What is it?\nA. rubber\nB. silk")
+
+
+def test_an_answer_outside_the_listed_choices_is_named(write: Write, png: bytes) -> None:
+    rows, schema = with_choices(["rubber", "silk"], ["C"], png)
+    with pytest.raises(DataError, match="row 0, field reward_model.ground_truth: neither the letter nor the text"):
+        VerlParquetSource(write(rows, schema=schema))[0]
+
+
+def test_a_url_is_refused_before_a_root_is_asked_for(write: Write, png: bytes) -> None:
+    with pytest.raises(DataError, match="URL, which is never fetched"):
+        VerlParquetSource(write([row(0, png, images=[{"bytes": None, "path": "http://example.com/a.png"}])]))[0]

@@ -13,15 +13,13 @@ import importlib.metadata
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 
 from maestro_jax import command
-from maestro_jax.data.store import write_tasks
+from maestro_jax.data.store import beside, write_tasks
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.images import check_image
 from maestro_jax.observe.progress import Progress
@@ -63,14 +61,10 @@ def build_suite(
     target = Path(directory) / f"suite-{digest}"
     if (target / _FINGERPRINT).is_file():
         return target
-    building = _place_beside(target)
-    try:
+    with beside(target) as building:
         write_tasks(building, "maestro_suite", _DESCRIPTION, _all_tasks(counts, seed, progress))
         (building / _FINGERPRINT).write_text(json.dumps(fingerprint, indent=1, sort_keys=True) + "\n")
-        building.chmod(0o755)  # mkdtemp makes it private
         _move(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return target
 
 
@@ -142,14 +136,6 @@ def _checked(tasks: Iterable[Task], domain: str, split: str, count: int, seen: s
         raise DataError(
             f"suite domain {domain} has only {number + 1} {split} tasks, {count} are asked for; ask for fewer"
         )
-
-
-def _place_beside(target: Path) -> Path:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ConfigError(f"cannot write {target.parent}: {error.strerror}; name another directory") from error
 
 
 def _move(building: Path, target: Path) -> None:
