@@ -51,6 +51,7 @@ setup(
         # torch is the reference in tests, never a dependency of the package.
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.8",  # two files at a time: many tests wait for a server, a deadline, a process
             "hypothesis>=6",
             "ruff>=0.9",
             "mypy>=1.14",
