@@ -4,11 +4,13 @@ They match exactly (case-insensitive; "-", "_" and " " are equal), never by subs
 """
 
 import difflib
+import functools
 from collections.abc import Iterable
 
 _SEPARATORS = str.maketrans({"-": "_", " ": "_"})
 
 
+@functools.lru_cache(maxsize=1024)  # every call compares some, mostly the registry's own
 def normalise_name(name: str) -> str:
     """The form in which two names are compared."""
     return name.strip().casefold().translate(_SEPARATORS)
