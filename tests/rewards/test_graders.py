@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.rewards import equations, programs
+from maestro_jax.rewards import equations, graders, programs
 from maestro_jax.rewards.graders import GRADERS, MAX_ANSWER_CHARS, check_sources, grade, grade_all, grader_for
 from maestro_jax.rewards.reading import parse_number
 from maestro_jax.types import Task
@@ -172,6 +172,7 @@ def test_a_missing_package_is_named_before_a_run(monkeypatch: pytest.MonkeyPatch
         raise ConfigError('sandbox "bubblewrap" needs bwrap')
 
     monkeypatch.setattr(programs, "make_sandbox", missing)
+    monkeypatch.setattr(graders, "_programs", programs.Programs("auto"))  # another test may have opened the other
     monkeypatch.setattr(equations.importlib.util, "find_spec", lambda name: None)
     check_sources(["SLAKE"])
     with pytest.raises(ConfigError, match=r"install math-verify"):
