@@ -1,6 +1,6 @@
 """The data pipeline against the steps that it feeds: seconds of a batch, what is left to the step, memory.
 
-    python -m benchmarks.data --workdir runs/quickstart [--json FILE] [--pairs 7] [--smoke]
+    python -m benchmarks.data --run runs/quickstart [--json FILE] [--pairs 7] [--smoke]
 
 In: the work directory of a quickstart run, which has its tasks, its tokenizer and its seconds (metrics.jsonl). Measured
 are its own tasks, and four kinds of larger images under the limits of the 4B. Each load has a process of its own, where
@@ -43,7 +43,7 @@ from maestro_jax.policy.tokens import load_tokens
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.types import Task
 
-WORKDIR = flags.DEFINE_string("workdir", "", "Work directory of a quickstart run: its tasks, tokenizer and seconds.")
+RUN = flags.DEFINE_string("run", "", "Work directory of a quickstart run: its tasks, tokenizer and seconds.")
 
 GROUPS = 16  # of a quickstart step
 WINDOW = 3  # batches that are timed together
@@ -80,7 +80,7 @@ LOADS = (
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    workdir = Path(WORKDIR.value)
+    workdir = Path(RUN.value)
     step = step_seconds(workdir)
     smoke = pairs.SMOKE.value
     results: dict[str, Result | Figure] = {}
@@ -105,7 +105,7 @@ def step_seconds(workdir: Path) -> float:
     rows = read_metrics(path) if path.is_file() else []
     seconds = [row["seconds"] for row in rows if row["step"] > 1]
     if not seconds:
-        raise ConfigError(f"{path} has no steps; run maestro_jax.train with configs/quickstart.py and --workdir first")
+        raise ConfigError(f"{path} has no steps; run maestro_jax.train with configs/quickstart.py first")
     return statistics.median(seconds)
 
 
@@ -216,4 +216,4 @@ def resident(key: str) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main, required=("workdir",))
+    command.run(main, required=("run",))

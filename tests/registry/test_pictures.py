@@ -99,7 +99,7 @@ def test_upright_pictures_stay_as_they_are() -> None:
 def test_a_picture_too_large_to_decode_is_not_turned(monkeypatch: pytest.MonkeyPatch) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = encoded(Image.new("L", (5000, 4000)), "JPEG", exif=exif)
+    image = encoded(Image.new("L", (9000, 8000)), "JPEG", exif=exif)
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     assert upright(image) is image
 

@@ -73,7 +73,9 @@ class Job:
         command = [sys.executable, "-m", "maestro_jax.experts", action, f"--config={self.config}"]
         pipe = subprocess.PIPE
         flags = [f"--logs={self.directory / 'logs'}"]
-        self.process = subprocess.Popen([*command, *flags], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+        self.process = subprocess.Popen(
+            [*command, *flags], cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_signals
+        )
         assert self.process.stdout is not None
         return self.process.stdout
 
@@ -84,6 +86,12 @@ class Job:
             self.process.send_signal(number)
         out, err = self.process.communicate(timeout=SECONDS)
         return self.process.returncode, out, err
+
+
+def heed_signals() -> None:
+    """As in a terminal: what is started by nohup, or behind it, ignores some, and `up` leaves it so."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
