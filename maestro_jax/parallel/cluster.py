@@ -40,7 +40,7 @@ START_SECONDS = 300  # for all processes to come: hosts are made and images pull
 _POLL_MS = 1000
 _PORT = 61440  # and the 4096 above it, by Slurm's number of the job
 
-_LOSS = re.compile(r"Gloo \S+ failed|NCCL|UNAVAILABLE|CoordinationService")
+_LOSS = re.compile(r"Gloo \S+ failed|NCCL|UNAVAILABLE")
 _exchanges = itertools.count()
 
 
@@ -96,6 +96,10 @@ def start(environ: Mapping[str, str] = os.environ, seconds: int = START_SECONDS)
             raise
         address = distributed.global_state.coordinator_address
         raise ConfigError(f"process 0 cannot listen at {address}; give another port to MAESTRO_COORDINATOR") from error
+
+
+class LostError(Exception):
+    """Another process of the run is gone."""
 
 
 def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
@@ -244,7 +248,7 @@ def _wait_for(key: str) -> str:
             return _store().blocking_key_value_get(key, _POLL_MS)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise
+                raise LostError("process 0, which passes messages on, is gone") from error
 
 
 def _store() -> Any:
@@ -283,7 +287,9 @@ def several() -> bool:
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether this is how a device program says that another process is gone."""
+    """Whether this is how messages or device programs say that another process is gone."""
+    if isinstance(error, LostError):
+        return True
     return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and bool(_LOSS.search(str(error)))
 
 
