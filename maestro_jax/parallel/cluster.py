@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -234,6 +234,11 @@ def gather(value: T) -> list[T]:
     return together
 
 
+def most(values: Sequence[int]) -> list[int]:
+    """The largest of everybody's numbers, place by place."""
+    return [max(place) for place in zip(*gather(list(values)), strict=True)]
+
+
 def from_main(compute: Callable[[], T]) -> T:
     """What process 0 computes (plain JSON); the others wait for it, and so for all that it did before."""
     if jax.process_count() == 1:
@@ -290,7 +295,7 @@ def is_loss(error: Exception) -> bool:
     """Whether this is how messages or device programs say that another process is gone."""
     if isinstance(error, LostError):
         return True
-    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and bool(_LOSS.search(str(error)))
+    return isinstance(error, RuntimeError | ValueError) and bool(_LOSS.search(str(error)))
 
 
 def leave(code: int) -> NoReturn:
