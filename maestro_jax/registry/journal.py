@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 from maestro_jax.errors import ConfigError, UserError
 from maestro_jax.registry.cache import content_key, image_digest, open_for_append, request_key
 from maestro_jax.registry.interface import Expert, Reply, Request, Service, ServiceResult
+from maestro_jax.registry.strict_json import encode
 from maestro_jax.types import Call, Observation, Status, Usage
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class Journal:
             os.close(self._file)
 
     def _write(self, line: dict[str, Any]) -> None:
-        data = json.dumps(line).encode("ascii") + b"\n"
+        data = encode(line) + b"\n"
         with self._lock:
             self._check()
             try:
