@@ -25,7 +25,6 @@ fail() {
 SETTINGS=()
 declare -A VARIABLE=() KIND=() DEFAULT=() ABOUT=()
 REST=()  # what follows --
-# shellcheck disable=SC2034 # scripts use it
 PLACE=() # --zone and --project, as gcloud takes them
 
 required() { setting "$1" required "" "$2"; }
@@ -57,6 +56,7 @@ settings_from() {
     [[ ${KIND[$name]} != required || -n ${!variable} ]] || missing+=" --$name=... or MAESTRO_$variable (${ABOUT[$name]});"
   done
   [[ -z $missing ]] || fail "$CONFIGURATION" "give$missing $0 --help lists all settings"
+  # shellcheck disable=SC2034 # for the scripts
   PLACE=(${ZONE:+"--zone=$ZONE"} ${PROJECT:+"--project=$PROJECT"})
 }
 
