@@ -234,6 +234,12 @@ def gather(value: T) -> list[T]:
     return together
 
 
+def own_path(path: Path) -> Path:
+    """Where this process keeps what each has one of: "journal.jsonl" of process 0, "journal.1.jsonl" and so on."""
+    number = jax.process_index()
+    return path.with_suffix(f".{number}{path.suffix}") if number else path
+
+
 def most(values: Sequence[int]) -> list[int]:
     """The largest of everybody's numbers, place by place."""
     return [max(place) for place in zip(*gather(list(values)), strict=True)]
@@ -258,6 +264,18 @@ def _wait_for(key: str) -> str:
 
 def _store() -> Any:
     return distributed.global_state.client
+
+
+def check_same(settings: Mapping[str, str]) -> None:
+    """Raises ConfigError where this process was started with other settings than process 0."""
+    first = gather(dict(settings))[0]
+    for name in sorted(first.keys() | settings.keys()):
+        theirs, mine = (found.get(name, "(not set)") for found in (first, settings))
+        if theirs != mine:
+            raise ConfigError(
+                f"process {jax.process_index()} was started with config.{name}={mine}, process 0 with {theirs}; "
+                "start all processes with the same command"
+            )
 
 
 def check_shared(directory: Path) -> None:
