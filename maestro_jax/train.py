@@ -197,12 +197,11 @@ def main(argv: Sequence[str]) -> None:
         store = CheckpointStore(workdir / "checkpoints", config.checkpoint.keep)
         start, seconds_before = 0, 0.0
         evaluated: dict[str, Any] | None = None  # the result of evaluating the policy as it is now
-        if (latest := store.latest()) is not None:
-            state, run = store.restore(latest, state)
+        if (restored := store.restore_newest(state)) is not None:
+            state, run = restored.state, restored.run
             supply.set_state(run["supply"])
-            start, seconds_before = latest, run["seconds"]
-            evaluated = run.get("evaluated")  # older versions saved none
-            progress.note(f"resumed from the checkpoint of step {latest}")
+            start, seconds_before, evaluated = restored.step, run["seconds"], run["evaluated"]
+            progress.note(f"resumed from the checkpoint of step {start}")
         metrics = MetricsWriter(workdir / "metrics.jsonl")
         metrics.truncate_after(start if start else -1)
         if start == 0:
@@ -300,10 +299,9 @@ def warm_start(
     optimizer = make_optimizer(settings.optimizer)
     state = init_train_state(params, optimizer, config.policy.freeze, mesh, settings.optimizer.offload)
     store = CheckpointStore(workdir / "warm_start", keep=1)
-    if (latest := store.latest()) is not None:
-        state, _ = store.restore(latest, state)
+    if (restored := store.restore_newest(state)) is not None:
         store.close()
-        return state.params
+        return restored.state.params
     journal.begin("warm start")
     groups_needed = settings.steps * settings.groups
     tasks = [source[i % len(source)] for i in range(groups_needed) for _ in range(settings.group_size)]
