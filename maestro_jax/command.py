@@ -1,6 +1,7 @@
 """How every command starts and ends: flags in, one-line errors and exit codes out.
 
-Exit codes: 0 done, 78 something the user has to change (do not restart), 70 a fault of ours.
+Exit codes: 0 done, 78 something the user has to change (do not restart), 70 a fault of ours, 69 another process of the
+run never came or is gone (restart all); where JAX is the first to notice that, it ends the process with SIGABRT (134).
 """
 
 import gc
@@ -8,13 +9,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import absl
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, ConfigError, UserError
+from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_LOST, ConfigError, UserError
 
 # Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
 _PARSER = os.path.dirname(config_flags.__file__)
@@ -28,10 +29,20 @@ def run(main: Callable[[Sequence[str]], Any], required: Sequence[str]) -> None:
         app.run(main, flags_parser=lambda argv: _parse(argv, required))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(EXIT_CONFIG)
-    except Exception:
+        _leave(EXIT_CONFIG)
+    except Exception as error:
         traceback.print_exc()
-        sys.exit(EXIT_INTERNAL)
+        _leave(EXIT_INTERNAL, error)
+
+
+def _leave(code: int, error: Exception | None = None) -> NoReturn:
+    """Ends a command that failed; one of several processes does not wait for the others."""
+    if "jax" in sys.modules:  # else there are no others
+        from maestro_jax.parallel import cluster
+
+        if cluster.several():
+            cluster.leave(EXIT_LOST if error is not None and cluster.is_loss(error) else code)
+    sys.exit(code)
 
 
 def tune_collector() -> None:

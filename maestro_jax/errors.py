@@ -2,6 +2,7 @@
 
 EXIT_CONFIG = 78
 EXIT_INTERNAL = 70
+EXIT_LOST = 69  # another process of the run never came, or is gone; restart all
 
 
 class UserError(Exception):

@@ -37,7 +37,7 @@ class ShardingRules:
         return PartitionSpec(*mesh_axes)
 
 
-def param_shardings(state: nnx.State, mesh: Mesh, rules: ShardingRules) -> Any:
+def param_shardings(state: nnx.State, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
     """A `NamedSharding` for every parameter, as a tree of the state's structure.
 
     Stacked layers have one more leading dimension than their `axes`; it is replicated.
@@ -62,7 +62,7 @@ def param_shardings(state: nnx.State, mesh: Mesh, rules: ShardingRules) -> Any:
 
 
 def param_layout(
-    make: Callable[[], nnx.Module], mesh: Mesh, rules: ShardingRules
+    make: Callable[[], nnx.Module], mesh: Mesh | AbstractMesh, rules: ShardingRules
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """A module's structure, its parameters' shapes and dtypes, and their shardings; nothing is computed."""
     graph, abstract = nnx.split(nnx.eval_shape(make), nnx.Param)

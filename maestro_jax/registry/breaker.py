@@ -10,6 +10,7 @@ import dataclasses
 import enum
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 KEPT_CHANGES = 1000  # of state, the latest
 
@@ -38,8 +39,7 @@ class BreakerConfig:
     longest: float = 300.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Permit:
+class Permit(NamedTuple):
     """Leave for one attempt; goes back to the breaker with how the attempt ended."""
 
     epoch: int

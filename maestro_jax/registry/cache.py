@@ -26,6 +26,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar, cast
 
 from maestro_jax.registry.interface import Expert, Reply, Request, Sampling, Service, ServiceResult
+from maestro_jax.registry.strict_json import encode
 from maestro_jax.types import Status, Usage
 
 logger = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def _to_line(key: str, reply: Reply | ServiceResult) -> bytes:
         record["usage"] = dataclasses.asdict(reply.usage)
     else:
         record["images"] = [base64.b64encode(image).decode("ascii") for image in reply.images]
-    return json.dumps(record).encode("ascii") + b"\n"
+    return encode(record) + b"\n"
 
 
 def _from_line(line: bytes) -> tuple[str, Reply | ServiceResult]:

@@ -6,13 +6,11 @@ is untrusted: it is read as JSON and nothing else, and all that is used of it is
 """
 
 import base64
-import dataclasses
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from maestro_jax.registry.interface import Message, Sampling
-from maestro_jax.registry.strict_json import DECODER
+from maestro_jax.registry.strict_json import decode, encode
 
 MOST_TOKENS = 10**9  # no request has more; a server that says so is not believed
 
@@ -28,8 +26,7 @@ class BadReplyError(ValueError):
     """A body that is no chat completion."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """What is used of a chat completion."""
 
     text: str
@@ -52,7 +49,7 @@ def request_body(model: str, messages: tuple[Message, ...], sampling: Sampling, 
         "stream": False,
         **further,
     }
-    return json.dumps(fields).encode("ascii")
+    return encode(fields)
 
 
 def _content(message: Message) -> str | list[dict[str, Any]]:
@@ -87,8 +84,8 @@ def read_completion(body: bytes) -> Completion:
       BadReplyError: no UTF-8, no JSON, or not what a chat completion has.
     """
     try:
-        reply = DECODER.decode(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        reply = decode(body)
+    except ValueError as error:
         raise BadReplyError(f"the body is no JSON ({type(error).__name__})") from error
     try:
         text, usage = reply["choices"][0]["message"]["content"], reply["usage"]
@@ -96,18 +93,9 @@ def read_completion(body: bytes) -> Completion:
     except (KeyError, IndexError, TypeError) as error:
         raise BadReplyError("the body lacks choices[0].message.content or usage") from error
     text = "" if text is None else text
-    if not isinstance(text, str) or not _is_text(text):
-        raise BadReplyError(f"choices[0].message.content is {type(text).__name__} or no valid text")
+    if not isinstance(text, str):
+        raise BadReplyError(f"choices[0].message.content is {type(text).__name__}, no valid text")
     return Completion(text, _tokens(prompt), _tokens(completion))
-
-
-def _is_text(text: str) -> bool:
-    """Whether it has no half of a surrogate pair, which JSON can spell and no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _tokens(value: Any) -> int:
@@ -123,8 +111,8 @@ def read_models(body: bytes) -> list[str]:
       BadReplyError: it is no such reply.
     """
     try:
-        names = [entry["id"] for entry in json.loads(body.decode("utf-8"))["data"]]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        names = [entry["id"] for entry in decode(body)["data"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise BadReplyError("the body is no list of models") from error
     if not all(isinstance(name, str) for name in names):
         raise BadReplyError("a model has no name")

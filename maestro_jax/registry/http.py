@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import time
+from typing import NamedTuple
 
 import aiohttp
 
@@ -60,8 +61,7 @@ _CURES = {
 _OTHER_CURE = "check endpoints, model and options"
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How an attempt ended.
 
     Attributes:
@@ -166,7 +166,7 @@ class HttpExpert:
                 if outcome.status is Status.TIMEOUT and left < whole:
                     return outcome  # cut short by its caller: says nothing about the endpoint
                 if outcome.is_busy:
-                    return dataclasses.replace(outcome, is_busy=not lease.refused(outcome.retry_after))
+                    return outcome._replace(is_busy=not lease.refused(outcome.retry_after))
                 if outcome.is_worth_another:
                     lease.failed()
                 else:
@@ -197,7 +197,7 @@ class HttpExpert:
         """What a server said, without the key, which some repeat: it must not reach journal, cache or policy."""
         found = read_completion(body)
         if self._key in found.text and len(self._key) >= LEAST_SECRET:
-            return dataclasses.replace(found, text=found.text.replace(self._key, HIDDEN))
+            return found._replace(text=found.text.replace(self._key, HIDDEN))
         return found
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> Outcome:

@@ -60,6 +60,12 @@ class Pulled:
     left: set[int]  # rows of groups that are not yet trained
 
 
+def check_ahead(ahead: int, processes: int) -> None:
+    """Raises ConfigError for tasks ahead of their step in several processes, which know of their own groups only."""
+    if ahead and processes > 1:
+        raise ConfigError(f"config.rollout.ahead={ahead} is for one process so far; set config.rollout.ahead=0")
+
+
 class Supply:
     """Pulls tasks and runs their episodes, step by step.
 
@@ -71,8 +77,7 @@ class Supply:
     """
 
     def __init__(self, engine: Engine, batches: TaskBatches, config: SupplyConfig, seed: int):
-        if config.ahead and jax.process_count() > 1:
-            raise ConfigError("config.rollout.ahead=1 is for one process so far; set config.rollout.ahead=0")
+        check_ahead(config.ahead, jax.process_count())
         self.engine = engine
         self.batches = batches
         self.config = config
