@@ -20,7 +20,17 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from maestro_jax import command
-from maestro_jax.assemble import check_batches, check_same_run, fields, flatten, open_data, open_params, update_config
+from maestro_jax.assemble import (
+    check_batches,
+    check_same_run,
+    check_same_settings,
+    fields,
+    flatten,
+    open_data,
+    open_params,
+    settings_hashes,
+    update_config,
+)
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
@@ -82,6 +92,10 @@ FREE_KEYS = (
     "evaluate.batch",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
 )
 
 
@@ -195,11 +209,13 @@ def main(argv: Sequence[str]) -> None:
         limit = config.data.damage_limit
         batches = Batches(train_source, config.grpo.groups, prompts.prepare, seed=config.seed, damage_limit=limit)
         supply = Supply(engine, iter(batches), supply_config(config), config.seed)
-        store = CheckpointStore(workdir / "checkpoints", config.checkpoint.keep)
+        store = open_store(config, workdir, progress)
+        hashes = settings_hashes(settings)
         start, seconds_before = 0, 0.0
         evaluated: dict[str, Any] | None = None  # the result of evaluating the policy as it is now
         if (restored := store.restore_newest(state)) is not None:
             state, run = restored.state, restored.run
+            check_same_settings(run.get("settings", hashes), hashes, str(store.directory))
             supply.set_state(run["supply"])
             start, seconds_before, evaluated = restored.step, run["seconds"], run["evaluated"]
             progress.note(f"resumed from the checkpoint of step {start}")
@@ -225,10 +241,18 @@ def main(argv: Sequence[str]) -> None:
                 row |= {"held_out_accuracy": last.accuracy, "held_out_reward": last.reward}
                 progress.phase("train", config.grpo.steps, done=step)
             metrics.write(row)
+            store.check()
             if step % config.checkpoint.every == 0 or step == config.grpo.steps:
-                elapsed = seconds_before + time.monotonic() - began
                 journal.sync()  # what a checkpoint was trained on is on disk before it is
-                store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed, "evaluated": evaluated})
+                facts = {
+                    "supply": supply.get_state(),  # where the data goes on, and what of it was trained already
+                    "seed": config.seed,
+                    "journal": {Path(journal.path).name: journal.size()},
+                    "settings": hashes,
+                    "evaluated": evaluated,
+                    "seconds": seconds_before + time.monotonic() - began,
+                }
+                store.save(step, state, facts)
                 if registry is not None:
                     write_json(workdir / "experts.json", registry.report())
 
@@ -259,7 +283,7 @@ def main(argv: Sequence[str]) -> None:
     panels = {"Before reinforcement learning": before.routing, "After reinforcement learning": last.routing}
     plot_routing(panels, workdir / "routing.png", baselines.by_pair)
     print(summary_table(summary))
-    print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl, checkpoints/")
+    print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl; {store.directory}")
 
 
 def check_replayable(config: Config) -> None:
@@ -269,6 +293,12 @@ def check_replayable(config: Config) -> None:
             f"--replay with config.rollout.ahead={config.rollout.ahead}: timing decides which policy writes a token, "
             "so no run of this kind can be repeated; record and replay with config.rollout.ahead=0"
         )
+
+
+def open_store(config: Config, workdir: Path, progress: Progress) -> CheckpointStore:
+    settings = config.checkpoint
+    directory = settings.directory or workdir / "checkpoints"
+    return CheckpointStore(directory, settings.keep, settings.keep_every, progress.note)
 
 
 def open_tokens(config: Config, workdir: Path, system: str, router: WeakRouter, tasks: TaskSource) -> Tokens:
@@ -299,7 +329,7 @@ def warm_start(
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer)
     state = init_train_state(params, optimizer, config.policy.freeze, mesh, settings.optimizer.offload)
-    store = CheckpointStore(workdir / "warm_start", keep=1)
+    store = CheckpointStore(workdir / "warm_start", keep=1, note=progress.note)
     if (restored := store.restore_newest(state)) is not None:
         store.close()
         return restored.state.params
