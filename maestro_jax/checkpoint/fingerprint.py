@@ -4,6 +4,9 @@ An array is taken as words of 32 bits (narrower elements are widened, wider ones
 global index by a bijection, and the results are summed modulo 2 ** 32: a sum does not depend on how the array is cut
 over devices, and a changed word changes it for certain. That two elements were swapped, or that several words changed,
 goes unnoticed by chance only: two sums of different mixtures make 64 bits.
+
+Each device sums its own shard; the host adds up. So no program has a collective, and there is one program for all
+arrays of a shape and sharding: a parameter and its two moments share it.
 """
 
 import functools
@@ -13,9 +16,10 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from maestro_jax.parallel.sharding import HOST_MEMORY, replicated
+from maestro_jax.parallel.sharding import HOST_MEMORY
 
 Array = jax.Array
 
@@ -28,15 +32,12 @@ def fingerprints(leaves: Mapping[str, Array]) -> dict[str, str]:
 
     One pass on the devices, without copies. Arrays in the host's memory are brought to the devices one at a time.
     """
-    on_host = {name for name, leaf in leaves.items() if leaf.sharding.memory_kind == HOST_MEMORY}
-    on_device = [name for name in leaves if name not in on_host]
-    rows = dict(zip(on_device, _fetch([leaves[name] for name in on_device]), strict=True))
-    for name in on_host:
-        leaf = leaves[name]
-        moved = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
-        (rows[name],) = _fetch([moved])
-        moved.delete()
-    return {name: f"{rows[name][0]:08x}{rows[name][1]:08x}" for name in leaves}
+    sums = _added_up([_sums_of(leaf) for leaf in leaves.values()])
+    elsewhere = [not leaf.is_fully_addressable for leaf in leaves.values()]
+    if any(elsewhere):
+        everywhere = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
+        sums = np.where(np.array(elsewhere)[:, None], everywhere, sums)
+    return {name: f"{first:08x}{second:08x}" for name, (first, second) in zip(leaves, sums.tolist(), strict=True)}
 
 
 def fingerprint_of(array: np.ndarray) -> str:
@@ -51,32 +52,68 @@ def combined(each: Mapping[str, str]) -> str:
     return hashlib.blake2b(lines.encode(), digest_size=8).hexdigest()
 
 
-def _fetch(leaves: Sequence[Array]) -> list[tuple[int, int]]:
-    if not leaves:
-        return []
-    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
-    sums = _program(meshes[0] if meshes else None)(leaves)
-    return [(int(first), int(second)) for first, second in np.asarray(sums)]
+def _sums_of(leaf: Array) -> Array:
+    """uint32 `[devices, 2]`, what the shard of each device adds to the sums."""
+    if leaf.sharding.memory_kind != HOST_MEMORY:
+        return _program(leaf.sharding)(leaf)
+    moved = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+    sums = jax.block_until_ready(_program(moved.sharding)(moved))
+    moved.delete()
+    return sums
+
+
+def _added_up(sums: Sequence[Array]) -> np.ndarray:
+    """uint32 `[arrays, 2]`: over the devices of this process."""
+    for each in sums:
+        each.copy_to_host_async()
+    shards = [[np.asarray(shard.data) for shard in each.addressable_shards] for each in sums]
+    return np.array([np.concatenate(each).sum(axis=0, dtype=np.uint32) for each in shards], np.uint32).reshape(-1, 2)
 
 
 @functools.cache
-def _program(mesh: Mesh | None) -> "jax.stages.Wrapped":
-    """Arrays on `mesh` (None: on one device) → uint32 `[arrays, 2]`, whole on every device."""
-    return jax.jit(
-        lambda leaves: jnp.stack([_sums(leaf) for leaf in leaves]),
-        out_shardings=None if mesh is None else replicated(mesh),
-    )
+def _program(sharding: Sharding) -> "jax.stages.Wrapped":
+    """Compiles `_sums_of` for arrays in these shards."""
+    if not isinstance(sharding, NamedSharding):
+        return jax.jit(lambda leaf: _sums(leaf, (0,) * leaf.ndim)[None])
+    mesh = sharding.mesh
+
+    def of_shard(shard: Array) -> Array:
+        parts = [_axes(part) for part in (*sharding.spec, *[None] * (shard.ndim - len(sharding.spec)))]
+        starts = [_place(axes, mesh.shape) * size for axes, size in zip(parts, shard.shape, strict=True)]
+        copies = [name for name in mesh.axis_names if not any(name in axes for axes in parts)]
+        # Of several devices with the same shard, one counts.
+        return jnp.where(_place(copies, mesh.shape) == 0, _sums(shard, starts), jnp.uint32(0))[None]
+
+    everywhere = PartitionSpec(mesh.axis_names)
+    return jax.jit(jax.shard_map(of_shard, mesh=mesh, in_specs=sharding.spec, out_specs=everywhere, check_vma=False))
 
 
-def _sums(leaf: Array) -> Array:
-    """uint32 `[2]`."""
-    words = _words(leaf)
+def _axes(part: str | Sequence[str] | None) -> Sequence[str]:
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def _place(axes: Sequence[str], sizes: Mapping[str, int]) -> Array:
+    """uint32 []: where this device stands along mesh axes taken together."""
+    place = jnp.uint32(0)
+    for axis in axes:
+        place = place * jnp.uint32(sizes[axis]) + jax.lax.axis_index(axis).astype(jnp.uint32)
+    return place
+
+
+def _sums(shard: Array, starts: Sequence[Array | int]) -> Array:
+    """uint32 `[2]`; `starts`: index of the shard's first element along each axis."""
+    words = _words(shard)
     index = jnp.zeros(words.shape, jnp.uint32)
-    for axis in range(words.ndim):
-        index = index * jnp.uint32(_GOLDEN) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    for axis, start in enumerate((*starts, *[0] * (words.ndim - len(starts)))):
+        own = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) + jnp.uint32(start)
+        index = index * jnp.uint32(_GOLDEN) + own
     first = _mix(words ^ _mix(index))
     second = _mix(first + jnp.uint32(_GOLDEN))
-    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
+    zero = jnp.uint32(0)
+    sums = jax.lax.reduce(
+        (first, second), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(words.ndim))
+    )
+    return jnp.stack(sums)
 
 
 def _words(leaf: Array) -> Array:
