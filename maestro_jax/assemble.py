@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from maestro_jax.config import Config, MixedConfig
 from maestro_jax.data.mixture import Mixture
@@ -22,9 +22,10 @@ from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel.mesh import batch_shards
 from maestro_jax.parallel.sharding import ShardingRules, init_params, param_layout
 from maestro_jax.policy.attention import suited_to
-from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
 from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
+from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
 
 T = TypeVar("T")
 
@@ -54,8 +55,16 @@ def policy_factory(config: Config, architecture: PolicyArchitecture, platform: s
     return lambda: Policy(architecture, nnx.Rngs(config.seed), *dtypes, policy.remat, attention)
 
 
-def check_batches(config: Config, mesh: Mesh) -> None:
-    """Groups are spread over devices, so every batch of them must divide.
+def known_architecture(config: Config) -> PolicyArchitecture:
+    """Of the checkpoint to start from; where that is not at hand, of the config."""
+    policy = config.policy
+    if policy.architecture and not Path(policy.init_from).is_dir():
+        return architecture_from_hf(policy.architecture, "config.policy.architecture")
+    return open_architecture(policy.architecture, policy.init_from)
+
+
+def check_batches(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Groups and lanes are spread over devices, so every batch of them must divide.
 
     Raises:
       ConfigError: one does not.
@@ -71,6 +80,10 @@ def check_batches(config: Config, mesh: Mesh) -> None:
                 f"config.{key}={size} does not divide over {shards} devices (mesh axes data x fsdp); "
                 f"set it to a multiple of {shards}"
             )
+    episodes, prefix = fields(EngineConfig, config.rollout), max(config.policy.prefix_buckets)
+    under_way = config.grpo.groups * (1 + config.rollout.ahead)
+    rollout_sizes(episodes, shards, under_way, config.grpo.group_size, prefix)
+    rollout_sizes(episodes, shards, config.evaluate.batch, 1, prefix)
 
 
 def check_same_run(path: Path, mine: Mapping[str, str]) -> list[str]:

@@ -1,7 +1,8 @@
 """How every command starts and ends: flags in, one-line errors and exit codes out.
 
 Exit codes: 0 done, 75 told to stop by SIGTERM or SIGINT (start the same command again), 78 something the user has to
-change (do not restart), 70 a fault of ours.
+change (do not restart), 70 a fault of ours, 69 another process of the run never came or is gone (restart all); where
+JAX is the first to notice that, it ends the process with SIGABRT (134).
 """
 
 import gc
@@ -18,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from maestro_jax import failpoints
-from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_PREEMPTED, ConfigError, UserError
+from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_LOST, EXIT_PREEMPTED, ConfigError, UserError
 from maestro_jax.parallel import preemption
 
 # Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
@@ -41,13 +42,18 @@ def run(main: Callable[[Sequence[str]], Any], required: Sequence[str]) -> None:
         saved = f": {stop.saved}" if stop.saved else ""
         print(f"stopped by {preemption.heard()}{saved}; the same command goes on", file=sys.stderr)
         _leave(EXIT_PREEMPTED)
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        _leave(EXIT_INTERNAL)
+        _leave(EXIT_INTERNAL, error)
 
 
-def _leave(code: int) -> NoReturn:
-    """Ends the process with this code, soon."""
+def _leave(code: int, error: Exception | None = None) -> NoReturn:
+    """Ends a command early, and soon; one of several processes does not wait for the others."""
+    if "jax" in sys.modules:  # else there are no others
+        from maestro_jax.parallel import cluster
+
+        if cluster.several():
+            cluster.leave(EXIT_LOST if error is not None and cluster.is_loss(error) else code)
 
     def end() -> None:
         time.sleep(EXIT_SECONDS)

@@ -44,8 +44,9 @@ from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, 
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import load_tokens
 from maestro_jax.registry.dispatch import Dispatcher, Registry
-from maestro_jax.registry.journal import Journal, Replay
+from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.registry.replay import Replay, Resumed
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.types import Task
@@ -93,7 +94,9 @@ def main(argv: Sequence[str]) -> None:
         journal = Journal(str(output / "journal.jsonl"))
         closing.callback(journal.close)
         registry = None if REPLAY.value else Registry(config.registry, str(output / "expert_cache.jsonl"), journal)
-        dispatcher = Dispatcher(registry or Replay(REPLAY.value, journal), journal)
+        answered = Resumed(registry or Replay(REPLAY.value, journal), journal)
+        answered.recall({})
+        dispatcher = Dispatcher(answered, journal)
         closing.callback(dispatcher.close)
         tokens = load_tokens(run.tokenizer if run else config.policy.tokenizer or config.policy.init_from)
         system = render_system_prompt(config.registry, config.rollout.max_calls)

@@ -26,13 +26,13 @@ from maestro_jax.aot.rollouts import Rollouts
 from maestro_jax.aot.run import Run, Sizes
 from maestro_jax.aot.topology import Target, present_target, tpu_target
 from maestro_jax.aot.updates import update_programs
-from maestro_jax.assemble import check_batches
+from maestro_jax.assemble import check_batches, known_architecture
 from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import write_json
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel.mesh import make_mesh
-from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
+from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.tokens import load_tokens
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.rollout.exchange import observation_frames
@@ -86,14 +86,6 @@ def open_target(name: str) -> Target:
         return gpu
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so no device is needed, or waited for
     return tpu_target(name)
-
-
-def known_architecture(config: Config) -> PolicyArchitecture:
-    """Of the checkpoint to start from; where that is not at hand, of the config."""
-    policy = config.policy
-    if policy.architecture and not Path(policy.init_from).is_dir():
-        return architecture_from_hf(policy.architecture, "config.policy.architecture")
-    return open_architecture(policy.architecture, policy.init_from)
 
 
 def root_tokens(config: Config) -> tuple[int, bool]:

@@ -57,8 +57,9 @@ from maestro_jax.policy.config import PolicyArchitecture, open_architecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher, Registry
-from maestro_jax.registry.journal import Journal, Replay
+from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.registry.replay import Replay
 from maestro_jax.rewards.graders import check_sources
 from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from maestro_jax.grpo.batch import Scored
+from maestro_jax.parallel import cluster
 from maestro_jax.rollout.engine import Rollout
 
 
 def trained_row(step: int, seen: Sequence[tuple[Rollout, Scored]]) -> dict[str, Any]:
-    """Plain JSON: of each group its task, the rewards of its members, and a digest of their trajectories.
+    """Plain JSON, of all processes: of each group its task, the rewards of its members, a digest of their trajectories.
 
     The digest tells tokens, their log-probabilities to the last bit, and whose they are.
     """
-    return {"step": step, "groups": [group for rollout, scored in seen for group in _groups(rollout, scored)]}
+    own = [group for rollout, scored in seen for group in _groups(rollout, scored)]
+    return {"step": step, "groups": [group for process in cluster.gather(own) for group in process]}
 
 
 def _groups(rollout: Rollout, scored: Scored) -> list[dict[str, Any]]:
@@ -24,7 +26,6 @@ def _groups(rollout: Rollout, scored: Scored) -> list[dict[str, Any]]:
             "trajectories": _digest(rollout, number),
         }
         for number, members in enumerate(rollout.trajectories)
-        if members  # else another process serves it
     ]
 
 

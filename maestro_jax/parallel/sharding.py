@@ -35,7 +35,7 @@ class ShardingRules:
         return PartitionSpec(*mesh_axes)
 
 
-def param_shardings(state: nnx.State, mesh: Mesh, rules: ShardingRules) -> Any:
+def param_shardings(state: nnx.State, mesh: Mesh | AbstractMesh, rules: ShardingRules) -> Any:
     """A `NamedSharding` for every parameter, as a tree of the state's structure.
 
     Stacked layers have one more leading dimension than their `axes`; it is replicated.
@@ -60,7 +60,7 @@ def param_shardings(state: nnx.State, mesh: Mesh, rules: ShardingRules) -> Any:
 
 
 def param_layout(
-    make: Callable[[], nnx.Module], mesh: Mesh, rules: ShardingRules
+    make: Callable[[], nnx.Module], mesh: Mesh | AbstractMesh, rules: ShardingRules
 ) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """A module's structure, its parameters' shapes and dtypes, and their shardings; nothing is computed."""
     graph, abstract = nnx.split(nnx.eval_shape(make), nnx.Param)
@@ -148,6 +148,22 @@ def _gather_backward(
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def from_processes(local: Any, shardings: Any) -> Any:
+    """Arrays on the mesh; what lies over processes each has its own part of, the rest is the same in all.
+
+    Args:
+      local: a tree of numpy arrays.
+      shardings: of them, as a tree or a prefix of one.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(local, shardings)
+
+    def place(sharding: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), part)
+
+    return jax.tree.map(place, shardings, local)
 
 
 def over_groups(mesh: Mesh) -> NamedSharding:

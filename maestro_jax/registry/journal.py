@@ -8,17 +8,15 @@ Lines are JSON objects of three kinds:
     request   what one expert or service answered while a call ran: its version, a hash of the request, the reply.
               Replies from the cache are none: nobody was asked. All were paid for, in replaced sections, too.
 
-A run is served from its calls, each section from its own. They hold all that the policy ever saw: whatever a clock
-decided (a deadline, which of two equal requests came first) is in the observation already, and no skill need be run
-again.
+A run is served from its calls (`replay.py`), each section from its own. They hold all that the policy ever saw:
+whatever a clock decided (a deadline, which of two equal requests came first) is in the observation already, and no
+skill need be run again.
 
 A line is one write to the file, so it outlives the process at once, and the line of a call is written before its
 observation goes to the engine; it is on disk (fsync) before a checkpoint is. A last line without its end was torn by a
 kill; its call was not trained on.
 """
 
-import asyncio
-import collections
 import contextvars
 import errno
 import hashlib
@@ -28,9 +26,9 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from maestro_jax.errors import ConfigError, UserError
+from maestro_jax.errors import UserError
 from maestro_jax.registry.cache import content_key, image_digest, open_for_append, request_key
 from maestro_jax.registry.interface import Expert, Reply, Request, Service, ServiceResult
 from maestro_jax.registry.strict_json import encode
@@ -44,10 +42,6 @@ ASKER: contextvars.ContextVar[str] = contextvars.ContextVar("asker", default="")
 
 class JournalError(UserError):
     """The journal cannot be written."""
-
-
-class ReplayError(UserError):
-    """A call that the recorded run did not make."""
 
 
 class Journal:
@@ -93,11 +87,15 @@ class Journal:
         Nobody knows what requests cost that were under way when a process was killed.
         """
         calls, usage = 0, Usage()
-        for line in _lines(self.path):
+        for line in read_lines(self.path):
             if line["kind"] == "request" and "images" not in line:  # a service of this process costs nothing
                 calls += 1
                 usage += Usage(**line["usage"])
         return calls, usage
+
+    def size(self) -> int:
+        """Bytes written so far, by this process and those before it."""
+        return os.fstat(self._file).st_size
 
     def sync(self) -> None:
         """Returns when everything written so far is on disk."""
@@ -175,94 +173,17 @@ class JournaledService:
         await self._service.close()
 
 
-# ---- replay ------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------
 
 
-class CallKey(NamedTuple):
-    """What a recorded call is known by: the section, who asks, and the hash of what is asked."""
-
-    section: str
-    asker: str
-    request: str
-
-
-class Replay:
-    """A `CallRunner` that answers from the journal of another run, at once, and asks nobody.
-
-    A call is known by the section in which it is made, by its asker and by what is asked: so a replay that goes on at
-    step k is served the calls of step k. Equal ones get their observations in the order in which they were recorded.
-
-    Args:
-      path: the recorded run's journal.
-      journal: of the run that is served; it tells the section.
-
-    Raises:
-      ConfigError: the file cannot be read, holds no calls, or is the journal of the run that is served.
-    """
-
-    def __init__(self, path: str, journal: Journal):
-        self._path, self._journal = path, journal
-        self._recorded: dict[CallKey, collections.deque[Observation]] = collections.defaultdict(collections.deque)
-        try:
-            if os.path.samefile(path, journal.path):
-                cure = "use another directory, or go on without --replay"
-                raise ConfigError(f"{path} is what this run itself writes to and cannot be replayed into it; {cure}")
-            for key, observation in read_calls(path):
-                self._recorded[key].append(observation)
-        except OSError as error:
-            reason = error.strerror
-            raise ConfigError(f"{path} cannot be replayed ({reason}); name the journal.jsonl of a run") from error
-        if not self._recorded:
-            raise ConfigError(f"{path} holds no calls; name the journal.jsonl of a run that made some")
-
-    async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation:
-        """What was observed when this was asked.
-
-        Raises:
-          ReplayError: it was not asked by this asker in this section, or not as often.
-        """
-        await asyncio.sleep(0)  # a call never comes back before `submit` has
-        key = CallKey(self._journal.section, ASKER.get(), call_key(call, question, images))
-        found = self._recorded.get(key)
-        if not found:
-            known = any(other[:2] == key[:2] for other in self._recorded)
-            what = "asked something else" if known and found is None else "asked less often"
-            raise ReplayError(
-                f"{self._path}: the recorded run {what if known else 'has no such call'}: {call.expert} with "
-                f"{call.skill}, query {call.query[:40]!r}, asked by {key.asker} in {key.section!r}; replay with the "
-                "recorded run's config, data and code"
-            )
-        return found.popleft()
-
-    async def close(self) -> None:
-        pass
-
-
-def read_calls(path: str) -> Iterator[tuple[CallKey, Observation]]:
-    """Every call that counts with what was observed, in the order of the file.
+def read_lines(path: str, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The whole lines from byte `start` on. One that is damaged is named: whoever needs it will miss it.
 
     Raises:
       OSError: the file cannot be read.
     """
-    sections: dict[str, list[tuple[CallKey, Observation]]] = {"": []}
-    for line in _lines(path):
-        if line["kind"] == "section":
-            names = list(sections)
-            for later in names[names.index(line["name"]) :] if line["name"] in sections else ():
-                del sections[later]
-            sections[line["name"]] = []
-        elif line["kind"] == "call":
-            section, calls = next(reversed(sections.items()))
-            usage = Usage(**line["usage"])
-            observation = Observation(line["text"], Status[line["status"]], float(line["seconds"]), usage)
-            calls.append((CallKey(section, line["asker"], line["request"]), observation))
-    for calls in sections.values():
-        yield from calls
-
-
-def _lines(path: str) -> Iterator[dict[str, Any]]:
-    """The whole lines. One that is damaged is named: whoever needs it will miss it."""
     with open(path, "rb") as file:
+        file.seek(start)
         for number, text in enumerate(file, start=1):
             if not text.endswith(b"\n"):
                 return

@@ -14,7 +14,9 @@ import numpy as np
 from flax import nnx
 
 from maestro_jax import failpoints
+from maestro_jax.data.order import merge_states
 from maestro_jax.errors import ConfigError
+from maestro_jax.parallel import cluster
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import PreparedTask, join_prompts, take_prompts
 from maestro_jax.rollout.engine import Engine, Rollout, assemble, lane_key
@@ -61,19 +63,24 @@ class Pulled:
     left: set[int]  # rows of groups that are not yet trained
 
 
+def check_ahead(ahead: int, processes: int) -> None:
+    """Raises ConfigError for tasks ahead of their step in several processes, which know of their own groups only."""
+    if ahead and processes > 1:
+        raise ConfigError(f"config.rollout.ahead={ahead} is for one process so far; set config.rollout.ahead=0")
+
+
 class Supply:
-    """Pulls tasks and runs their episodes, step by step.
+    """Pulls tasks and runs their episodes, step by step; of several processes, each those of its own tasks.
 
     Args:
-      batches: of `config.groups` tasks each.
+      batches: of this process's part of `config.groups` tasks each.
 
     Raises:
       ConfigError: `ahead` with several processes, which know of their own groups only.
     """
 
     def __init__(self, engine: Engine, batches: TaskBatches, config: SupplyConfig, seed: int):
-        if config.ahead and jax.process_count() > 1:
-            raise ConfigError("config.rollout.ahead=1 is for one process so far; set config.rollout.ahead=0")
+        check_ahead(config.ahead, jax.process_count())
         self.engine = engine
         self.batches = batches
         self.config = config
@@ -85,9 +92,10 @@ class Supply:
         self._done_before: dict[int, set[int]] = {}  # rows trained before the run was interrupted, by step
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able: where the data goes on, and what of it is trained already."""
+        """JSON-able: where the data goes on, and what of it is trained already. All processes ask, and get the same."""
         if not self.pulled:
-            return {"data": self.batches.get_state(), "next_step": self.next_step, "done": {}}
+            data = merge_states(cluster.gather(self.batches.get_state()))
+            return {"data": data, "next_step": self.next_step, "done": {}}
         first = min(self.pulled)
         rows = set(range(self.config.groups))
         left = {step: self.pulled[step].left if step in self.pulled else set() for step in range(first, self.next_step)}
@@ -114,7 +122,7 @@ class Supply:
         tasks, prompts = self._next_batch()
         self.next_step = step + 1
         session = engine.session(params, config.groups, config.members, prompts.tokens.shape[1], greedy=False)
-        records = session.submit(tasks, prompts, self._keys(tasks, step), config.groups)
+        records = session.submit(tasks, prompts, self._keys(tasks, step), len(tasks))
         given = 0
         for counts in session.run(params, version=step):
             self._place_in_rollout()
@@ -127,9 +135,9 @@ class Supply:
 
     def _part(self, records: Sequence[GroupRecord], prompts: PrefixBatch, session: Session, number: int) -> Rollout:
         """Part `number`: as many groups of each shard, so that none moves."""
-        sizes = session.compiled.sizes
+        sizes, shards = session.compiled.sizes, len(session.schedulers)
         each = sizes.groups // self.config.parts
-        rows = [s * sizes.groups + number * each + i for s in range(sizes.shards) for i in range(each)]
+        rows = [s * sizes.groups + number * each + i for s in range(shards) for i in range(each)]
         taken = take_prompts(prompts, np.array(rows), prompts.tokens.shape[1])
         return assemble([records[row] for row in rows], taken, len(rows), self.config.members, sizes.room)
 
@@ -167,7 +175,7 @@ class Supply:
     def _next_batch(self, longest: bool = False) -> tuple[list[Task], PrefixBatch]:
         prepared = next(self.batches)
         failpoints.reach("after_pull")
-        return [one.task for one in prepared], self.engine.prompts.collate(prepared, longest)
+        return [one.task for one in prepared], self.engine.prompts.collate(prepared, longest, cluster.most)
 
     def _place_in_rollout(self) -> None:
         if self.engine.exchange.calls_under_way:

@@ -14,8 +14,9 @@ import pytest
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.registry.dispatch import Dispatcher, Registry
-from maestro_jax.registry.journal import Journal, JournalError, Replay, ReplayError, read_calls
+from maestro_jax.registry.journal import Journal, JournalError
 from maestro_jax.registry.reading import parse_registry
+from maestro_jax.registry.replay import Replay, ReplayError, read_calls
 from maestro_jax.types import Call, Observation, Status, Usage
 
 CALL = Call("E", "S", "how many")

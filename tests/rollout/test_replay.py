@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from maestro_jax.registry.dispatch import Dispatcher
-from maestro_jax.registry.journal import Journal, Replay, ReplayError
+from maestro_jax.registry.journal import Journal
+from maestro_jax.registry.replay import Replay, ReplayError, Resumed, read_calls
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.types import Call, Observation, Status, Usage
 from tests.rollout import episodes
@@ -71,3 +72,28 @@ def test_a_replay_of_another_run_stops(talker: episodes.Talker, tmp_path: Path) 
     with pytest.raises(ReplayError, match="replay with the recorded run's config"):
         rollouts(talker, Dispatcher(Replay(path, again), again), first=TASKS)
     again.close()
+
+
+def test_an_interrupted_run_asks_only_what_was_not_answered(talker: episodes.Talker, tmp_path: Path) -> None:
+    """Its experts never say the same twice, so whatever is equal was served from the journal."""
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(str(path))
+    journal.begin("step 1")
+    first = Moody()
+    rollouts(talker, Dispatcher(first, journal))
+    journal.close()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]) + lines[len(lines) // 2][:40])  # as a kill leaves it
+    good = {(key.asker, key.request, seen) for key, seen in read_calls(str(path)) if seen.status is Status.OK}
+    assert len(good) > 10
+
+    again, experts = Journal(str(path)), Moody()
+    resumed = Resumed(experts, again)
+    assert resumed.recall({}) == len(good)
+    again.begin("step 1")
+    rollouts(talker, Dispatcher(resumed, again))
+    again.close()
+
+    calls = list(read_calls(str(path)))  # those of the second attempt
+    assert good <= {(key.asker, key.request, seen) for key, seen in calls}
+    assert experts.asked == len(calls) - len(good)

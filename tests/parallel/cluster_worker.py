@@ -1,0 +1,73 @@
+"""One process of several: `python -m tests.parallel.cluster_worker NAME [ARGUMENT]`, found by the environment.
+
+NAME is a function below; what it prints is what a test sees.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maestro_jax import command
+from maestro_jax.errors import ConfigError
+from maestro_jax.parallel import cluster
+
+
+def talk() -> None:
+    """Passes values around, with more of them than keys are kept."""
+    cluster.start()
+    me = jax.process_index()
+    for number in range(3):
+        found = cluster.gather({"from": me, "text": "é\n", "value": 0.1 + me, "round": number})
+    told = cluster.from_main(lambda: [me, None])
+    print(json.dumps([found, told, cluster.is_main()]))
+
+
+def share(directory: str) -> None:
+    cluster.start()
+    cluster.check_shared(Path(directory) if cluster.is_main() else Path(directory) / "elsewhere")
+
+
+def wait() -> None:
+    """Waits for what never comes."""
+    cluster.start()
+    say_ready()
+    time.sleep(600)
+
+
+def add_up() -> None:
+    """Adds over all devices, for ever."""
+    cluster.start()
+    mesh = Mesh(np.array(jax.devices()), "all")
+    ones = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("all")), np.ones(1))
+    add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    for number in range(10**9):
+        float(add(ones))
+        if not number:
+            say_ready()
+
+
+def fail() -> None:
+    """Process 0 has something to complain about while the others wait for it."""
+    cluster.start()
+    if cluster.is_main():
+        raise ConfigError("this host has no such file; put it there")
+    cluster.gather(None)
+
+
+def meet(seconds: str) -> None:
+    cluster.start(seconds=int(seconds))
+
+
+def say_ready() -> None:
+    print("ready", flush=True)
+
+
+if __name__ == "__main__":
+    name, *arguments = sys.argv[1:]
+    del sys.argv[1:]  # what is left are flags
+    command.run(lambda _: globals()[name](*arguments), required=())
