@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from maestro_jax.grpo.batch import score_rollout
+from maestro_jax.parallel import cluster
 from maestro_jax.rewards.reward import RewardConfig, RewardParts
 from maestro_jax.rollout.engine import Engine
 from maestro_jax.rollout.trajectory import Trajectory
@@ -77,12 +78,19 @@ def run_episodes(
     seed: int,
     greedy: bool,
 ) -> list[Episode]:
-    """`members` graded episodes of each of at most `batch` tasks; shapes are those of a whole batch."""
+    """`members` graded episodes of each of at most `batch` tasks; shapes are those of a whole batch.
+
+    Every process runs and grades its own, and gets all, in the order of the tasks.
+    """
     step = 0 if greedy else 1  # part of what randomness is keyed by, and of who asks in the journal
     rollout = engine.rollout(params, tasks, batch, members=members, seed=seed, step=step, greedy=greedy)
     scored = score_rollout(rollout, reward)
-    pairs = zip(rollout.trajectories, scored.parts, strict=True)
-    return [graded(t, parts) for group, found in pairs for t, parts in zip(group, found, strict=True)]
+    own = [
+        (row, [graded(t, parts).to_json() for t, parts in zip(group, found, strict=True)])
+        for row, group, found in zip(engine.own_rows(batch), rollout.trajectories, scored.parts, strict=False)
+    ]
+    told = sorted((group for process in cluster.gather(own) for group in process), key=lambda group: group[0])
+    return [Episode.from_json(episode) for _, group in told for episode in group]
 
 
 def graded(trajectory: Trajectory, parts: RewardParts) -> Episode:

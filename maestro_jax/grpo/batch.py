@@ -1,6 +1,7 @@
 """From finished rollouts to the parts of an update's batch: rewards, advantages, masks, static shapes."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -8,9 +9,11 @@ from jax.sharding import Mesh
 
 from maestro_jax.grpo.advantages import group_advantages
 from maestro_jax.grpo.logprobs import loss_rows
-from maestro_jax.grpo.losses import LossCount, count_loss
+from maestro_jax.grpo.losses import LossCount
 from maestro_jax.grpo.microbatches import Part, Planner
 from maestro_jax.grpo.update import GroupBatch, batch_shardings
+from maestro_jax.parallel import cluster
+from maestro_jax.parallel.sharding import from_processes
 from maestro_jax.policy.prompts import take_prompts
 from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig, RewardParts, score_all
 from maestro_jax.rollout.engine import Rollout
@@ -51,9 +54,10 @@ def summary(trajectory: Trajectory) -> EpisodeSummary:
 def make_parts(
     rollout: Rollout, scored: Scored, advantage: str, contrast_only: bool, planner: Planner, mesh: Mesh
 ) -> tuple[list[GroupBatch], LossCount, dict[str, float]]:
-    """The parts of the update's batch on the mesh.
+    """The parts of the update's batch on the mesh: in every part, as many groups of each process.
 
     Args:
+      rollout: of this process.
       advantage: of `advantages.py: NORMALISERS`.
       contrast_only: leaves out groups without contrast; right where the loss is nothing but advantages.
 
@@ -63,37 +67,96 @@ def make_parts(
     """
     advantages, contrast = group_advantages(scored.rewards, scored.valid, advantage)
     mask = rollout.authored & scored.valid[..., None]
-    # At least one group stays: without any, moments and rates would still have to move on.
-    kept = np.flatnonzero(contrast if contrast_only else mask.any(axis=(1, 2)))
-    kept = kept if len(kept) else np.array([0])
-    lengths = rollout.prompts.mask.sum(axis=1)[kept].tolist(), rollout.length.max(axis=1)[kept].tolist()
-    plan = planner.plan(*lengths)
-    parts = [take_part(rollout, mask, advantages, kept[list(part.groups)], part) for part in plan]
-    left_out = count_loss(np.delete(mask, kept, axis=0))
-    tasks = max(len(rollout.trajectories), 1)
+    facts = gather_facts(rollout, mask, scored.valid, contrast)
+    wanted = facts.contrast if contrast_only else facts.loss_tokens > 0
+    if not wanted.any():  # at least one group stays: without any, moments and rates would still have to move on
+        wanted = np.broadcast_to(np.arange(wanted.shape[1]) == 0, wanted.shape)
+    kept = [ranked(planner, *process) for process in zip(wanted, facts.prefix, facts.room, strict=True)]
+    # Groups at one place in their processes are planned as one, as long as the longest of them.
+    prefixes, rooms, tokens = (place_by_place(x, kept) for x in (facts.prefix, facts.room, facts.loss_tokens))
+    plan = planner.plan(prefixes, rooms)
+    own = kept[jax.process_index()]
+    parts = []
+    for part in plan:
+        groups = np.sort(own[[place for place in part.groups if place < len(own)]])
+        most = max(tokens[place] for place in part.groups)
+        parts.append(from_processes(take_part(rollout, mask, advantages, groups, part, most), batch_shardings(mesh)))
+    left_out = LossCount(int(facts.loss_tokens[~wanted].sum()), int(facts.loss_members[~wanted].sum()))
+    real = facts.real
+    members = real.sum() * rollout.length.shape[1]
     metrics = {
-        "groups_without_contrast": 1.0 - float(contrast[:tasks].mean()),
-        "marked_trajectories": float((~scored.valid[:tasks]).mean()),
-        "member_tokens": float(rollout.length[:tasks].mean()),
+        "groups_without_contrast": 1.0 - float(facts.contrast[real].mean()),
+        "marked_trajectories": float(facts.marked[real].sum() / members),
+        "member_tokens": float(facts.tokens[real].sum() / members),
         "parts": float(len(parts)),
-        "padding": planner.padding(plan, *lengths),
+        "padding": planner.padding(plan * len(kept), facts.prefix[wanted].tolist(), facts.room[wanted].tolist()),
     }
-    return [jax.device_put(part, batch_shardings(mesh)) for part in parts], left_out, metrics
+    return parts, left_out, metrics
 
 
-def take_part(rollout: Rollout, mask: np.ndarray, advantages: np.ndarray, groups: np.ndarray, part: Part) -> GroupBatch:
-    """Groups of a rollout in the static shape of a part, numpy-valued; padding repeats the first, out of the loss."""
+def ranked(planner: Planner, wanted: np.ndarray, prefixes: np.ndarray, rooms: np.ndarray) -> np.ndarray:
+    """Numbers of the wanted groups of a process, the most expensive first."""
+    groups = np.flatnonzero(wanted)
+    return groups[planner.rank(prefixes[groups].tolist(), rooms[groups].tolist())]
+
+
+def place_by_place(fact: np.ndarray, kept: Sequence[np.ndarray]) -> list[int]:
+    """The largest `fact [processes, B]` of the groups at each place in their processes; some have fewer than others."""
+    found = [process[groups] for process, groups in zip(fact, kept, strict=True)]
+    return [int(max(row[place] for row in found if place < len(row))) for place in range(max(map(len, found)))]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupFacts:
+    """What all processes know of each other's groups, which is all that a plan needs: numbers `[processes, B]`."""
+
+    prefix: np.ndarray  # tokens
+    room: np.ndarray  # tokens of the longest member
+    loss_tokens: np.ndarray
+    loss_members: np.ndarray
+    contrast: np.ndarray  # bool
+    marked: np.ndarray  # members
+    tokens: np.ndarray  # of all members
+    real: np.ndarray  # bool, False for groups that pad the batch
+
+
+def gather_facts(rollout: Rollout, mask: np.ndarray, valid: np.ndarray, contrast: np.ndarray) -> GroupFacts:
+    """All processes call it, each with its own groups."""
+    own = GroupFacts(
+        prefix=rollout.prompts.mask.sum(axis=1),
+        room=rollout.length.max(axis=1),
+        loss_tokens=mask.sum(axis=(1, 2)),
+        loss_members=mask.any(axis=2).sum(axis=1),
+        contrast=contrast,
+        marked=(~valid).sum(axis=1),
+        tokens=rollout.length.sum(axis=1),
+        real=np.arange(len(mask)) < max(len(rollout.trajectories), 1),
+    )
+    told = cluster.gather({name: fact.tolist() for name, fact in vars(own).items()})
+    return GroupFacts(**{name: np.array([process[name] for process in told]) for name in vars(own)})
+
+
+def take_part(
+    rollout: Rollout, mask: np.ndarray, advantages: np.ndarray, groups: np.ndarray, part: Part, most: int = 0
+) -> GroupBatch:
+    """Groups of a rollout in the static shape of a part, numpy-valued; padding repeats the first, out of the loss.
+
+    Args:
+      groups: at most `part.size`; none, where a part has groups of other processes only.
+      most: as of `loss_rows`.
+    """
     real = np.arange(part.size) < len(groups)
-    rows = np.append(groups, np.repeat(groups[:1], part.size - len(groups)))
-    logprobs = rollout.logprobs[rows, :, : part.room]
+    rows = np.append(groups, np.repeat(groups[:1] if len(groups) else 0, part.size - len(groups)))
+    prompts, logprobs = take_prompts(rollout.prompts, rows, part.prefix), rollout.logprobs[rows, :, : part.room]
     mask = mask[rows, :, : part.room] & real[:, None, None]
     return GroupBatch(
-        prompts=take_prompts(rollout.prompts, rows, part.prefix),
+        # What pads a part without groups may be longer than the part.
+        prompts=dataclasses.replace(prompts, last=np.minimum(prompts.last, part.prefix - 1)),
         tokens=rollout.tokens[rows, :, : part.room],
-        length=rollout.length[rows],
+        length=np.minimum(rollout.length[rows], part.room),
         mask=mask,
         old_logprobs=logprobs,
         reference_logprobs=np.zeros_like(logprobs),
         advantages=advantages[rows] * real[:, None],
-        loss_rows=loss_rows(mask),
+        loss_rows=loss_rows(mask, most),
     )

@@ -28,11 +28,12 @@ ROW_BUCKETS = 8  # M is a multiple of so many parts of G x R: so many programs a
 # ---- rows in the loss --------------------------------------------------------------------------------------
 
 
-def loss_rows(mask: np.ndarray) -> np.ndarray:
+def loss_rows(mask: np.ndarray, most: int = 0) -> np.ndarray:
     """The member tokens in the loss, compacted per group; on the host, because M is a static shape.
 
     Args:
       mask: bool `[B, G, R]`, tokens in the loss.
+      most: tokens in the loss of the group that has most, where that is a group of another process.
 
     Returns:
       int32 `[B, M]`, ascending indices into the G x R tokens of each group, filled up with G x R, which is none of
@@ -41,7 +42,7 @@ def loss_rows(mask: np.ndarray) -> np.ndarray:
     flat = mask.reshape(len(mask), -1)
     tokens = flat.shape[1]
     part = -(-tokens // ROW_BUCKETS)
-    most = int(flat.sum(axis=1).max(initial=0))
+    most = int(flat.sum(axis=1).max(initial=most))
     width = min(part * max(-(-most // part), 1), tokens)
     rows = np.full((len(mask), width), tokens, np.int32)
     for row, kept in zip(rows, flat, strict=True):

@@ -39,9 +39,9 @@ class Planner:
     Attributes:
       root: P0, tokens; every device computes the root once a part.
       members: G.
-      groups: of a whole batch.
+      groups: of a whole batch, as far as they are this process's: groups stay where their tokens are.
       microbatches: into at most so many parts a batch is split; must divide `groups`.
-      shards: devices that groups are spread over; must divide a microbatch.
+      shards: devices of this process that groups are spread over; must divide a microbatch.
     """
 
     architecture: PolicyArchitecture
@@ -69,6 +69,11 @@ class Planner:
         """Share of the operations of `parts` that fills up the groups, of these lengths, that they were made for."""
         own = sum(self._group(*both) for both in zip(prefixes, rooms, strict=True))
         return 1.0 - own / sum(part.size * self._group(part.prefix, part.room) for part in parts)
+
+    def rank(self, prefixes: Sequence[int], rooms: Sequence[int]) -> list[int]:
+        """Groups of these lengths, the most expensive first: so that they match those of other processes."""
+        lengths = [self._buckets(*both) for both in zip(prefixes, rooms, strict=True)]
+        return sorted(range(len(lengths)), key=lambda g: (-self._group(*lengths[g]), g))
 
     def _group(self, prefix: int, room: int) -> int:
         return group_flops(self.architecture, self.root, prefix, self.members, room, images=0, patches=0).total

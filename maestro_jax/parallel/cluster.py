@@ -21,7 +21,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -40,7 +40,7 @@ START_SECONDS = 300  # for all processes to come: hosts are made and images pull
 _POLL_MS = 1000
 _PORT = 61440  # and the 4096 above it, by Slurm's number of the job
 
-_LOSS = re.compile(r"Gloo \S+ failed|NCCL|UNAVAILABLE|CoordinationService")
+_LOSS = re.compile(r"Gloo \S+ failed|NCCL|UNAVAILABLE")
 _exchanges = itertools.count()
 
 
@@ -96,6 +96,10 @@ def start(environ: Mapping[str, str] = os.environ, seconds: int = START_SECONDS)
             raise
         address = distributed.global_state.coordinator_address
         raise ConfigError(f"process 0 cannot listen at {address}; give another port to MAESTRO_COORDINATOR") from error
+
+
+class LostError(Exception):
+    """Another process of the run is gone."""
 
 
 def find_cluster(environ: Mapping[str, str]) -> Cluster | None:
@@ -230,6 +234,11 @@ def gather(value: T) -> list[T]:
     return together
 
 
+def most(values: Sequence[int]) -> list[int]:
+    """The largest of everybody's numbers, place by place."""
+    return [max(place) for place in zip(*gather(list(values)), strict=True)]
+
+
 def from_main(compute: Callable[[], T]) -> T:
     """What process 0 computes (plain JSON); the others wait for it, and so for all that it did before."""
     if jax.process_count() == 1:
@@ -244,7 +253,7 @@ def _wait_for(key: str) -> str:
             return _store().blocking_key_value_get(key, _POLL_MS)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise
+                raise LostError("process 0, which passes messages on, is gone") from error
 
 
 def _store() -> Any:
@@ -283,8 +292,10 @@ def several() -> bool:
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether this is how a device program says that another process is gone."""
-    return isinstance(error, jax.errors.JaxRuntimeError | ValueError) and bool(_LOSS.search(str(error)))
+    """Whether this is how messages or device programs say that another process is gone."""
+    if isinstance(error, LostError):
+        return True
+    return isinstance(error, RuntimeError | ValueError) and bool(_LOSS.search(str(error)))
 
 
 def leave(code: int) -> NoReturn:

@@ -150,6 +150,22 @@ def _gather_backward(
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+def from_processes(local: Any, shardings: Any) -> Any:
+    """Arrays on the mesh; what lies over processes each has its own part of, the rest is the same in all.
+
+    Args:
+      local: a tree of numpy arrays.
+      shardings: of them, as a tree or a prefix of one.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(local, shardings)
+
+    def place(sharding: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), part)
+
+    return jax.tree.map(place, shardings, local)
+
+
 def over_groups(mesh: Mesh) -> NamedSharding:
     """Leading axis B (or B x M images) spread over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

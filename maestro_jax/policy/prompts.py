@@ -6,7 +6,7 @@ question are its prefix. Splits lie at special tokens, so the ids are those of t
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,9 @@ class PreparedTask:
     images: tuple[preprocess.PreparedImage, ...]
 
 
+Agree = Callable[[Sequence[int]], Sequence[int]]
+
+
 class Prompts:
     """Builds the prompts of tasks for one registry text."""
 
@@ -60,9 +63,9 @@ class Prompts:
         self.root_text = self._render([self.system], generate=False)
         self.root = np.array(tokens.encode(self.root_text), np.int32)
 
-    def batch(self, tasks: Sequence[Task]) -> PrefixBatch:
+    def batch(self, tasks: Sequence[Task], agree: Agree = tuple) -> PrefixBatch:
         """Numpy-valued `PrefixBatch` of one group per task; errors as of `prepare` and `collate`."""
-        return self.collate([self.prepare(task) for task in tasks])
+        return self.collate([self.prepare(task) for task in tasks], agree=agree)
 
     def prepare(self, task: Task) -> PreparedTask:
         """Decodes the images and cuts them; may run in any thread, ahead of the step that needs it.
@@ -80,11 +83,12 @@ class Prompts:
         images = [preprocess.prepare_image(p, self.architecture.vision, *limits) for p in pixels]
         return PreparedTask(task, tuple(images))
 
-    def collate(self, prepared: Sequence[PreparedTask], longest: bool = False) -> PrefixBatch:
+    def collate(self, prepared: Sequence[PreparedTask], longest: bool = False, agree: Agree = tuple) -> PrefixBatch:
         """Numpy-valued `PrefixBatch` of one group per task.
 
         Args:
           longest: takes the largest buckets, whatever the tasks, so that batches can be mixed.
+          agree: makes of the sizes of this batch those of all processes, whose batches are parts of one.
 
         Raises:
           DataError: a prompt or an image beyond the largest bucket.
@@ -98,6 +102,7 @@ class Prompts:
         )
         if longest:
             width, patches = max(self.config.prefix_buckets), max(self.config.image_buckets)
+        width, patches = agree((width, patches))
         per_group = max(self.config.images_per_task, 1)
         return collate_prompts(self.root, rows, images, self.architecture, width, per_group, patches)
 

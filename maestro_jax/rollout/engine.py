@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maestro_jax.errors import ConfigError
+from maestro_jax.parallel import cluster
 from maestro_jax.parallel.mesh import batch_shards
 from maestro_jax.parallel.sharding import over_groups, replicated
 from maestro_jax.policy.model import PrefixBatch
@@ -63,13 +64,12 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Finished groups: host records, and their tokens as arrays.
+    """Finished groups of this process: host records, and their tokens as arrays.
 
-    Groups that only pad the batch to its static size are at the end, without trajectories; so are, in the arrays,
-    groups that another process serves.
+    Groups that only pad the batch to its static size are at the end, without trajectories.
     """
 
-    trajectories: list[list[Trajectory]]  # [tasks][G]; an empty list for a group of another process
+    trajectories: list[list[Trajectory]]  # [tasks][G]
     prompts: PrefixBatch  # numpy-valued
     tokens: np.ndarray  # int32 [B, G, R]
     logprobs: np.ndarray  # float32 [B, G, R]
@@ -97,21 +97,28 @@ class Engine:
     def rollout(
         self, params: nnx.State, tasks: Sequence[Task], groups: int, members: int, seed: int, step: int, greedy: bool
     ) -> Rollout:
-        """Runs `members` episodes of every task to their end.
+        """Runs `members` episodes of every task to their end, those of `own_rows` in this process.
 
         Args:
           params: the policy's parameters, as the trainer holds them.
-          tasks: at most `groups` tasks; fewer leave room, so that shapes stay static.
+          tasks: at most `groups` tasks, the same in all processes; fewer leave room, so that shapes stay static.
           seed, step: with task id and member, the only sources of randomness.
         """
-        shown = [*tasks, *[tasks[-1]] * (groups - len(tasks))]
-        prompts = self.prompts.batch(shown)
+        rows = self.own_rows(groups)
+        own = [tasks[row] for row in rows if row < len(tasks)]
+        shown = [*own, *[tasks[-1]] * (len(rows) - len(own))]
+        prompts = self.prompts.batch(shown, cluster.most)
         session = self.session(params, groups, members, prompts.tokens.shape[1], greedy)
-        keys = [[lane_key(seed, step, task.id, m) for m in range(members)] for task in tasks]
-        records = session.submit(tasks, prompts, keys, batch=groups)
+        keys = [[lane_key(seed, step, task.id, m) for m in range(members)] for task in own]
+        records = session.submit(own, prompts, keys, batch=len(rows))
         for _ in session.run(params, version=step):
             pass
-        return assemble(records, prompts, groups, members, self.config.room)
+        return assemble(records, prompts, len(rows), members, self.config.room)
+
+    def own_rows(self, groups: int) -> list[int]:
+        """Which of a batch of `groups` groups, as they lie over the shards, are of this process."""
+        shards = batch_shards(self.mesh)
+        return [row for row in range(groups) if row * shards // groups in self.local_shards]
 
     def session(self, params: nnx.State, groups: int, members: int, prefix: int, greedy: bool) -> "Session":
         """Room for so many groups at a time, with prefixes of at most `prefix` tokens."""
@@ -184,10 +191,10 @@ def assemble(records: Sequence[GroupRecord], prompts: PrefixBatch, groups: int, 
     tokens, logprobs, authored = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool)
     length = np.zeros(shape[:2], np.int32)
     for g, record in enumerate(records):
-        for m, (ids, found, own) in enumerate(record.arrays() if record.finished else ()):
+        for m, (ids, found, own) in enumerate(record.arrays()):
             n = length[g, m] = len(ids)
             tokens[g, m, :n], logprobs[g, m, :n], authored[g, m, :n] = ids, found, own
-    trajectories = [record.members if record.finished else [] for record in records]
+    trajectories = [record.members for record in records]
     return Rollout(trajectories, prompts, tokens, logprobs, authored, length)
 
 

@@ -68,15 +68,16 @@ class Session:
         batch: int,
         only: Container[int] | None = None,
     ) -> list[GroupRecord]:
-        """Queues groups; every process passes all tasks and runs those of its own shards.
+        """Queues groups of this process.
 
         Args:
-          prompts: of these tasks, in their order (more may follow); numpy-valued.
+          prompts: of these tasks, in their order (more may follow); numpy-valued, of the same sizes in all processes.
           keys: random key data uint32 `[2]` of each member of each task.
-          batch: the tasks are the first of a batch of so many, which lie over the shards in their order, as arrays do.
+          batch: the tasks are the first of a batch of so many, which lie over the shards of this process in their
+            order, as arrays do.
           only: which of the tasks are run; None runs all.
         """
-        sizes = self.compiled.sizes
+        sizes, schedulers = self.compiled.sizes, list(self.schedulers.values())
         self._filler = (prompts, 0)
         records = []
         for row, (task, member_keys) in enumerate(zip(tasks, keys, strict=True)):
@@ -85,9 +86,7 @@ class Session:
             first = self._number << 32 | (self.submitted + row) * sizes.members
             members = [Trajectory(task, m, first + m, key) for m, key in enumerate(member_keys)]
             records.append(GroupRecord(task, self.submitted + row, members, prompt=(prompts, row)))
-            scheduler = self.schedulers.get(row * sizes.shards // batch)
-            if scheduler is not None:
-                scheduler.submit(records[-1])
+            schedulers[row * len(schedulers) // batch].submit(records[-1])
         self.submitted += len(tasks)
         return records
 

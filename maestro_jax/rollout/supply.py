@@ -13,7 +13,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from maestro_jax.data.order import merge_states
 from maestro_jax.errors import ConfigError
+from maestro_jax.parallel import cluster
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import PreparedTask, join_prompts, take_prompts
 from maestro_jax.rollout.engine import Engine, Rollout, assemble, lane_key
@@ -67,10 +69,10 @@ def check_ahead(ahead: int, processes: int) -> None:
 
 
 class Supply:
-    """Pulls tasks and runs their episodes, step by step.
+    """Pulls tasks and runs their episodes, step by step; of several processes, each those of its own tasks.
 
     Args:
-      batches: of `config.groups` tasks each.
+      batches: of this process's part of `config.groups` tasks each.
 
     Raises:
       ConfigError: `ahead` with several processes, which know of their own groups only.
@@ -89,9 +91,10 @@ class Supply:
         self._done_before: dict[int, set[int]] = {}  # rows trained before the run was interrupted, by step
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able: where the data goes on, and what of it is trained already."""
+        """JSON-able: where the data goes on, and what of it is trained already. All processes ask, and get the same."""
         if not self.pulled:
-            return {"data": self.batches.get_state(), "next_step": self.next_step, "done": {}}
+            data = merge_states(cluster.gather(self.batches.get_state()))
+            return {"data": data, "next_step": self.next_step, "done": {}}
         first = min(self.pulled)
         rows = set(range(self.config.groups))
         left = {step: self.pulled[step].left if step in self.pulled else set() for step in range(first, self.next_step)}
@@ -117,7 +120,7 @@ class Supply:
         tasks, prompts = self._next_batch()
         self.next_step = step + 1
         session = engine.session(params, config.groups, config.members, prompts.tokens.shape[1], greedy=False)
-        records = session.submit(tasks, prompts, self._keys(tasks, step), config.groups)
+        records = session.submit(tasks, prompts, self._keys(tasks, step), len(tasks))
         given = 0
         for counts in session.run(params, version=step):
             ready = counts.leading * config.parts // session.compiled.sizes.groups
@@ -129,9 +132,9 @@ class Supply:
 
     def _part(self, records: Sequence[GroupRecord], prompts: PrefixBatch, session: Session, number: int) -> Rollout:
         """Part `number`: as many groups of each shard, so that none moves."""
-        sizes = session.compiled.sizes
+        sizes, shards = session.compiled.sizes, len(session.schedulers)
         each = sizes.groups // self.config.parts
-        rows = [s * sizes.groups + number * each + i for s in range(sizes.shards) for i in range(each)]
+        rows = [s * sizes.groups + number * each + i for s in range(shards) for i in range(each)]
         taken = take_prompts(prompts, np.array(rows), prompts.tokens.shape[1])
         return assemble([records[row] for row in rows], taken, len(rows), self.config.members, sizes.room)
 
@@ -167,7 +170,7 @@ class Supply:
 
     def _next_batch(self, longest: bool = False) -> tuple[list[Task], PrefixBatch]:
         prepared = next(self.batches)
-        return [one.task for one in prepared], self.engine.prompts.collate(prepared, longest)
+        return [one.task for one in prepared], self.engine.prompts.collate(prepared, longest, cluster.most)
 
     def _trained(self, record: GroupRecord) -> None:
         step, row = self._origin.pop(record)

@@ -28,6 +28,9 @@ class Engine:
         self.by_task = {t.task.id: t for t in trajectories}
         self.asked: list[dict[str, Any]] = []
 
+    def own_rows(self, groups: int) -> list[int]:
+        return list(range(groups))
+
     def rollout(self, params: Any, tasks: Sequence[Task], groups: int, **settings: Any) -> Rollout:
         self.asked.append({"tasks": [t.id for t in tasks], "groups": groups, **settings})
         shape = (groups, 1, 4)

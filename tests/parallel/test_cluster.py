@@ -146,4 +146,4 @@ def test_a_killed_process_ends_the_other(doing: str, victim: int, tmp_path: Path
 def test_a_process_that_fails_ends_the_other_and_keeps_its_own_code(tmp_path: Path) -> None:
     with processes.started([WORKER, "fail"], tmp_path) as running:
         assert running[0].wait(STARTED) == EXIT_CONFIG
-        assert running[1].wait(PROMISE) in (EXIT_LOST, -signal.SIGABRT)
+        assert running[1].wait(PROMISE) in (EXIT_LOST, -signal.SIGABRT), running[1].text

@@ -42,7 +42,8 @@ def serve(talker: episodes.Talker, mesh: Mesh, seed: int) -> Served:
     """The same rollout in every process, with experts of its own."""
     experts = episodes.Experts(longest=0.02, seed=seed)
     with episodes.engine(talker, Dispatcher(experts), CONFIG, mesh) as run:
-        found = episodes.episodes(run(TASKS, MEMBERS))
+        rows = run.engine.own_rows(len(TASKS))
+        found = {(rows[g], m): episode for (g, m), episode in episodes.episodes(run(TASKS, MEMBERS)).items()}
         return Served(experts.answered, (run.total("loaded"), run.total("brought_back")), found)
 
 
