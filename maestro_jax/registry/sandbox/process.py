@@ -162,19 +162,21 @@ async def _exit_code(process: subprocess.Popen[bytes], seconds: float) -> int | 
     """Waits for a child without a thread of its own; the pause grows with the time it takes.
 
     Time in which it is ready and has no core does not count: else a busy machine would judge programs. Looked up only
-    once the time seems to be over.
+    once the time seems to be over; and among all that has come from the child by then, before the time is over.
 
     Raises:
       TimeoutError: it waited for a core for `_PATIENCE` times the seconds.
     """
     began, waited, pause = time.monotonic(), 0.0, 0.002
-    family: frozenset[int] = frozenset()
+    family = frozenset([process.pid])
     while (code := process.poll()) is None:
         if time.monotonic() - began - waited >= seconds:
-            family = family or await asyncio.to_thread(_family, process.pid)
             waited = max(map(_waited, family))
             if time.monotonic() - began - waited >= seconds:
-                return None
+                family = await asyncio.to_thread(_family, process.pid)
+                waited = max(map(_waited, family))
+                if time.monotonic() - began - waited >= seconds:
+                    return None
             if waited > _PATIENCE * seconds:
                 raise TimeoutError(f"a program waited {waited:.0f} s for a core; run fewer things beside it")
         await asyncio.sleep(pause)

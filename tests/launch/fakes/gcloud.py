@@ -1,4 +1,4 @@
-"""A gcloud that knows TPU VMs and queued resources, and keeps them in the directory $FAKE_CLOUD.
+"""A gcloud that knows TPU VMs, queued resources, clusters and node pools, and keeps them in the directory $FAKE_CLOUD.
 
 It writes every call to `calls`. Tests prepare three things there:
   failures/WORDS  lines; each call of that command (words joined by "-") takes one away and fails with it; an empty one
@@ -78,8 +78,12 @@ def main() -> None:
             command = next(word for word in sys.argv if word.startswith("--command="))
             if command.endswith("worker.sh status"):
                 print("\n".join((take(HERE / "workers", keep_last=True) or "idle").split()))
-        case ["compute", "tpus", "tpu-vm", "scp", *_]:
+        case ["compute", "tpus", "tpu-vm", "scp", *_] | ["container", "clusters", "get-credentials", _]:
             pass
+        case ["container", kind, "create", name]:
+            create(kind, name, "RUNNING")
+        case ["container", kind, "describe", name]:
+            describe(kind, name)
         case _:
             stop(f"the fake does not know {words}")
 

@@ -171,6 +171,22 @@ def test_a_program_that_hardly_gets_a_core_is_not_blamed(monkeypatch: pytest.Mon
     assert found.status is RanStatus.UNAVAILABLE and 0.5 <= found.seconds < 10.0
 
 
+def test_a_program_that_starts_late_is_asked_how_long_it_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine bubblewrap may be looked at before it has started the program, and waits itself."""
+    began, program = time.monotonic(), 2**30  # a process id that nobody has
+    looked: list[int] = []
+
+    def waited(pid: int) -> float:
+        looked.append(pid)
+        return time.monotonic() - began if pid == program else 0.03
+
+    monkeypatch.setattr(process, "_family", lambda pid: frozenset([pid, program] if looked else [pid]))
+    monkeypatch.setattr(process, "_waited", waited)
+    limits = dataclasses.replace(LIMITS, wall_seconds=0.05)
+    found = ran(make_sandbox("unsafe_process"), "import time; time.sleep(1000)", limits=limits)
+    assert found.status is RanStatus.UNAVAILABLE
+
+
 def test_in_wasm_sleeping_costs_nothing_and_clocks_are_made_up(sandbox: Sandbox) -> None:
     if sandbox.name != "wasm":
         pytest.skip("other back ends see the machine's clock")

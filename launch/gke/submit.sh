@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Starts a run on a cluster that cluster.sh made, with its experts beside it, or goes on where it is there.
+#
+#   launch/gke/submit.sh --name=run1 --image=REGISTRY/maestro-tpu:1 --accelerator=v5litepod-64 --config=configs/mine.py \
+#     [--experts=chart=DocTron/Chart-R1,ocr=zai-org/GLM-OCR --expert-image=REGISTRY/maestro-experts:1] \
+#     [-- --config.mesh.tensor=2]
+#
+# The registry of the config names the servers by URL. An expert "chart" of run1 is at http://run1-chart-0-0.run1:8000/v1.
+
+# shellcheck disable=SC2034 # manifests use variables of this script
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/shared.sh"
+required name "name of the run: lower-case letters, digits and -"
+required image "image of launch/docker"
+required accelerator "such as v5litepod-64, v5p-128, v6e-256, h100x8x2"
+required config "config file of the run; settings of it may follow --"
+optional workdir "" "directory of the run; empty: /mnt/maestro/NAME"
+optional experts "" "NAME=MODEL,NAME=MODEL,...: names as in --name, models as vLLM takes them"
+optional expert-image "" "image of launch/docker/experts.Dockerfile"
+optional expert-gpu nvidia-l4 "GPU of an expert"
+optional expert-gpus 1 "and how many of them"
+optional faults 10 "end after so many faults of one host (exit code 70, a lost process)"
+a_namespace
+settings_from "$@"
+machines_of
+
+named() { [[ $1 =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "$CONFIGURATION" "the name '$1' is none: use lower-case letters, digits and -, such as run1"; }
+
+named "$NAME"
+check_slice
+found=$(ask "" kubectl ${CONTEXT:+"--context=$CONTEXT"} get jobset "$NAME" "--namespace=$NAMESPACE" \
+  '--output=jsonpath={.metadata.name} {.status.terminalState}')
+case $found in
+  "$NAME Completed") note "run $NAME is done; another one needs another --name" && exit ;;
+  "$NAME Failed") fail "$TRY_AGAIN" "run $NAME has failed; see launch/gke/logs.sh, delete it with launch/gke/delete.sh, and run this again: it goes on from its last checkpoint" ;;
+  "$NAME"*) note "run $NAME exists; see launch/gke/status.sh" && exit ;;
+esac
+
+servers=() ready=() EXPERT_IMAGE=$(yaml_string "$EXPERT_IMAGE") EXPERT_JOBS=""
+[[ -z $EXPERTS || $EXPERT_IMAGE != '""' ]] || fail "$CONFIGURATION" "--experts needs --expert-image; launch/docker says how to build it"
+IFS=, read -ra servers <<<"$EXPERTS"
+for server in "${servers[@]}"; do
+  EXPERT=${server%%=*} model=${server#*=}
+  named "$EXPERT"
+  [[ $server == *=?* ]] || fail "$CONFIGURATION" "--experts: '$server' names no model; write NAME=MODEL"
+  EXPERT_COMMAND=$(yaml_command vllm serve "$model" --served-model-name "$model" --port 8000 "--tensor-parallel-size=$EXPERT_GPUS")
+  EXPERT_JOBS+=$'\n'$(rendered "$LAUNCH/gke/manifests/expert.yaml")
+  ready+=("{name: $EXPERT, status: Ready}")
+  note "expert $model: http://$NAME-$EXPERT-0-0.$NAME:8000/v1"
+done
+READY_EXPERTS="[$(IFS=, && echo "${ready[*]}")]"
+RETRIES=$((FAULTS - 1)) CHIP=$(chip) IMAGE=$(yaml_string "$IMAGE")
+COMMAND=$(yaml_command python -m maestro_jax.train "--config=$CONFIG" "--workdir=${WORKDIR:-/mnt/maestro/$NAME}" "${REST[@]}")
+if is_tpu; then apply run-tpu.yaml; else apply run-gpu.yaml; fi

@@ -1,0 +1,48 @@
+"""A kubectl that knows one kind of thing, JobSets, and keeps them in the directory $FAKE_CLOUD/jobset.
+
+A file there holds a JobSet's terminal state: empty while it runs. Applied manifests go to `applied`, calls to `calls`;
+`failures/kubectl-VERB` holds lines of which each call takes one away and fails with it.
+"""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+HERE = Path(os.environ["FAKE_CLOUD"])
+
+
+def stop(message: str) -> None:
+    print(f"Error from server: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def main() -> None:
+    with open(HERE / "calls", "a") as calls:
+        print(shlex.join(["kubectl", *sys.argv[1:]]), file=calls)
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    failures = HERE / "failures" / f"kubectl-{words[0]}"
+    if failures.exists() and (lines := failures.read_text().splitlines()):
+        failures.write_text("".join(f"{line}\n" for line in lines[1:]))
+        stop(lines[0])
+    (HERE / "jobset").mkdir(exist_ok=True)
+    match words:
+        case ["apply"] if "--filename=-" in sys.argv:
+            text = sys.stdin.read()
+            (HERE / "applied").write_text(text)
+            for name in re.findall(r"^kind: JobSet\nmetadata:\n  name: (\S+)$", text, re.MULTILINE):
+                (HERE / "jobset" / name).touch()
+        case ["apply"] | ["wait", "deployment"]:
+            pass
+        case ["get", "jobset", name]:
+            if not (HERE / "jobset" / name).exists():
+                stop(f'(NotFound): jobsets.jobset.x-k8s.io "{name}" not found')
+            print(name, (HERE / "jobset" / name).read_text().strip())
+        case ["delete", "jobset", name]:
+            (HERE / "jobset" / name).unlink(missing_ok=True)
+        case _:
+            stop(f"the fake does not know {words}")
+
+
+main()

@@ -1,0 +1,88 @@
+"""Runs on GKE: a cluster is made once, a run is submitted once, neither is deleted by itself."""
+
+import pytest
+
+from tests.launch.conftest import Cloud
+from tests.launch.golden import REPOSITORY
+
+CLUSTER = (
+    "gke/cluster.sh --cluster=maestro --location=us-west4 --node-zone=us-west4-a --accelerator=v5litepod-64 "
+    "--config=configs/qwen3_vl_4b.py --experts=2"
+)
+SUBMIT = (
+    "gke/submit.sh --name=run1 --image=registry/maestro:1 --accelerator=v5litepod-64 --config=configs/qwen3_vl_4b.py"
+)
+
+
+def test_a_cluster_is_made_once(cloud: Cloud) -> None:
+    assert cloud.launch(CLUSTER).returncode == 0
+    assert len(cloud.calls("create")) == 3
+    result = cloud.launch(CLUSTER)
+    assert result.returncode == 0 and "node pool experts exists" in result.stderr
+    assert len(cloud.calls("create")) == 3
+
+
+def test_a_shortage_is_waited_out_and_what_was_made_stays(cloud: Cloud) -> None:
+    shortage = "GCE_STOCKOUT: the zone does not have enough resources"
+    cloud.lines("failures/container-node-pools-create", shortage, shortage, shortage)
+    result = cloud.launch(f"{CLUSTER} --attempts=2")
+    assert result.returncode == 75 and "--node-zone" in result.stderr
+    assert cloud.launch(CLUSTER).returncode == 0
+    assert len(cloud.calls("clusters create")) == 1 and len(cloud.calls("node-pools create")) == 5
+    assert not cloud.calls("delete")
+
+
+def test_a_run_is_submitted_once(cloud: Cloud) -> None:
+    assert cloud.launch(SUBMIT).returncode == 0
+    result = cloud.launch(SUBMIT)
+    assert result.returncode == 0 and "exists" in result.stderr
+    assert len(cloud.calls("apply")) == 1
+
+
+def test_a_failed_run_is_not_deleted_by_itself(cloud: Cloud) -> None:
+    cloud.launch(SUBMIT)
+    cloud.lines("jobset/run1", "Failed")
+    result = cloud.launch(SUBMIT)
+    assert result.returncode == 75 and "delete.sh" in result.stderr
+    assert cloud.launch("gke/delete.sh --name=run1").returncode == 0
+    assert cloud.launch(SUBMIT).returncode == 0
+    assert len(cloud.calls("apply")) == 2
+
+
+def test_no_answer_of_the_cluster_is_no_leave_to_submit(cloud: Cloud) -> None:
+    cloud.lines("failures/kubectl-get", "connection to the server was refused")
+    result = cloud.launch(SUBMIT)
+    assert result.returncode == 70 and "was refused" in result.stderr
+    assert not cloud.calls("apply")
+
+
+def test_urls_of_experts_are_said(cloud: Cloud) -> None:
+    result = cloud.launch(f"{SUBMIT} --experts=chart=DocTron/Chart-R1 --expert-image=registry/experts:1")
+    assert "expert DocTron/Chart-R1: http://run1-chart-0-0.run1:8000/v1" in result.stderr
+    assert "name: chart" in (cloud.directory / "applied").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--name=Run_1", "'Run_1'"),
+        ("--experts=chart=m", "--expert-image"),
+        ("--experts=chart --expert-image=i", "NAME=MODEL"),
+        ("--experts=Chart=m --expert-image=i", "'Chart'"),
+        ("--accelerator=v5litepod-48", "v5litepod-48"),
+        ("--accelerator=v5p-10", "v5p-10"),
+        ("--accelerator=b300x8", "b300x8"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_cure(cloud: Cloud, flags: str, said: str) -> None:
+    result = cloud.launch(f"{SUBMIT} {flags}")
+    assert result.returncode == 78 and said in result.stderr
+    assert not cloud.calls("apply")
+
+
+def test_templates_name_nothing_that_is_not_set() -> None:
+    """Each is in a golden file, rendered without an error; so this guards against one that no script applies."""
+    used = "".join(script.read_text() for script in (REPOSITORY / "launch/gke").glob("*.sh"))
+    for template in (REPOSITORY / "launch/gke/manifests").glob("*.yaml"):
+        name = template.name.replace("queue-tpu", "queue-$(is_tpu").replace("queue-gpu", "queue-$(is_tpu")
+        assert name.removesuffix(".yaml") in used or template.name == "hosted.yaml"
