@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from maestro_jax import failpoints
 from maestro_jax.checkpoint.committed import (
     RUN,
     RUN_FILE,
@@ -173,6 +174,7 @@ class CheckpointStore:
         unfinished = self.directory / f"{self._saving}.orbax-checkpoint-tmp"
         # On an object store nothing is renamed: files are at their place from the beginning.
         write_manifest(unfinished if unfinished.exists() else self.directory / str(self._saving))
+        failpoints.reach("in_commit")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
