@@ -95,3 +95,4 @@ def test_what_slurm_requeues_or_cancels_is_left_to_slurm(slurm: Slurm, tmp_path:
     slurm.run("scancel", job.number)
     assert job.wait_for_end(60) in ("CANCELLED", "FAILED")  # as the script ends before or after Slurm has noted it
     assert job.ends() == [("75", "0"), ("75", "0")]
+    assert "restart 2" not in job.said()
