@@ -12,7 +12,7 @@ from tests.launch.conftest import Cloud
 from tests.launch.golden import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
-SHELL = sorted(LAUNCH.rglob("*.sh"))  # what is run, and what that sources
+SHELL = sorted((*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")))  # what is run, and what that sources
 SCRIPTS = [script for script in SHELL if script.name not in ("common.sh", "shared.sh") and script.parent.name != "env"]
 DOCKERFILES = sorted(LAUNCH.rglob("*.Dockerfile"))
 

@@ -1,0 +1,97 @@
+"""Jobs of launch/slurm on a real Slurm of one node (slurm_cluster.py)."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.golden import REPOSITORY
+from tests.launch.slurm_cluster import Slurm, missing
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with Slurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+class Job:
+    """A submitted launch/slurm/train.sbatch with two processes."""
+
+    def __init__(self, slurm: Slurm, log: Path, flags: tuple[str, ...], arguments: tuple[str, ...], **settings: str):
+        self.slurm, self.log = slurm, log
+        job = ("launch/slurm/train.sbatch", *arguments)
+        submit = (
+            "sbatch",
+            "--parsable",
+            "--ntasks-per-node=2",
+            f"--output={log}",
+            f"--chdir={REPOSITORY}",
+            *flags,
+            *job,
+        )
+        self.number = slurm.run(*submit, **settings).strip()
+        assert self.number.isdigit(), self.number
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def ends(self) -> list[tuple[str, str]]:
+        """Exit code and faults in a row of every run so far, as the script says."""
+        return re.findall(r"^[\d:]+ exit code (\d+)(?:, faults in a row: (\d))?$", self.said(), re.MULTILINE)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, (
+                f"{self.slurm.state(self.number)} after {seconds:g} s:\n{self.said()[-4000:]}"
+            )
+            time.sleep(0.3)
+
+    def wait_for_end(self, seconds: float) -> str:
+        ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
+        self.wait_until(lambda: self.slurm.state(self.number) in ends, seconds)
+        return self.slurm.state(self.number)
+
+
+def planned(slurm: Slurm, tmp_path: Path, plan: str, *flags: str) -> Job:
+    """A job whose processes end as a plan says, one word a restart."""
+    (tmp_path / "plan").write_text("".join(f"{word}\n" for word in plan.split()))
+    stand_in = str(REPOSITORY / "tests/launch/fakes/python_by_plan.sh")
+    arguments = ("--config=c", "--workdir=w")
+    return Job(slurm, tmp_path / "log", flags, arguments, PYTHON=stand_in, PLAN=str(tmp_path / "plan"))
+
+
+def test_a_job_goes_on_after_preemption_and_faults_until_it_is_done(slurm: Slurm, tmp_path: Path) -> None:
+    job = planned(slurm, tmp_path, "70 75 69 70 0")
+    assert job.wait_for_end(300) == "COMPLETED", job.said()
+    restarts = re.findall(r"process ([01]) of 2, restart (\d): -m maestro_jax.train --config=c --workdir=w", job.said())
+    assert sorted(restarts) == sorted((process, str(n)) for process in "01" for n in range(5))
+    assert job.ends() == [("70", "1"), ("75", "0"), ("69", "1"), ("70", "2"), ("0", "")]
+
+
+@pytest.mark.parametrize(("plan", "runs"), [("78", 1), ("70 70 70", 3)], ids=["a mistake", "three faults in a row"])
+def test_a_job_ends_where_another_start_would_not_help(slurm: Slurm, tmp_path: Path, plan: str, runs: int) -> None:
+    job = planned(slurm, tmp_path, plan)
+    assert job.wait_for_end(200) == "FAILED"
+    assert job.said().count("process 0 of 2") == runs
+
+
+def test_the_time_limit_comes_with_a_warning_that_saves(slurm: Slurm, tmp_path: Path) -> None:
+    job = planned(slurm, tmp_path, "wait 0", "--time=1", "--signal=TERM@50")
+    assert job.wait_for_end(200) == "COMPLETED", job.said()
+    assert job.ends() == [("75", "0"), ("0", "")] and "DUE TO TIME LIMIT" not in job.said()
+
+
+def test_what_slurm_requeues_or_cancels_is_left_to_slurm(slurm: Slurm, tmp_path: Path) -> None:
+    job = planned(slurm, tmp_path, "wait wait")
+    job.wait_until(lambda: job.said().count("process") == 2, 60)
+    slurm.run("scontrol", "requeue", job.number)
+    job.wait_until(lambda: job.said().count("process") == 4, 120)
+    slurm.run("scancel", job.number)
+    assert job.wait_for_end(60) in ("CANCELLED", "FAILED")  # as the script ends before or after Slurm has noted it
+    assert job.ends() == [("75", "0"), ("75", "0")]
