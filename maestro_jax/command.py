@@ -1,12 +1,15 @@
 """How every command starts and ends: flags in, one-line errors and exit codes out.
 
-Exit codes: 0 done, 78 something the user has to change (do not restart), 70 a fault of ours, 69 another process of the
-run never came or is gone (restart all); where JAX is the first to notice that, it ends the process with SIGABRT (134).
+Exit codes: 0 done, 75 told to stop by SIGTERM or SIGINT (start the same command again), 78 something the user has to
+change (do not restart), 70 a fault of ours, 69 another process of the run never came or is gone (restart all); where
+JAX is the first to notice that, it ends the process with SIGABRT (134).
 """
 
 import gc
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -15,33 +18,49 @@ import absl
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_LOST, ConfigError, UserError
+from maestro_jax import failpoints
+from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_LOST, EXIT_PREEMPTED, ConfigError, UserError
+from maestro_jax.parallel import preemption
 
 # Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
 _PARSER = os.path.dirname(config_flags.__file__)
 _LIBRARY = (os.path.dirname(_PARSER), os.path.dirname(absl.__file__), "<frozen")
+EXIT_SECONDS = 3.0  # for threads of libraries to end, which the interpreter waits for; one may hang
 
 
 def run(main: Callable[[Sequence[str]], Any], required: Sequence[str]) -> None:
     """Parses flags and runs `main`; a `UserError` is printed as one line."""
     tune_collector()
+    preemption.listen()
     try:
+        failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
         app.run(main, flags_parser=lambda argv: _parse(argv, required))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _leave(EXIT_CONFIG)
+    except preemption.Preempted as stop:
+        saved = f": {stop.saved}" if stop.saved else ""
+        print(f"stopped by {preemption.heard()}{saved}; the same command goes on", file=sys.stderr)
+        _leave(EXIT_PREEMPTED)
     except Exception as error:
         traceback.print_exc()
         _leave(EXIT_INTERNAL, error)
 
 
 def _leave(code: int, error: Exception | None = None) -> NoReturn:
-    """Ends a command that failed; one of several processes does not wait for the others."""
+    """Ends a command early, and soon; one of several processes does not wait for the others."""
     if "jax" in sys.modules:  # else there are no others
         from maestro_jax.parallel import cluster
 
         if cluster.several():
             cluster.leave(EXIT_LOST if error is not None and cluster.is_loss(error) else code)
+
+    def end() -> None:
+        time.sleep(EXIT_SECONDS)
+        os._exit(code)
+
+    sys.stdout.flush()
+    threading.Thread(target=end, name="exit", daemon=True).start()
     sys.exit(code)
 
 

@@ -1,8 +1,9 @@
-"""Errors that are the user's to fix. Commands print them as one line and exit 78 (do not restart)."""
+"""Exit codes, and errors that are the user's to fix: commands print those as one line and exit 78."""
 
-EXIT_CONFIG = 78
-EXIT_INTERNAL = 70
 EXIT_LOST = 69  # another process of the run never came, or is gone; restart all
+EXIT_INTERNAL = 70  # a fault of ours
+EXIT_PREEMPTED = 75  # told to stop; start the same command again
+EXIT_CONFIG = 78  # something the user has to change; do not restart
 
 
 class UserError(Exception):

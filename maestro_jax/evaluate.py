@@ -7,6 +7,7 @@ routing.png, and the graded episodes, one a line, in episodes.jsonl.
 """
 
 import collections
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ from maestro_jax.observe.accuracy import plot_accuracy
 from maestro_jax.observe.figures import plot_routing
 from maestro_jax.observe.files import write_json
 from maestro_jax.observe.progress import Progress
+from maestro_jax.parallel import preemption
 from maestro_jax.parallel.mesh import make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
@@ -80,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     settings |= {"--checkpoint": policy, "--benchmarks": repr(sorted(BENCHMARKS.value)), "--tasks": repr(TASKS.value)}
     changes = check_same_run(output / "config.json", settings)
 
-    with Progress(curve="accuracy") as progress:
+    with Progress(curve="accuracy") as progress, contextlib.ExitStack() as closing:
         for line in changes:
             progress.note(line)
 
@@ -90,10 +92,12 @@ def main(argv: Sequence[str]) -> None:
         read = Batches(source, 1, check_task, seed=0, shuffle=False, epochs=1, damage_limit=limit)
         tasks = itertools.chain.from_iterable(read)
         journal = Journal(str(output / "journal.jsonl"))
+        closing.callback(journal.close)
         registry = None if REPLAY.value else Registry(config.registry, str(output / "expert_cache.jsonl"), journal)
         answered = Resumed(registry or Replay(REPLAY.value, journal), journal)
         answered.recall({})
         dispatcher = Dispatcher(answered, journal)
+        closing.callback(dispatcher.close)
         tokens = load_tokens(run.tokenizer if run else config.policy.tokenizer or config.policy.init_from)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
 
@@ -105,6 +109,7 @@ def main(argv: Sequence[str]) -> None:
         engine = Engine(graph, mesh, prompts, exchange, fields(EngineConfig, config.rollout))
         progress.note(f"policy: {policy}, on {mesh.size} {jax.devices()[0].platform} device(s)")
         write_json(output / "config.json", settings)
+        closing.enter_context(preemption.at_boundaries())
 
         # ---- Episodes and baselines, a batch of tasks at a time --------------------------------
         logs = {name: RecordLog(output / f"{name}.jsonl") for name in ("episodes", "baselines")}
@@ -136,8 +141,6 @@ def main(argv: Sequence[str]) -> None:
             accuracy, calls = np.mean([(e.outcome, e.executed_calls) for e in greedy], axis=0).tolist()
             progress.update(len(greedy), {"accuracy": accuracy, "calls": calls})
         check_found(greedy, BENCHMARKS.value, progress)
-        dispatcher.close()
-        journal.close()
         for log in logs.values():
             log.close()
 

@@ -3,9 +3,11 @@
     python -m maestro_jax.train --config configs/quickstart.py --workdir DIR [--config.grpo.steps=20 ...]
 
 The same command goes on where an earlier one stopped. DIR receives metrics.jsonl, journal.jsonl,
-checkpoints, and at the end summary.json, curves.png and routing.png.
+trained.jsonl, checkpoints, and at the end summary.json, curves.png and routing.png. SIGTERM or SIGINT stops it where
+nothing is lost (docs/reliability.md).
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from maestro_jax import command
+from maestro_jax import command, failpoints
 from maestro_jax.assemble import check_batches, check_same_run, fields, flatten, open_data, open_params, update_config
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import CheckpointStore
@@ -32,10 +34,12 @@ from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
 from maestro_jax.grpo.batch import Scored
 from maestro_jax.grpo.learner import Learner
+from maestro_jax.grpo.ledger import trained_row
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import (
     GroupBatch,
+    TrainState,
     grpo_loss,
     init_train_state,
     make_reference,
@@ -47,6 +51,7 @@ from maestro_jax.observe.files import read_json, write_json
 from maestro_jax.observe.metrics import MetricsWriter, read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.observe.table import summary_table
+from maestro_jax.parallel import preemption
 from maestro_jax.parallel.mesh import batch_shards, make_mesh
 from maestro_jax.policy.config import PolicyArchitecture, open_architecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
@@ -96,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     settings = {key: value for key, value in flatten(raw.to_dict()).items() if key not in FREE_KEYS}
     changes = check_same_run(workdir / "config.json", settings)
 
-    with Progress() as progress:
+    with Progress() as progress, contextlib.ExitStack() as closing:
         for line in changes:
             progress.note(line)
 
@@ -108,10 +113,12 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Registry, tokens, prompts ---------------------------------------------------------
         journal = Journal(str(workdir / "journal.jsonl"))
+        closing.callback(journal.close)
         registry = None  # in a replay nobody is asked
         if not REPLAY.value:
             registry = Registry(config.registry, str(workdir / "expert_cache.jsonl"), journal)
         dispatcher = Dispatcher(registry or Replay(REPLAY.value, journal), journal)
+        closing.callback(dispatcher.close)
         router = WeakRouter(config.registry, config.warm_start)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
         architecture = open_architecture(config.policy.architecture, config.policy.init_from)
@@ -128,7 +135,8 @@ def main(argv: Sequence[str]) -> None:
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
         progress.note(f"policy: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)")
 
-        # From here on the directory belongs to this run.
+        # From here on the directory belongs to this run, and a signal waits for a boundary.
+        closing.enter_context(preemption.at_boundaries())
         write_json(workdir / "config.json", settings)
         write_json(workdir / "architecture.json", hf_config(architecture, config.policy.param_dtype, None))
 
@@ -196,51 +204,79 @@ def main(argv: Sequence[str]) -> None:
         batches = Batches(train_source, config.grpo.groups, prompts.prepare, seed=config.seed, damage_limit=limit)
         supply = Supply(engine, iter(batches), supply_config(config), config.seed)
         store = CheckpointStore(workdir / "checkpoints", config.checkpoint.keep)
-        start, seconds_before = 0, 0.0
+        step, seconds_before = 0, 0.0
         evaluated: dict[str, Any] | None = None  # the result of evaluating the policy as it is now
+        row: dict[str, Any] | None = None  # metrics of the last update, while what is due after it is not done
         if (latest := store.latest()) is not None:
             state, run = store.restore(latest, state)
             supply.set_state(run["supply"])
-            start, seconds_before = latest, run["seconds"]
-            evaluated = run.get("evaluated")  # older versions saved none
+            step, seconds_before = latest, run["seconds"]
+            evaluated, row = run.get("evaluated"), run.get("row")  # older versions saved none
             progress.note(f"resumed from the checkpoint of step {latest}")
-        metrics = MetricsWriter(workdir / "metrics.jsonl")
-        metrics.truncate_after(start if start else -1)
-        if start == 0:
+        metrics, ledger = MetricsWriter(workdir / "metrics.jsonl"), MetricsWriter(workdir / "trained.jsonl")
+        metrics.truncate_after(step - 1 if step == 0 or row is not None else step)
+        ledger.truncate_after(step)
+        if step == 0:
             metrics.write({"step": 0, "held_out_accuracy": before.accuracy, "held_out_reward": before.reward})
+        supplied = supply.get_state()  # as it was when the last update was made: what was pulled since is pulled again
 
-        # ---- Reinforcement ---------------------------------------------------------------------
+        def save() -> None:
+            """Starts a checkpoint of the last update. What leads up to it is on disk before it is."""
+            failpoints.reach("before_save")
+            for file in (journal, metrics, ledger):
+                file.sync()
+            elapsed = seconds_before + time.monotonic() - began
+            store.save(step, state, {"supply": supplied, "seconds": elapsed, "evaluated": evaluated, "row": row})
+            failpoints.reach("after_save")
+            if registry is not None:
+                write_json(workdir / "experts.json", registry.report())
+
+        # ---- Reinforcement: each turn concludes the last update and makes the next one -----------
         last = before if evaluated is None else Evaluation.from_json(evaluated)
-        progress.phase("train", config.grpo.steps, done=start)
-        for step in range(start + 1, config.grpo.steps + 1):
-            step_began, evaluated = time.monotonic(), None
-            journal.begin(f"step {step}")
-            rollouts = Stopwatch(supply.step(state.params, step))
-            state, seen, step_metrics = learner(state, rollouts)
-            row = {"step": step, **episode_metrics(seen, step), **step_metrics}
-            row |= {"rollout_seconds": rollouts.seconds, "seconds": time.monotonic() - step_began}
-            progress.update(step, {name: row[name] for name in ("reward", "accuracy", "calls", "seconds")})
-            if step % config.evaluate.every == 0 or step == config.grpo.steps:
+        saved = latest
+        progress.phase("train", config.grpo.steps, done=step)
+        try:
+            while True:
+                if row is not None:
+                    if step % config.evaluate.every == 0 or step == config.grpo.steps:
+                        journal.begin(f"held-out, step {step}")
+                        last = evaluate(state.params, True, "held-out (greedy)")
+                        evaluated = last.to_json()
+                        row |= {"held_out_accuracy": last.accuracy, "held_out_reward": last.reward}
+                        progress.phase("train", config.grpo.steps, done=step)
+                    metrics.write(row)
+                    row = None
+                    failpoints.reach("after_metrics")
+                    if saved != step and (step % config.checkpoint.every == 0 or step == config.grpo.steps):
+                        save()
+                        saved = step
+                if step >= config.grpo.steps:
+                    break
+                preemption.check()
+                step_began = time.monotonic()
+                journal.begin(f"step {step + 1}")
+                rollouts = Stopwatch(supply.step(state.params, step + 1))
+                state, seen, step_metrics = learner(state, rollouts)
+                step, evaluated, supplied = step + 1, None, supply.get_state()
+                failpoints.reach("after_update")
+                ledger.write(trained_row(step, seen))
+                row = {"step": step, **episode_metrics(seen, step), **step_metrics}
+                row |= {"rollout_seconds": rollouts.seconds, "seconds": time.monotonic() - step_began}
+                progress.update(step, {name: row[name] for name in ("reward", "accuracy", "calls", "seconds")})
+            if evaluated is None:  # nothing was left to train
+                journal.begin("trained")
                 last = evaluate(state.params, True, "held-out (greedy)")
-                evaluated = last.to_json()
-                row |= {"held_out_accuracy": last.accuracy, "held_out_reward": last.reward}
-                progress.phase("train", config.grpo.steps, done=step)
-            metrics.write(row)
-            if step % config.checkpoint.every == 0 or step == config.grpo.steps:
-                elapsed = seconds_before + time.monotonic() - began
-                journal.sync()  # what a checkpoint was trained on is on disk before it is
-                store.save(step, state, {"supply": supply.get_state(), "seconds": elapsed, "evaluated": evaluated})
-                if registry is not None:
-                    write_json(workdir / "experts.json", registry.report())
+        except preemption.Preempted as stop:
+            if saved != step:
+                save()
+            store.close()
+            stop.saved = f"step {step} is saved"
+            raise
 
         # ---- Results ---------------------------------------------------------------------------
         store.close()
         metrics.close()
-        if start >= config.grpo.steps and evaluated is None:  # nothing was left to train
-            journal.begin("trained")
-            last = evaluate(state.params, True, "held-out (greedy)")
-        dispatcher.close()
-        journal.close()
+        ledger.close()
 
     rows = accuracies(baselines, before, last)
     summary = {
@@ -301,8 +337,11 @@ def warm_start(
     optimizer = make_optimizer(settings.optimizer)
     state = init_train_state(params, optimizer, config.policy.freeze, mesh, settings.optimizer.offload)
     store = CheckpointStore(workdir / "warm_start", keep=1)
+    done = 0
     if (latest := store.latest()) is not None:
-        state, _ = store.restore(latest, state)
+        state, run = store.restore(latest, state)
+        done = run["steps"]
+    if done == settings.steps:
         store.close()
         return state.params
     journal.begin("warm start")
@@ -314,19 +353,31 @@ def warm_start(
     update = update_config(config, temperature=1.0)
     update = dataclasses.replace(update, loss=dataclasses.replace(update.loss, aggregation="token"))
     step = make_train_step(graph, optimizer, nll_loss, update, mesh, state)
-    progress.phase("warm start", settings.steps)
-
-    def report(done: int, values: dict[str, float]) -> None:
-        if done % 10 == 0 or done == settings.steps:
-            progress.update(done, values)
-        else:
-            progress.tick(done)
-
+    progress.phase("warm start", settings.steps, done)
     buckets = config.rollout.member_buckets
-    state = finetune(step, state, groups, settings.groups, settings.steps, prompts, buckets, mesh, config.seed, report)
-    journal.sync()
-    store.save(settings.steps, state, {"steps": settings.steps})
-    store.close()
+    tuned = finetune(step, state, groups, settings.groups, settings.steps, prompts, buckets, mesh, config.seed, done)
+
+    def save(done: int, state: TrainState) -> None:
+        journal.sync()
+        store.save(done, state, {"steps": done})
+        store.close()
+
+    saved = done
+    try:
+        for done, new, values in tuned:
+            state = new
+            if done % 10 == 0 or done == settings.steps:
+                progress.update(done, values)
+            else:
+                progress.tick(done)
+            failpoints.reach("in_warm_start")
+            preemption.check()
+    except preemption.Preempted as stop:
+        if done > saved:
+            save(done, state)
+        stop.saved = f"step {done} of the warm start is saved"
+        raise
+    save(done, state)
     return state.params
 
 

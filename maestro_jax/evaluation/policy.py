@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from maestro_jax import failpoints
 from maestro_jax.evaluation.episodes import Episode, Routing, by_source, routing_of, run_episodes
 from maestro_jax.rewards.reward import RewardConfig
 from maestro_jax.rollout.engine import Engine
@@ -49,6 +50,7 @@ def evaluate_policy(
     for start in range(0, len(tasks), batch):
         episodes += run_episodes(engine, params, tasks[start : start + batch], batch, 1, reward, seed, greedy)
         tick(len(episodes))
+        failpoints.reach("in_evaluation")
     sources = by_source(episodes)
     return Evaluation(
         accuracy=float(np.mean([e.outcome for e in episodes])),

@@ -7,12 +7,12 @@ line and a resumed run replaces, never repeats, the steps it does again.
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from maestro_jax import failpoints
 from maestro_jax.errors import DataError
 
 
@@ -48,14 +48,18 @@ class MetricsWriter:
         """
         self._file.close()
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        with open(handle, "w", encoding="utf-8") as file:
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, self.path.stat().st_mode)  # mkstemp makes it private
-        os.replace(name, self.path)
+        failpoints.reach("in_truncate")
+        temporary.replace(self.path)
         self._file = open(self.path, "a", encoding="utf-8")
+
+    def sync(self) -> None:
+        """Returns when everything written so far is on disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

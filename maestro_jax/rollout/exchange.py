@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
+from maestro_jax.parallel import preemption
 from maestro_jax.parallel.mesh import BATCH_AXES
 from maestro_jax.policy.tokens import END_OF_TURN, Tokens
 from maestro_jax.registry.dispatch import Dispatcher
@@ -106,11 +107,17 @@ class Exchange:
             self._rounds = dict.fromkeys(schedulers, 0)
             self._last_news = 0
 
+    @property
+    def calls_under_way(self) -> int:
+        return len(self._waiting)
+
     def catch_up(self) -> None:
         """Reads turns that have ended and sends their calls; the engine's loop calls it once the device has work again.
 
         Reading takes time, and whatever sends calls competes for the interpreter: the device would wait meanwhile.
         """
+        if preemption.requested():
+            return  # what is sent now would be paid for and not be heard
         with self.lock:
             self._read()
             outgoing = [waiting for waiting in self._outgoing if not waiting[1].finished]  # those were abandoned
@@ -300,7 +307,7 @@ class Exchange:
 
     def _something_to_do(self) -> bool:
         shards = self.schedulers.values()
-        return any(s.has_work for s in shards) or not any(s.unfinished for s in shards)
+        return preemption.requested() or any(s.has_work for s in shards) or not any(s.unfinished for s in shards)
 
     def _count(self, scheduler: Scheduler, orders: Orders, more: bool) -> np.ndarray:
         """What decides about the next programs, in the order of `COUNTED`."""
@@ -309,6 +316,7 @@ class Exchange:
         rows = [orders.park_lanes, orders.load_lanes, orders.unload_lanes, orders.back_lanes, orders.append_lanes]
         counts = [scheduler.unfinished, decoding, len(scheduler.admitted), np.count_nonzero(orders.changed)]
         counts += [*(np.count_nonzero(x < lanes) for x in rows), int(more), scheduler.overdue]
+        counts += [int(preemption.requested())]
         return np.array([*counts, scheduler.leading, len(scheduler.finished)], np.int32)
 
     # ---- text ----------------------------------------------------------------------------------------------
@@ -346,6 +354,7 @@ class Counts:
     appended: int
     more: int  # shards that could order more than a program call takes
     overdue: int  # running groups that are too old to go on beyond this version
+    stopped: int  # shards whose process was told to stop
     leading: int  # the least of any shard: groups that are over before the first, as submitted, that is not
     finished: int  # the least of any shard: groups that are over and not yet taken
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from maestro_jax.parallel import preemption
 from maestro_jax.parallel.sharding import over_groups
 from maestro_jax.policy.cascade import LaneKV
 from maestro_jax.policy.model import PrefixBatch
@@ -130,6 +131,8 @@ class Session:
             while True:
                 with jax.set_mesh(mesh):
                     counts, self._held = self._round(params, weights, *self._held)
+                if counts.stopped:
+                    preemption.stop()
                 self.exchange.dispatcher.check()
                 if not counts.decoding:
                     self.exchange.catch_up()  # before the listener takes its time

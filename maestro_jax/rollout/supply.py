@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from maestro_jax import failpoints
 from maestro_jax.data.order import merge_states
 from maestro_jax.errors import ConfigError
 from maestro_jax.parallel import cluster
@@ -113,6 +114,7 @@ class Supply:
             yield self._oldest(params, step)
         else:
             yield from self._own(params, step)
+        failpoints.reach("after_rollout")
 
     def _own(self, params: nnx.State, step: int) -> Iterator[Rollout]:
         """On-policy: the step's own tasks."""
@@ -123,6 +125,7 @@ class Supply:
         records = session.submit(tasks, prompts, self._keys(tasks, step), len(tasks))
         given = 0
         for counts in session.run(params, version=step):
+            self._place_in_rollout()
             ready = counts.leading * config.parts // session.compiled.sizes.groups
             # Gradients are taken where the devices would be idle.
             while given < ready and (not counts.decoding or not counts.unfinished):
@@ -149,6 +152,7 @@ class Supply:
             self._pull(self.session)
         each = config.groups // self.session.compiled.sizes.shards
         for counts in self.session.run(params, step, oldest_allowed=step - config.staleness + 1):
+            self._place_in_rollout()
             if counts.finished >= each and not counts.overdue:
                 break
         taken = self.session.take_finished(each)
@@ -170,7 +174,12 @@ class Supply:
 
     def _next_batch(self, longest: bool = False) -> tuple[list[Task], PrefixBatch]:
         prepared = next(self.batches)
+        failpoints.reach("after_pull")
         return [one.task for one in prepared], self.engine.prompts.collate(prepared, longest, cluster.most)
+
+    def _place_in_rollout(self) -> None:
+        if self.engine.exchange.calls_under_way:
+            failpoints.reach("in_rollout")
 
     def _trained(self, record: GroupRecord) -> None:
         step, row = self._origin.pop(record)

@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from maestro_jax import failpoints
 from maestro_jax.config import WarmStartConfig
 from maestro_jax.observe.progress import Progress
+from maestro_jax.parallel import preemption
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
@@ -97,6 +99,8 @@ def make_calls(
             task, call = calls[submitted]
             dispatcher.submit(submitted, call, task.question, task.images, deadline)
             submitted += 1
+        failpoints.reach("in_baselines")
+        preemption.check()
         dispatcher.wait(1.0)
         found.update(dispatcher.collect())
         dispatcher.check()

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on demonstrations, with the same group-shaped train step as GRPO."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -25,25 +25,26 @@ def finetune(
     buckets: Sequence[int],
     mesh: Mesh,
     seed: int,
-    report: Callable[[int, dict[str, float]], None],
-) -> TrainState:
-    """Trains for `steps` batches of `groups` groups.
+    done: int = 0,
+) -> Iterator[tuple[int, TrainState, dict[str, float]]]:
+    """Trains for `steps` batches of `groups` groups; gives after each: steps done, the new state, metrics.
 
     Args:
       demonstrations: groups of demonstrations of one task each; shuffled anew in every pass.
-      report: told (steps done, metrics) after each step.
+      done: batches that `state` was trained on by an earlier start.
     """
     rng = np.random.default_rng(seed)
     order: list[int] = []
-    for done in range(1, steps + 1):
+    for number in range(1, steps + 1):
         while len(order) < groups:
             order.extend(rng.permutation(len(demonstrations)))
         chosen, order = order[:groups], order[groups:]
+        if number <= done:
+            continue
         batch = collate([demonstrations[i] for i in chosen], prompts, buckets, mesh)
         with jax.set_mesh(mesh):
             state, metrics = step(state, [batch])
-        report(done, {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])})
-    return state
+        yield number, state, {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
 
 
 def collate(

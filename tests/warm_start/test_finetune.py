@@ -52,30 +52,20 @@ def test_a_long_demonstration_names_the_cure(prompts: Prompts, tasks: list[Task]
         collate(long, prompts, BUCKETS, mesh)
 
 
-def seen(prompts: Prompts, tasks: list[Task], mesh: Mesh, seed: int, steps: int) -> tuple[list[list[int]], list[int]]:
+def seen(
+    prompts: Prompts, tasks: list[Task], mesh: Mesh, seed: int, steps: int, done: int = 0
+) -> tuple[list[list[int]], list[int]]:
     """Which groups each step got, and what was reported."""
     batches: list[list[int]] = []
-    reported: list[int] = []
 
     def step(state: int, parts: list[GroupBatch]) -> tuple[int, dict[str, float]]:
         (batch,) = parts
         batches.append(np.asarray(batch.tokens)[:, 0, 0].tolist())
         return state + 1, {"loss": 1.0, "grad_norm": 2.0}
 
-    end = finetune(
-        step,  # type: ignore[arg-type]
-        0,  # type: ignore[arg-type]
-        groups_of(tasks, 5),
-        2,
-        steps,
-        prompts,
-        BUCKETS,
-        mesh,
-        seed,
-        lambda done, metrics: reported.append(done),
-    )
-    assert end == steps
-    return batches, reported
+    given = list(finetune(step, done, groups_of(tasks, 5), 2, steps, prompts, BUCKETS, mesh, seed, done))
+    assert [state for _, state, _ in given] == list(range(done + 1, steps + 1))
+    return batches, [number for number, _, _ in given]
 
 
 def test_every_pass_sees_every_group_once_in_a_new_order(prompts: Prompts, tasks: list[Task], mesh: Mesh) -> None:
@@ -90,3 +80,9 @@ def test_every_pass_sees_every_group_once_in_a_new_order(prompts: Prompts, tasks
 def test_the_seed_decides_the_order(prompts: Prompts, tasks: list[Task], mesh: Mesh) -> None:
     first = seen(prompts, tasks, mesh, seed=0, steps=5)
     assert seen(prompts, tasks, mesh, seed=0, steps=5) == first != seen(prompts, tasks, mesh, seed=1, steps=5)
+
+
+@pytest.mark.parametrize("done", [1, 4, 5])
+def test_it_goes_on_where_it_was_stopped(done: int, prompts: Prompts, tasks: list[Task], mesh: Mesh) -> None:
+    batches, reported = seen(prompts, tasks, mesh, seed=0, steps=5)
+    assert seen(prompts, tasks, mesh, seed=0, steps=5, done=done) == (batches[done:], reported[done:])

@@ -1,0 +1,123 @@
+"""Signals that ask a command to stop: SIGTERM (a machine is taken away, a time limit is near) and SIGINT.
+
+A command listens from its start (`maestro_jax/command.py`). A signal then raises `Preempted` in the main thread,
+wherever it is. Inside `at_boundaries` it is noted instead: waits ask `requested` and end early, and where everything is
+in order the command asks `check`, which raises.
+
+Python runs its handlers between two of its own instructions, so not while XLA compiles or the main thread waits for a
+device. A thread of ours hears at once, through the pipe that the interpreter's C handler writes to: the callback thread
+that waits for an expert knows, and a second signal ends a command that is deaf. Killed is what any run may be.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+from maestro_jax.errors import EXIT_PREEMPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Launchers pass on what a terminal or a scheduler has sent to the whole group already: that is no second signal.
+SAME_SIGNAL_SECONDS = 1.0
+
+
+class Preempted(BaseException):
+    """The command was told to stop. Like KeyboardInterrupt it is no fault, so nothing that handles faults takes it.
+
+    Args:
+      saved: what the next start goes on from, in a few words.
+    """
+
+    def __init__(self, saved: str = ""):
+        super().__init__(saved)
+        self.saved = saved
+
+
+class _Heard:
+    """What this process was told; one per process, since signals are."""
+
+    def __init__(self) -> None:
+        self.signal = ""  # name of the first one
+        self.at_boundaries = False
+        self.raised = False  # once is enough: what follows is the way out
+        self.listening = False
+
+
+_heard = _Heard()
+
+
+def listen() -> None:
+    """Heeds signals from now on; called in the main thread. A signal that whoever started us ignores stays ignored."""
+    mine = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in mine:
+        signal.signal(number, _handle)
+    if not _heard.listening:
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
+        _heard.listening = True
+
+
+@contextlib.contextmanager
+def at_boundaries() -> Iterator[None]:
+    """Inside, a signal does not interrupt: `check` raises where everything is in order."""
+    _heard.at_boundaries = True
+    try:
+        yield
+    finally:
+        _heard.at_boundaries = False
+
+
+def requested() -> bool:
+    """Whether to stop: then a wait is not worth its while any more."""
+    return bool(_heard.signal)
+
+
+def heard() -> str:
+    """The name of the signal."""
+    return _heard.signal
+
+
+def check() -> None:
+    """A boundary. Raises `Preempted` if this process was told to stop."""
+    if requested():
+        stop()
+
+
+def stop() -> NoReturn:
+    """What all processes have agreed on."""
+    _heard.raised = True
+    raise Preempted
+
+
+def _handle(number: int, frame: object) -> None:
+    _heard.signal = _heard.signal or signal.Signals(number).name
+    if not (_heard.at_boundaries or _heard.raised):
+        _heard.raised = True
+        raise Preempted
+
+
+def _watch(reader: int) -> None:
+    first = 0.0
+    while True:
+        number = os.read(reader, 1)[0]
+        if number not in SIGNALS:
+            continue
+        if not first:
+            first = time.monotonic()
+            _heard.signal = _heard.signal or signal.Signals(number).name
+            if _heard.at_boundaries:
+                _say(f"{_heard.signal}: stopping where nothing is lost; a second signal stops at once")
+        elif time.monotonic() - first >= SAME_SIGNAL_SECONDS:
+            _say("a second signal: stopped at once; the same command goes on from the last checkpoint")
+            os._exit(EXIT_PREEMPTED)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
