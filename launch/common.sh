@@ -135,6 +135,7 @@ ask() {
   fi
   errors=$(mktemp)
   "$@" 2>"$errors" || code=$?
+  ((code != 127)) || fail "$CONFIGURATION" "$1 is not installed; see https://cloud.google.com/sdk/docs/install"
   if ((code)) && ! grep -qiE 'not.?found' "$errors"; then
     fail "$INTERNAL" "$(quoted "$@"): $(tail -n 3 "$errors")"
   fi
