@@ -63,7 +63,16 @@ BASELINES = flags.DEFINE_bool("baselines", False, "Also call every pair on every
 REPLAY = flags.DEFINE_string("replay", "", "The journal.jsonl of an evaluation: its calls are answered from there.")
 
 # Settings that an evaluation does not depend on.
-FREE_KEYS = ("grpo.", "optimizer.", "warm_start.", "checkpoint.", "registry.limits.", "rollout.lanes", "rollout.parked")
+FREE_KEYS = (
+    "grpo.",
+    "optimizer.",
+    "warm_start.",
+    "checkpoint.",
+    "registry.limits.",
+    "registry.endpoints_from",
+    "rollout.lanes",
+    "rollout.parked",
+)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -85,6 +85,7 @@ REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are
 
 # Settings that may change between a run and its continuation.
 FREE_KEYS = (
+    "registry.endpoints_from",
     "registry.limits.calls",
     "registry.limits.tokens",
     "registry.limits.price",

@@ -24,7 +24,10 @@ a_namespace
 settings_from "$@"
 machines_of
 
-named() { [[ $1 =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "$CONFIGURATION" "the name '$1' is none: use lower-case letters, digits and -, such as run1"; }
+named() {
+  [[ $1 =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
+    fail "$CONFIGURATION" "'$1' is no name: use lower-case letters, digits and -, such as run1"
+}
 
 named "$NAME"
 check_slice
@@ -32,7 +35,9 @@ found=$(ask "" kubectl ${CONTEXT:+"--context=$CONTEXT"} get jobset "$NAME" "--na
   '--output=jsonpath={.metadata.name} {.status.terminalState}')
 case $found in
   "$NAME Completed") note "run $NAME is done; another one needs another --name" && exit ;;
-  "$NAME Failed") fail "$TRY_AGAIN" "run $NAME has failed; see launch/gke/logs.sh, delete it with launch/gke/delete.sh, and run this again: it goes on from its last checkpoint" ;;
+  "$NAME Failed")
+    fail "$TRY_AGAIN" "run $NAME has failed; see launch/gke/logs.sh, then delete.sh: submitted again, it goes on from its last checkpoint"
+    ;;
   "$NAME"*) note "run $NAME exists; see launch/gke/status.sh" && exit ;;
 esac
 

@@ -23,6 +23,7 @@ setup() {
   local wanted
   wanted=$(cat requirements.txt setup.py | sha256sum)
   if [[ $(cat .venv/made-of 2>/dev/null) != "$wanted" ]]; then
+    printf '%s installs; this takes minutes\n' "$(hostname)"
     # The images come with an older Python than the package needs; uv brings one.
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --clear --python 3.11 .venv
@@ -53,12 +54,12 @@ start() {
   # The record of how the last run ended makes room.
   sudo systemctl stop "$UNIT" 2>/dev/null || true
   sudo systemctl reset-failed "$UNIT" 2>/dev/null || true
-  # KillMode and the rest: SIGTERM goes to the run alone, which may save before share and network go.
+  # SIGTERM goes to the run alone, which may save before share and network go; the TPU's driver may lock memory.
   local keys=()
   [[ ! -e $HOME/maestro.env ]] || keys=(--property="EnvironmentFile=$HOME/maestro.env")
   sudo systemd-run --unit="$UNIT" --uid="$USER" --working-directory="$HOUSE" --remain-after-exit \
     --property=KillMode=mixed --property="TimeoutStopSec=$TIME_TO_SAVE" --property="RequiresMountsFor=$MOUNT" \
-    --property=After=network-online.target --setenv=PYTHONUNBUFFERED=1 "${keys[@]}" "$@"
+    --property=After=network-online.target --property=LimitMEMLOCK=infinity --setenv=PYTHONUNBUFFERED=1 "${keys[@]}" "$@"
 }
 
 logs() { sudo journalctl --unit="$UNIT" --output=cat --lines=200 "$@"; }

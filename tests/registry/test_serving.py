@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -41,6 +42,14 @@ def pids(mark: str) -> set[int]:
     return found
 
 
+def all_gone(mark: str) -> bool:
+    """Whether none is left; one that was killed may take a moment to go."""
+    end = time.monotonic() + SECONDS
+    while (left := pids(mark)) and time.monotonic() < end:
+        time.sleep(0.01)
+    return not left
+
+
 class Job:
     """The command with servers of its own, and what it says."""
 
@@ -68,9 +77,9 @@ class Job:
             "serve": serve,
         }
 
-    def start(self, action: str) -> IO[str]:
+    def start(self, action: str, *more: str) -> IO[str]:
         """Its output, line by line as it comes."""
-        command = [sys.executable, "-m", "maestro_jax.experts", action, f"--config={self.config}"]
+        command = [sys.executable, "-m", "maestro_jax.experts", action, f"--config={self.config}", *more]
         pipe = subprocess.PIPE
         flags = [f"--logs={self.directory / 'logs'}"]
         self.process = subprocess.Popen(
@@ -125,7 +134,7 @@ def test_servers_come_up_and_nothing_is_left_behind(job: Job, number: int) -> No
     code, out, err = job.end(number)
     assert code == 0, err
     assert out.count(": stopped") == 2 and out.endswith("all servers have ended\n")
-    assert not pids(job.mark)
+    assert all_gone(job.mark)
 
 
 def test_a_server_that_dies_is_started_again_and_its_children_go(job: Job) -> None:
@@ -141,7 +150,7 @@ def test_a_server_that_dies_is_started_again_and_its_children_go(job: Job) -> No
     after = pids(job.mark)
     assert len(after) == 2 and not after & before
     job.end(signal.SIGTERM)
-    assert not pids(job.mark)
+    assert all_gone(job.mark)
 
 
 def test_a_server_that_dies_at_once_is_started_less_and_less_often(job: Job) -> None:
@@ -162,9 +171,9 @@ def test_a_stubborn_server_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) 
         if "ready after" in line:
             supervisor.stop()
 
-    supervisor = serving.Supervisor([server], job.directory, say)
+    supervisor = serving.Supervisor([server], job.directory, say, lambda: None)
     asyncio.run(asyncio.wait_for(supervisor.run(), SECONDS))
-    assert not pids(job.mark)
+    assert all_gone(job.mark)
 
 
 def served(expert: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -193,7 +202,7 @@ def test_a_command_that_cannot_be_started_ends_the_others(job: Job) -> None:
     code, _, err = job.end()
     assert code == EXIT_CONFIG
     assert err.startswith(f"error: expert \"B\": '{program}' cannot be started (Exec format error)")
-    assert not pids(job.mark)
+    assert all_gone(job.mark)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +258,18 @@ def test_status_says_who_answers(job: Job) -> None:
     assert "A 127.0.0.1:" in out and ": ready" in out and "no answer (" in out
     job.process = up
     job.end(signal.SIGTERM)
+
+
+def test_servers_for_other_machines_are_published_while_they_answer(job: Job) -> None:
+    port, published = free_port(), job.directory / "published"
+    job.write(job.expert("A", "{host}", port=port), job.expert("Away") | {"serve": ()})
+    wait_for(job.start("up", f"--publish={published}", "--host=127.0.0.2"), f"published in {published}/127.0.0.2.json")
+    away = f"http://127.0.0.2:{port}/v1"  # as another machine would: that address, and not the config's
+    assert json.loads((published / "127.0.0.2.json").read_text()) == {"A": [away]}
+    with urllib.request.urlopen(f"{away}/models", timeout=SECONDS) as answer:
+        assert answer.status == 200
+    assert job.end(signal.SIGTERM)[0] == 0
+    assert not list(published.iterdir())
 
 
 def test_what_to_do_has_to_be_said(job: Job) -> None:
