@@ -54,6 +54,7 @@ after() {
 servers=() names=() EXPERT_IMAGE=$(yaml_string "$EXPERT_IMAGE") EXPERT_JOBS=""
 [[ -z $EXPERTS || $EXPERT_IMAGE != '""' ]] || fail "$CONFIGURATION" "--experts needs --expert-image; launch/docker says how to build it"
 IFS=, read -ra servers <<<"$EXPERTS"
+((${#servers[@]} <= 17)) || fail "$CONFIGURATION" "--experts: at most 17 beside a trainer, for Kueue; serve others elsewhere"
 for server in "${servers[@]}"; do
   EXPERT=${server%%=*} model=${server#*=}
   named "$EXPERT" 20

@@ -92,6 +92,7 @@ def test_the_trainer_waits_for_any_number_of_experts(cloud: Cloud) -> None:
         ("--experts=chart=m", "--expert-image"),
         ("--experts=chart --expert-image=i", "NAME=MODEL"),
         ("--experts=Chart=m --expert-image=i", "'Chart'"),
+        (f"--experts={','.join(f'e{i}=m' for i in range(18))} --expert-image=i", "at most 17"),
         ("--accelerator=v5litepod-48", "v5litepod-48"),
         ("--accelerator=v5p-10", "v5p-10"),
         ("--accelerator=b300x8", "b300x8"),
