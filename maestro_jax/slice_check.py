@@ -21,7 +21,6 @@ from maestro_jax.config import Config, parse_config
 from maestro_jax.parallel.mesh import axis_sizes, batch_shards
 from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture
-from maestro_jax.rollout.supply import check_ahead
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
 ACCELERATOR = flags.DEFINE_string("accelerator", "", "v5litepod-64, v5p-128, v6e-256, h100x8x2, ...")
@@ -45,7 +44,6 @@ def fit(config: Config, accelerator: Slice) -> str:
     sizes = axis_sizes(config.mesh, devices, processes=hosts)
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     check_batches(config, mesh)
-    check_ahead(config.rollout.ahead, processes=hosts)
     make = policy_factory(config, few_layers(known_architecture(config)), accelerator.platform)
     param_layout(make, mesh, ShardingRules())
     axes = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
