@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from configs import quickstart, qwen3_vl_4b
+from maestro_jax.aot.fit import fit
 from maestro_jax.aot.slices import parse_accelerator
 from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
-from maestro_jax.slice_check import fit
 
 
 def changed(raw: Any, **values: Any) -> Config:
