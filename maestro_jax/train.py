@@ -255,7 +255,7 @@ def main(argv: Sequence[str]) -> None:
                 preemption.check()
                 step_began = time.monotonic()
                 journal.begin(f"step {step + 1}")
-                rollouts = Stopwatch(supply.step(state.params, step + 1))
+                rollouts = Stopwatch(until_committed(supply.step(state.params, step + 1), store))
                 state, seen, step_metrics = learner(state, rollouts)
                 step, evaluated, supplied = step + 1, None, supply.get_state()
                 failpoints.reach("after_update")
@@ -412,6 +412,15 @@ def measure_baselines(
     )
     progress.phase("baselines", pairs * len(held_out))
     return run_baselines(held_out, config.registry, dispatcher, config.rollout.deadline, progress.tick)
+
+
+def until_committed(rollouts: Iterator[T], store: CheckpointStore) -> Iterator[T]:
+    """The rollouts of a step; with the last of them, what was being saved is there.
+
+    A save takes its time while experts work. Were it to take longer than a step, a kill could cost two intervals.
+    """
+    yield from rollouts
+    store.wait()
 
 
 class Stopwatch(Iterator[T]):

@@ -31,6 +31,11 @@ class CheckpointStore:
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(named_leaves(state)), run=ocp.args.JsonSave(run))
         )
 
+    def wait(self) -> None:
+        """Returns when what is being written is committed; raises if it failed."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
     def latest(self) -> int | None:
         """The newest committed step."""
         return self._manager.latest_step()
