@@ -135,6 +135,7 @@ ask() {
   fi
   errors=$(mktemp)
   "$@" 2>"$errors" || code=$?
+  ((code != 127)) || fail "$CONFIGURATION" "$1 is not installed; see https://cloud.google.com/sdk/docs/install"
   if ((code)) && ! grep -qiE 'not.?found' "$errors"; then
     fail "$INTERNAL" "$(quoted "$@"): $(tail -n 3 "$errors")"
   fi
@@ -169,10 +170,10 @@ despite() {
 
 # Does the mesh of the config divide over the slice? Asked before anything is created.
 check_slice() {
-  local python=${PYTHON:-python3}
+  local python=${PYTHON:-python3} has='import importlib.util as i; exit(not (i.find_spec("jax") and i.find_spec("maestro_jax")))'
   cd "$LAUNCH/.."
-  if ! dry && ! "$python" -c 'import jax, maestro_jax' 2>/dev/null; then
-    note "warning: $python cannot import maestro_jax, so mesh and slice are not compared; set PYTHON to one that can"
+  if ! dry && ! "$python" -c "$has" 2>/dev/null; then
+    note "warning: $python has no jax, so mesh and slice are not compared; set PYTHON to one that can"
   elif ! run "$python" -m maestro_jax.slice_check "--config=$CONFIG" "--accelerator=$ACCELERATOR" "${REST[@]}"; then
     fail "$CONFIGURATION" "nothing was created; change the setting named above, or --accelerator"
   fi

@@ -12,5 +12,9 @@ if [[ -n ${MAESTRO_CHIP-} ]]; then
   fi
   # shellcheck source=/dev/null
   source "$flags"
+  # The driver of a TPU locks memory to move data; a container may lock next to none unless this is raised.
+  if [[ $MAESTRO_CHIP == v* ]] && ! ulimit -l unlimited 2>/dev/null; then
+    echo "warning: locked memory stays limited ($(ulimit -l) KiB); a TPU may hang: give the container SYS_RESOURCE" >&2
+  fi
 fi
 exec "$@"

@@ -1,6 +1,8 @@
 """From a config to the parts of a run that more than one command makes."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,7 +100,7 @@ def check_same_run(path: Path, mine: Mapping[str, str]) -> list[str]:
         before, now = (settings.get(key, "(not set)") for settings in (theirs, mine))
         if before == now:
             continue
-        if key.startswith(("registry.experts.", "registry.services.")) and key.rsplit(".", 1)[-1] in REACHED_BY:
+        if _only_reaches(key):
             changes.append(f"config.{key} was {before} so far and is now {now}")
             continue
         name = key if key.startswith("--") else f"config.{key}"  # a flag of the command, or a setting
@@ -107,6 +109,35 @@ def check_same_run(path: Path, mine: Mapping[str, str]) -> list[str]:
             f"use another directory, or the same setting to go on"
         )
     return changes
+
+
+def settings_hashes(settings: Mapping[str, str]) -> dict[str, str]:
+    """What a checkpoint knows of its run: hashes of all settings, and of the registry's, without how it is reached."""
+    kept = {k: value for k, value in settings.items() if k != "checkpoint.directory" and not _only_reaches(k)}
+    registry = {key: value for key, value in kept.items() if key.startswith("registry.")}
+    return {name: _hash(values) for name, values in (("config", kept), ("registry", registry))}
+
+
+def check_same_settings(saved: Mapping[str, str], mine: Mapping[str, str], where: str) -> None:
+    """Refuses a checkpoint of a run with other settings; both as `settings_hashes` makes them.
+
+    Raises:
+      ConfigError: they differ.
+    """
+    if saved != mine:
+        part = "registry" if saved.get("registry") != mine["registry"] else "config"
+        raise ConfigError(
+            f"the checkpoint in {where} belongs to a run with another {part}; go on with that run's settings, or use "
+            "another config.checkpoint.directory"
+        )
+
+
+def _only_reaches(key: str) -> bool:
+    return key.startswith(("registry.experts.", "registry.services.")) and key.rsplit(".", 1)[-1] in REACHED_BY
+
+
+def _hash(settings: Mapping[str, str]) -> str:
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -222,10 +222,19 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Steps between checkpoints and how many are kept."""
+    """What becomes of checkpoints (docs/checkpoints.md).
+
+    Attributes:
+      every: steps between two of them.
+      keep: so many of the newest are kept; 0: all.
+      keep_every: those of steps that this divides are kept for good; 0: none.
+      directory: where they are, on a file system or an object store ("gs://bucket/run"); empty: WORKDIR/checkpoints.
+    """
 
     every: int
     keep: int
+    keep_every: int
+    directory: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +329,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"config.rollout.turn_budget={rollout.turn_budget} must be below room={rollout.room}")
     _check_rollout(rollout, grpo)
     _check_grpo(grpo)
+    _check_checkpoint(config.checkpoint)
     warm_start = config.warm_start
     _check_optimizer("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
     _check_optimizer("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
@@ -400,6 +410,20 @@ def _check_grpo(grpo: GrpoConfig) -> None:
         cure = "use 1 or more, as config.rollout.room"
         raise ConfigError(
             f'config.grpo.aggregation "constant" divides by constant_length={grpo.constant_length}; {cure}'
+        )
+
+
+def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    if checkpoint.every < 1:
+        raise ConfigError(f"config.checkpoint.every={checkpoint.every} saves nothing on the way; use 1 or more steps")
+    for key in ("keep", "keep_every"):
+        if getattr(checkpoint, key) < 0:
+            cure = "use 1 or more, or 0 to keep all" if key == "keep" else "use 1 or more steps, or 0 for none"
+            raise ConfigError(f"config.checkpoint.{key}={getattr(checkpoint, key)} is below 0; {cure}")
+    if checkpoint.keep_every % checkpoint.every:
+        raise ConfigError(
+            f"config.checkpoint.keep_every={checkpoint.keep_every} is no multiple of config.checkpoint.every="
+            f"{checkpoint.every}, so most of those steps are never saved; set it to a multiple"
         )
 
 

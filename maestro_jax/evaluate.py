@@ -23,8 +23,8 @@ from ml_collections import config_flags
 
 from maestro_jax import command
 from maestro_jax.assemble import check_same_run, fields, flatten, open_data, open_params, policy_factory
+from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.checkpoint.run import Run, find_run
-from maestro_jax.checkpoint.store import ParamReader
 from maestro_jax.config import Config, parse_config
 from maestro_jax.data.pipeline import Batches, check_task
 from maestro_jax.errors import ConfigError
@@ -63,7 +63,16 @@ BASELINES = flags.DEFINE_bool("baselines", False, "Also call every pair on every
 REPLAY = flags.DEFINE_string("replay", "", "The journal.jsonl of an evaluation: its calls are answered from there.")
 
 # Settings that an evaluation does not depend on.
-FREE_KEYS = ("grpo.", "optimizer.", "warm_start.", "checkpoint.", "registry.limits.", "rollout.lanes", "rollout.parked")
+FREE_KEYS = (
+    "grpo.",
+    "optimizer.",
+    "warm_start.",
+    "checkpoint.",
+    "registry.limits.",
+    "registry.endpoints_from",
+    "rollout.lanes",
+    "rollout.parked",
+)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,17 +1,22 @@
 """Starts the servers of a registry's experts, or says which of them answer.
 
-    python -m maestro_jax.experts up --config configs/qwen3_vl_4b.py [--logs experts_logs]
+    python -m maestro_jax.experts up --config configs/qwen3_vl_4b.py [--logs experts_logs] [--publish DIR [--host NAME]]
     python -m maestro_jax.experts status --config configs/qwen3_vl_4b.py
 
 `up` starts every expert's `serve` command, once for each of its endpoints, waits until they answer, starts those that
 die again, and stops all of them on SIGTERM, SIGINT or SIGHUP (a closed terminal). `status` ends with 0 if all endpoints
 answer, else with 1.
+
+With --publish the servers listen to other machines, and once all of them answer, their URLs are written to a directory
+that a run reads with --config.registry.endpoints_from=DIR. The file goes when `up` ends.
 """
 
 import asyncio
+import dataclasses
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -19,11 +24,15 @@ from ml_collections import config_flags
 
 from maestro_jax import command
 from maestro_jax.errors import ConfigError
+from maestro_jax.registry.config import RegistryConfig
+from maestro_jax.registry.published import heard_by_all, publish, withdraw
 from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.serving import Server, Supervisor, problem_of, servers_of
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
 LOGS = flags.DEFINE_string("logs", "experts_logs", "Directory for what the servers print.")
+PUBLISH = flags.DEFINE_string("publish", "", "Directory to write the servers' URLs to, for runs on other machines.")
+HOST = flags.DEFINE_string("host", socket.gethostname(), "What other machines call this one.")
 
 ACTIONS = ("up", "status")
 EXIT_NOT_READY = 1
@@ -32,7 +41,8 @@ EXIT_NOT_READY = 1
 def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or argv[1] not in ACTIONS:
         raise ConfigError(f"say what to do, one of {', '.join(ACTIONS)}: python -m maestro_jax.experts up --config ...")
-    servers = servers_of(parse_registry(command.load_config(CONFIG).get("registry", {})))
+    registry = parse_registry(command.load_config(CONFIG).get("registry", {}))
+    servers = servers_of(registry)
     if argv[1] == "status":
         if not asyncio.run(all_ready(servers)):
             sys.exit(EXIT_NOT_READY)
@@ -40,11 +50,24 @@ def main(argv: Sequence[str]) -> None:
     started_here = [server for server in servers if server.command]
     if not started_here:
         raise ConfigError("no expert of the registry has a serve command; add one to those whose servers run here")
-    asyncio.run(up(started_here, Path(LOGS.value)))
+    if PUBLISH.value:
+        up_for_others(registry, Path(PUBLISH.value), HOST.value)
+    else:
+        asyncio.run(up(started_here, lambda: None))
 
 
-async def up(servers: Sequence[Server], directory: Path) -> None:
-    supervisor = Supervisor(servers, directory, say)
+def up_for_others(registry: RegistryConfig, directory: Path, host: str) -> None:
+    """Until they are stopped, the servers are where runs on other machines find them."""
+    experts = heard_by_all(registry.experts)
+    servers = servers_of(dataclasses.replace(registry, experts=experts))
+    try:
+        asyncio.run(up(servers, lambda: say(f"published in {publish(directory, host, experts)}")))
+    finally:
+        withdraw(directory, host)
+
+
+async def up(servers: Sequence[Server], when_ready: Callable[[], None]) -> None:
+    supervisor = Supervisor(servers, Path(LOGS.value), say, when_ready)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup

@@ -23,8 +23,8 @@ from maestro_jax.checkpoint.hf_export import (
     write_model_card,
 )
 from maestro_jax.checkpoint.hf_verify import verify_logits, verify_tensors
+from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.checkpoint.run import find_run
-from maestro_jax.checkpoint.store import ParamReader
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import read_json
 from maestro_jax.observe.progress import Progress

@@ -26,6 +26,7 @@ NAMES: Mapping[str, str] = {
     "after_metrics": "the step's line of metrics.jsonl was written",
     "in_truncate": "files are about to lose the lines behind the checkpoint that the run goes on from",
     "before_save": "a checkpoint is due",
+    "in_commit": "all files of a checkpoint are written, and it is not committed",
     "after_save": "a save was started; it may be committed or not",
 }
 

@@ -22,7 +22,17 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from maestro_jax import command, failpoints
-from maestro_jax.assemble import check_batches, check_same_run, fields, flatten, open_data, open_params, update_config
+from maestro_jax.assemble import (
+    check_batches,
+    check_same_run,
+    check_same_settings,
+    fields,
+    flatten,
+    open_data,
+    open_params,
+    settings_hashes,
+    update_config,
+)
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
@@ -75,6 +85,7 @@ REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are
 
 # Settings that may change between a run and its continuation.
 FREE_KEYS = (
+    "registry.endpoints_from",
     "registry.limits.calls",
     "registry.limits.tokens",
     "registry.limits.price",
@@ -87,6 +98,10 @@ FREE_KEYS = (
     "evaluate.batch",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.keep_every",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
 )
 
 
@@ -203,37 +218,50 @@ def main(argv: Sequence[str]) -> None:
         limit = config.data.damage_limit
         batches = Batches(train_source, config.grpo.groups, prompts.prepare, seed=config.seed, damage_limit=limit)
         supply = Supply(engine, iter(batches), supply_config(config), config.seed)
-        store = CheckpointStore(workdir / "checkpoints", config.checkpoint.keep)
+        store = open_store(config, workdir, progress)
+        hashes = settings_hashes(settings)
         step, seconds_before = 0, 0.0
         evaluated: dict[str, Any] | None = None  # the result of evaluating the policy as it is now
         row: dict[str, Any] | None = None  # metrics of the last update, while what is due after it is not done
-        if (latest := store.latest()) is not None:
-            state, run = store.restore(latest, state)
+        behind: dict[str, Any] = {"supply": supply.get_state(), "journal": {}}
+        if (restored := store.restore_newest(state)) is not None:
+            state, run = restored.state, restored.run
+            check_same_settings(run.get("settings", hashes), hashes, str(store.directory))
             supply.set_state(run["supply"])
-            step, seconds_before = latest, run["seconds"]
-            evaluated, row = run.get("evaluated"), run.get("row")  # older versions saved none
-            progress.note(f"resumed from the checkpoint of step {latest}")
+            step, seconds_before = restored.step, run["seconds"]
+            evaluated, row, behind = run["evaluated"], run["row"], {name: run[name] for name in behind}
+            progress.note(f"resumed from the checkpoint of step {step}")
         metrics, ledger = MetricsWriter(workdir / "metrics.jsonl"), MetricsWriter(workdir / "trained.jsonl")
         metrics.truncate_after(step - 1 if step == 0 or row is not None else step)
         ledger.truncate_after(step)
         if step == 0:
             metrics.write({"step": 0, "held_out_accuracy": before.accuracy, "held_out_reward": before.reward})
-        supplied = supply.get_state()  # as it was when the last update was made: what was pulled since is pulled again
+
+        def position() -> dict[str, Any]:
+            """Where data and journal go on behind an update. What is pulled or asked later is so again, or recalled."""
+            return {"supply": supply.get_state(), "journal": {Path(journal.path).name: journal.size()}}
 
         def save() -> None:
             """Starts a checkpoint of the last update. What leads up to it is on disk before it is."""
             failpoints.reach("before_save")
             for file in (journal, metrics, ledger):
                 file.sync()
-            elapsed = seconds_before + time.monotonic() - began
-            store.save(step, state, {"supply": supplied, "seconds": elapsed, "evaluated": evaluated, "row": row})
+            facts = {
+                **behind,
+                "seed": config.seed,
+                "settings": hashes,
+                "evaluated": evaluated,
+                "row": row,
+                "seconds": seconds_before + time.monotonic() - began,
+            }
+            store.save(step, state, facts)
             failpoints.reach("after_save")
             if registry is not None:
                 write_json(workdir / "experts.json", registry.report())
 
         # ---- Reinforcement: each turn concludes the last update and makes the next one -----------
         last = before if evaluated is None else Evaluation.from_json(evaluated)
-        saved = latest
+        saved = None if restored is None else step
         progress.phase("train", config.grpo.steps, done=step)
         try:
             while True:
@@ -253,11 +281,12 @@ def main(argv: Sequence[str]) -> None:
                 if step >= config.grpo.steps:
                     break
                 preemption.check()
+                store.check()
                 step_began = time.monotonic()
                 journal.begin(f"step {step + 1}")
                 rollouts = Stopwatch(until_committed(supply.step(state.params, step + 1), store))
                 state, seen, step_metrics = learner(state, rollouts)
-                step, evaluated, supplied = step + 1, None, supply.get_state()
+                step, evaluated, behind = step + 1, None, position()
                 failpoints.reach("after_update")
                 ledger.write(trained_row(step, seen))
                 row = {"step": step, **episode_metrics(seen, step), **step_metrics}
@@ -296,7 +325,7 @@ def main(argv: Sequence[str]) -> None:
     panels = {"Before reinforcement learning": before.routing, "After reinforcement learning": last.routing}
     plot_routing(panels, workdir / "routing.png", baselines.by_pair)
     print(summary_table(summary))
-    print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl, checkpoints/")
+    print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl; {store.directory}")
 
 
 def check_replayable(config: Config) -> None:
@@ -306,6 +335,12 @@ def check_replayable(config: Config) -> None:
             f"--replay with config.rollout.ahead={config.rollout.ahead}: timing decides which policy writes a token, "
             "so no run of this kind can be repeated; record and replay with config.rollout.ahead=0"
         )
+
+
+def open_store(config: Config, workdir: Path, progress: Progress) -> CheckpointStore:
+    settings = config.checkpoint
+    directory = settings.directory or workdir / "checkpoints"
+    return CheckpointStore(directory, settings.keep, settings.keep_every, progress.note)
 
 
 def open_tokens(config: Config, workdir: Path, system: str, router: WeakRouter, tasks: TaskSource) -> Tokens:
@@ -336,11 +371,10 @@ def warm_start(
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer)
     state = init_train_state(params, optimizer, config.policy.freeze, mesh, settings.optimizer.offload)
-    store = CheckpointStore(workdir / "warm_start", keep=1)
+    store = CheckpointStore(workdir / "warm_start", keep=1, note=progress.note)
     done = 0
-    if (latest := store.latest()) is not None:
-        state, run = store.restore(latest, state)
-        done = run["steps"]
+    if (restored := store.restore_newest(state)) is not None:
+        state, done = restored.state, restored.run["steps"]
     if done == settings.steps:
         store.close()
         return state.params

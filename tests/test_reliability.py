@@ -1,14 +1,16 @@
 """A run that is killed and stopped wherever it can be, against the same run left alone: nothing may differ at the end.
 
 Every start is a process of its own, ended by SIGKILL or told to stop by SIGTERM, at a named place or at a random time.
-The run is the main job at a tiny size, from an empty directory: suite, tokenizer, demonstrations, warm start, baselines,
+The run is the main job at a tiny size, from an empty directory: tokenizer, demonstrations, warm start, baselines,
 evaluations, and two epochs of training with calls to experts.
 """
 
 import dataclasses
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -19,16 +21,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from maestro_jax.errors import EXIT_PREEMPTED
+from maestro_jax.observe.files import read_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.registry.replay import read_calls
+from tests import hanging
 from tests.test_train_command import TINY
 from tests.zygote import Zygote
 
 TASKS, STEPS, GROUPS = 10, 10, 2  # two epochs: every task is trained twice
 EVERY, EVALUATE = 2, 4  # steps between checkpoints, and between evaluations
 PROMISE = 5.0  # seconds from SIGTERM to the end at this size
+SECONDS = 300  # far above what is needed: a hang fails instead of hanging the suite
 RESULTS = ("baselines.json", "before.json", "before_sampled.json", "trained.jsonl")
-KEEP_ALL = 100
 
 SETTINGS = TINY | {
     "data.train_per_domain": TASKS // 5,
@@ -36,8 +41,8 @@ SETTINGS = TINY | {
     "grpo.steps": STEPS,
     "grpo.groups": GROUPS,
     "evaluate.every": EVALUATE,
+    "evaluate.batch": 2,  # an evaluation is of several
     "checkpoint.every": EVERY,
-    "checkpoint.keep": KEEP_ALL,
 }
 
 # Where a run is killed, one start after another. A place is counted from the start of its process.
@@ -51,10 +56,11 @@ KILLS = (
     "after_save:1",
     "in_truncate:1",
     "in_evaluation:1",
-    "before_save:1",
+    "in_commit:1",
     "after_metrics:3",
     "after_rollout:2",
 )
+PLACES = tuple(place.partition(":")[0] for place in KILLS[2:])
 # The same for SIGTERM; with what the command says that it has saved.
 STOPS = (
     ("in_baselines:1", ""),
@@ -73,12 +79,17 @@ class Life:
 
     code: int
     text: str
+    stopping: float  # seconds from the signal to the end
 
     @property
     def resumed_from(self) -> int:
         """The step of the checkpoint that it went on from; 0 if there was none."""
         found = re.search(r"resumed from the checkpoint of step (\d+)", self.text)
         return int(found[1]) if found else 0
+
+    def assert_stopped(self, saved: str) -> None:
+        told = f"stopped by SIGTERM: {saved}; the same" if saved else "stopped by SIGTERM; the same"
+        assert self.code == EXIT_PREEMPTED and told in self.text, self.text
 
 
 class Machine:
@@ -98,23 +109,54 @@ class Machine:
             }
         )
 
-    def train(self, workdir: Path, failpoint: str = "", killed_after: float | None = None) -> Life:
-        settings = SETTINGS | {"data.suite_directory": self.directory / "suite"}
-        flags = [f"--config.{key}={value}" for key, value in settings.items()]
-        argv = ["--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
-        return self.run("maestro_jax.train", argv, failpoint, killed_after)
+    def train(self, workdir: Path, failpoint: str = "", config: str = "configs/quickstart.py", **how: Any) -> Life:
+        own = ["--config.checkpoint.keep=0", f"--workdir={workdir}"]
+        return self.run("maestro_jax.train", [*self.flags(config), *own], failpoint, **how)
 
-    def run(self, module: str, argv: Sequence[str], failpoint: str, killed_after: float | None = None) -> Life:
+    def flags(self, config: str = "configs/quickstart.py") -> list[str]:
+        settings = SETTINGS | {"data.suite_directory": self.directory / "suite"}
+        return [f"--config={config}", *(f"--config.{key}={value}" for key, value in settings.items())]
+
+    def run(
+        self,
+        module: str,
+        argv: Sequence[str],
+        failpoint: str,
+        killed_after: float | None = None,
+        stopped_at: str = "",
+    ) -> Life:
+        """Runs a command to its end.
+
+        Args:
+          failpoint: of its environment.
+          killed_after: seconds until it is killed.
+          stopped_at: what it has written when it is told to stop.
+        """
         self.lives += 1
         log = self.directory / f"{self.lives}.log"
         process = self._zygote.start(module, argv, {"MAESTRO_FAILPOINT": failpoint}, log)
         if killed_after is not None:
             time.sleep(killed_after)
             os.kill(process, signal.SIGKILL)
-        return Life(self._zygote.wait(), log.read_text(errors="replace"))
+        if stopped_at:
+            wait_for(stopped_at, log)
+            os.kill(process, signal.SIGTERM)
+        began = time.monotonic()
+        if failpoint.endswith("TERM"):
+            began = wait_for("SIGTERM: stopping", log)
+        return Life(self._zygote.wait(), log.read_text(errors="replace"), time.monotonic() - began)
 
     def close(self) -> None:
         self._zygote.close()
+
+
+def wait_for(text: str, log: Path) -> float:
+    """Returns when the log holds the text: the time."""
+    end = time.monotonic() + SECONDS
+    while text not in (log.read_text(errors="replace") if log.exists() else ""):
+        assert time.monotonic() < end, f"{text!r} was not written: {log.read_text(errors='replace')}"
+        time.sleep(0.01)
+    return time.monotonic()
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +217,7 @@ def killed(machine: Machine, workdir: Path, kills: Sequence[str | float]) -> Non
     """
     for kill in [*kills, None]:
         done = last_update(workdir) + (str(kill).startswith("after_update"))
-        if kill is None:
-            life = machine.train(workdir)
-        elif isinstance(kill, str):
+        if isinstance(kill, str):
             life = machine.train(workdir, f"{kill}:KILL")
         else:
             life = machine.train(workdir, killed_after=kill)
@@ -203,3 +243,67 @@ def test_the_comparison_is_not_empty(unbroken: Path) -> None:
     rows = read_metrics(unbroken / "metrics.jsonl")
     assert sum(row.get("calls", 0) > 0 for row in rows) > STEPS / 2
     assert sum(row.get("grad_norm", 0) > 0 for row in rows) > STEPS / 2
+
+
+@pytest.mark.slow  # minutes: fifty kills
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_killed_at_ten_random_times_equals_an_unbroken_one(
+    seed: int, machine: Machine, unbroken: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(seed)
+    places = [f"{place}:{rng.randint(1, 2)}" for place in PLACES]
+    times = [rng.uniform(0.5, 6.0) for _ in range(20)]
+    killed(machine, tmp_path, rng.sample([*places, *times], 10))
+    assert_same_run(tmp_path, unbroken)
+
+
+# ---- stopped -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_stopped_in_every_phase_equals_an_unbroken_one(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
+    for place, saved in STOPS:
+        life = machine.train(tmp_path, f"{place}:TERM")
+        life.assert_stopped(saved)
+        assert life.stopping < PROMISE, life.text
+    assert machine.train(tmp_path).code == 0
+    assert_same_run(tmp_path, unbroken)
+
+
+@pytest.fixture
+def warm(unbroken: Path, tmp_path: Path) -> Path:
+    """A work directory with all that comes before reinforcement, for a run with other settings."""
+    later = ("checkpoints", "metrics.jsonl", "trained.jsonl", "summary.json", "*.png", "config.json", "journal.jsonl")
+    return Path(shutil.copytree(unbroken, tmp_path / "warm", ignore=shutil.ignore_patterns(*later)))
+
+
+def test_a_run_is_stopped_while_an_expert_hangs(machine: Machine, warm: Path, tmp_path: Path) -> None:
+    config, until = tmp_path / "hanging.py", tmp_path / "go_on"
+    config.write_text(hanging.CONFIG.format(until=str(until)))
+    life = machine.train(warm, "in_rollout:1:TERM", config=str(config))
+    life.assert_stopped("step 0 is saved")
+    assert life.stopping < PROMISE, life.text
+    until.touch()
+    life = machine.train(warm, "after_update:1:TERM", config=str(config))
+    assert "resumed from the checkpoint of step 0" in life.text
+    life.assert_stopped("step 1 is saved")
+
+
+def test_a_run_is_stopped_while_it_compiles(machine: Machine, warm: Path) -> None:
+    """XLA is not interrupted; the run hears at once, and what it has computed then is saved."""
+    own = ["--config.grpo.logprob_chunk=16", f"--workdir={warm}"]  # another program than those that are compiled
+    argv = [*machine.flags(), *own]
+    life = machine.run("maestro_jax.train", argv, "", stopped_at="new shape of the update")
+    life.assert_stopped("step 1 is saved")
+    life = machine.run("maestro_jax.train", argv, "after_pull:1:TERM")
+    assert life.resumed_from == 1
+    life.assert_stopped("step 1 is saved")
+
+
+def test_an_evaluation_is_stopped_and_goes_on(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
+    argv = [*machine.flags(), f"--checkpoint={unbroken}", f"--output={tmp_path}", "--baselines"]
+    life = machine.run("maestro_jax.evaluate", argv, "in_baselines:2:TERM")
+    life.assert_stopped("")
+    assert life.stopping < PROMISE, life.text
+    assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) > 1
+    assert machine.run("maestro_jax.evaluate", argv, "").code == 0
+    assert read_json(tmp_path / "evaluation.json")["tasks"] == 5

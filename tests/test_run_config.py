@@ -102,6 +102,19 @@ def test_an_unknown_key_unlike_all_others_lists_the_right_ones() -> None:
     assert "config.checkpoint.zzz" in text and "every, keep" in text
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("every", 0, "config.checkpoint.every=0 saves nothing on the way; use 1 or more steps"),
+        ("keep", -1, "config.checkpoint.keep=-1 is below 0; use 1 or more, or 0 to keep all"),
+        ("keep_every", -10, "config.checkpoint.keep_every=-10 is below 0; use 1 or more steps, or 0 for none"),
+        ("keep_every", 25, "config.checkpoint.keep_every=25 is no multiple of config.checkpoint.every=10"),
+    ],
+)
+def test_checkpoints_that_cannot_be_kept_so(key: str, value: int, says: str) -> None:
+    assert says in message(with_value(f"checkpoint.{key}", value))
+
+
 def test_claims_of_a_warm_start_that_is_left_out_are_not_checked() -> None:
     raw = with_value("warm_start.claims", {"charts": ("Nobody", "Nothing")})
     assert "warm_start.claims.charts" in message(raw)

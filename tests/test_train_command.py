@@ -23,7 +23,7 @@ from PIL import Image
 
 from configs import quickstart
 from maestro_jax.assemble import check_same_run, flatten, open_data
-from maestro_jax.checkpoint.store import ParamReader
+from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.config import parse_config
 from maestro_jax.data.benchmarks.catalogue import BENCHMARKS
 from maestro_jax.data.mixture import Mixture

@@ -22,7 +22,12 @@ QWEN_2_5_PIXELS = {"kind": "resized", "multiple": 28, "min_pixels": 3136, "max_p
 
 
 def get_registry() -> ConfigDict:
-    return ConfigDict({"experts": experts(), "services": services(), "skills": skills(), "limits": limits()})
+    return ConfigDict({"experts": experts(), "skills": skills(), **shared()})
+
+
+def shared() -> dict[str, Any]:
+    """What does not depend on who the experts are. `endpoints_from`: the directory of `experts up --publish`."""
+    return {"services": services(), "limits": limits(), "endpoints_from": ""}
 
 
 def limits() -> dict[str, float]:

@@ -27,8 +27,7 @@ from configs.registry.maestro import (
 
 
 def get_registry() -> ConfigDict:
-    helpers = {"services": maestro.services(), "limits": maestro.limits()}
-    return ConfigDict({"experts": experts(), "skills": skills(), **helpers})
+    return ConfigDict({"experts": experts(), "skills": skills(), **maestro.shared()})
 
 
 def experts() -> tuple[Entry, ...]:

@@ -8,7 +8,7 @@ settings_from "$@"
 
 state=$(ask ACTIVE gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" '--format=value(state.state)')
 if [[ -z $state ]]; then
-  note "request $NAME does not exist; nothing to delete"
+  note "request $NAME does not exist in $ZONE; nothing to delete"
   exit
 fi
 if [[ $state == ACTIVE ]]; then

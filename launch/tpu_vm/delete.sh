@@ -8,7 +8,7 @@ settings_from "$@"
 
 state=$(ask READY gcloud compute tpus tpu-vm describe "$NAME" "${PLACE[@]}" '--format=value(state)')
 if [[ -z $state ]]; then
-  note "$NAME does not exist; nothing to delete"
+  note "$NAME does not exist in $ZONE; nothing to delete"
   exit
 fi
 if [[ $state == READY ]]; then

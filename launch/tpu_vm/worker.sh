@@ -53,12 +53,12 @@ start() {
   # The record of how the last run ended makes room.
   sudo systemctl stop "$UNIT" 2>/dev/null || true
   sudo systemctl reset-failed "$UNIT" 2>/dev/null || true
-  # KillMode and the rest: SIGTERM goes to the run alone, which may save before share and network go.
+  # SIGTERM goes to the run alone, which may save before share and network go; the TPU's driver may lock memory.
   local keys=()
   [[ ! -e $HOME/maestro.env ]] || keys=(--property="EnvironmentFile=$HOME/maestro.env")
   sudo systemd-run --unit="$UNIT" --uid="$USER" --working-directory="$HOUSE" --remain-after-exit \
     --property=KillMode=mixed --property="TimeoutStopSec=$TIME_TO_SAVE" --property="RequiresMountsFor=$MOUNT" \
-    --property=After=network-online.target --setenv=PYTHONUNBUFFERED=1 "${keys[@]}" "$@"
+    --property=After=network-online.target --property=LimitMEMLOCK=infinity --setenv=PYTHONUNBUFFERED=1 "${keys[@]}" "$@"
 }
 
 logs() { sudo journalctl --unit="$UNIT" --output=cat --lines=200 "$@"; }

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from maestro_jax.checkpoint.store import ParamReader
+from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.errors import DataError
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, param_layout

@@ -14,7 +14,7 @@ class Run:
     """A finished or interrupted run on disk."""
 
     workdir: Path
-    checkpoints: Path
+    checkpoints: str  # a local directory, or one of an object store
     step: int | None  # None: the newest
     settings: dict[str, str]  # as the run wrote them: dotted key → printed value
     architecture: dict[str, Any]  # the content of a config.json
@@ -38,7 +38,10 @@ class Run:
 
 
 def find_run(path: Path) -> Run:
-    """The run that `path` means: a work directory, its checkpoints/ or one checkpoint in there."""
+    """The run that `path` means: a work directory, its checkpoints/ or one checkpoint in there.
+
+    Where its checkpoints are elsewhere (config.checkpoint.directory), checkpoints/ stands for that place.
+    """
     step = None
     if path.name.isdigit() and path.parent.name == "checkpoints":
         step, path = int(path.name), path.parent
@@ -50,4 +53,5 @@ def find_run(path: Path) -> Run:
             f"{workdir} has no {lacks}, so it is no run's work directory; give --checkpoint the "
             "--workdir of a run of maestro_jax.train"
         )
-    return Run(workdir, workdir / "checkpoints", step, settings, architecture)
+    directory = ast.literal_eval(settings.get("checkpoint.directory", "''"))
+    return Run(workdir, directory or str(workdir / "checkpoints"), step, settings, architecture)

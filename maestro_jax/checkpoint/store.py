@@ -4,135 +4,223 @@ Leaves are stored by name ("params/language_model/layers/q_proj/kernel"), so tha
 does not depend on container classes and restores onto any mesh: shardings come from the target.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import contextlib
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 
-from maestro_jax.errors import ConfigError
+from maestro_jax import failpoints
+from maestro_jax.checkpoint.committed import (
+    RUN,
+    RUN_FILE,
+    STATE,
+    CheckpointError,
+    Committed,
+    Damage,
+    committed_steps,
+    contents,
+    file_system,
+    line_of,
+    write_manifest,
+)
+
+T = TypeVar("T")
+_MESSAGE_BYTES = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+      state: in the structure and the shardings of the state it was restored for.
+      run: as it was given to `save`.
+    """
+
+    step: int
+    state: Any
+    run: dict[str, Any]
 
 
 class CheckpointStore:
-    """A directory of numbered checkpoints; writing happens in the background, committed as a whole."""
+    """A directory of numbered checkpoints; writing happens in the background, committed as a whole.
 
-    def __init__(self, directory: str | Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        # Named here, so that a fresh process can read the metadata of a checkpoint before restoring it.
-        handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)
+    With several processes, all of them make the same calls.
+
+    Args:
+      directory: a local path, or one of an object store ("gs://bucket/run").
+      keep: so many of the newest stay; 0: all.
+      keep_every: a checkpoint of a step that this divides stays for good; 0: none.
+      note: receives a line for every damaged checkpoint.
+
+    Raises:
+      CheckpointError: of every method, when the file system fails.
+    """
+
+    def __init__(
+        self, directory: str | PathLike[str], keep: int, keep_every: int = 0, note: Callable[[str], None] = print
+    ):
+        self.directory = absolute(directory)
+        self._note = note
+        self._saving = 0  # the step that is written in the background, if any
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep or None,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=True,  # of saves that a kill ended
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
+        )
+        handlers = {STATE: ocp.StandardCheckpointHandler(), RUN: ocp.JsonCheckpointHandler(filename=RUN_FILE)}
+        with file_system(self.directory):
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
-        """Starts saving `state` (a pytree) and `run` (plain JSON); raises if an earlier save failed."""
-        self._manager.check_for_errors()
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.StandardSave(named_leaves(state)), run=ocp.args.JsonSave(run))
-        )
-
-    def wait(self) -> None:
-        """Returns when what is being written is committed; raises if it failed."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-
-    def latest(self) -> int | None:
-        """The newest committed step."""
-        return self._manager.latest_step()
-
-    def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
-        """Loads checkpoint `step` into the shape and shardings of `state`, whose arrays are given up for it.
+        """Starts saving `state` (a pytree) and `run` (plain JSON); returns when `state` may change.
 
         Raises:
-          ConfigError: the checkpoint holds other parameters than this configuration makes.
+          CheckpointError: this save or an earlier one failed.
+        """
+        named = named_leaves(state)
+        described = contents(step, named, run)
+        json.dumps(described)  # what is no JSON is an error here, not in the background
+        self.wait()
+        self._saving = step
+        what = ocp.args.Composite(**{STATE: ocp.args.StandardSave(named), RUN: ocp.args.JsonSave(described)})
+        with self._writing():
+            self._manager.save(step, args=what, force=True)
+
+    def check(self) -> None:
+        """Raises CheckpointError if the save in the background has failed."""
+        with self._writing():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when the checkpoint that was being saved is committed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.wait()
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The newest committed step, damaged or not."""
+        return max(self._manager.all_steps(), default=None)
+
+    def restore_newest(self, state: Any) -> Restored | None:
+        """Loads the newest checkpoint that is whole into the shape and shardings of `state`; None if there is none.
+
+        The arrays of `state` are given up for it. Damaged checkpoints that are newer are renamed, such as to
+        `12.damaged`, and reported. If none is whole, none is renamed: then it may be the reader that is broken.
+
+        Raises:
+          ConfigError: a checkpoint holds other arrays than this configuration makes.
+          CheckpointError: all checkpoints are damaged.
         """
         target = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in named_leaves(state).items()
         }
-        self._check(step, target)
-        structure = jax.tree.structure(state)
-        jax.tree.map(lambda leaf: leaf.delete(), state)  # two states need not fit
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore())
-        )
-        leaves = [restored.state[name] for name in target]
-        return jax.tree.unflatten(structure, leaves), restored.run
+        damaged: dict[int, Damage] = {}
+        with file_system(self.directory):
+            steps = _from_first_process(committed_steps(self.directory))
+            for step in steps:
+                try:
+                    found = _in_all_processes(functools.partial(Committed, self.directory, step))
+                    found.check_target(target)
+                    jax.tree.map(lambda leaf: leaf.delete(), state)  # two states need not fit
+                    arrays = _in_all_processes(functools.partial(found.read_state, target))
+                    found.check_state(arrays)
+                except Damage as damage:
+                    damaged[step] = damage
+                    continue
+                self._set_aside(damaged, step)
+                leaves = [arrays[name] for name in target]
+                return Restored(step, jax.tree.unflatten(jax.tree.structure(state), leaves), found.run)
+        if damaged:
+            each = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
+            raise CheckpointError(
+                f"{self.directory} has no checkpoint that is whole ({each}); bring one back from a backup, or start "
+                "again with a new --workdir"
+            )
+        return None
 
-    def close(self) -> None:
-        """Waits for what is being written; raises if it failed."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-        self._manager.close()
-
-    def _check(self, step: int, target: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-        """Compares names and shapes before anything is read: Orbax pads or cuts silently otherwise."""
-        saved = self._manager.item_metadata(step).state
-        shapes = {name: tuple(meta.shape) for name, meta in saved.items()}
-        for name in sorted(shapes.keys() | target.keys()):
-            found, wanted = shapes.get(name), target[name].shape if name in target else None
-            if found != wanted:
-                raise ConfigError(
-                    f"checkpoint {step} in {self._manager.directory} holds {name} as {found}, this configuration makes "
-                    f"{wanted}; use the configuration it was trained with, or a new --workdir"
+    def _set_aside(self, damaged: Mapping[int, Damage], used: int) -> None:
+        for step, damage in damaged.items():
+            path = self.directory / str(step)
+            name = f"{step}.damaged"
+            while (path.parent / name).exists():
+                name += "+"
+            if jax.process_index() == 0:
+                path.rename(path.parent / name)
+                self._note(
+                    f"checkpoint {path} is damaged: {damage}; it is now called {name} and may be deleted, the run goes "
+                    f"on from step {used}"
                 )
+        if damaged:
+            self._manager.reload()
+
+    def _before_commit(self) -> None:
+        """Called in the background by the first process when all files are written."""
+        unfinished = self.directory / f"{self._saving}.orbax-checkpoint-tmp"
+        # On an object store nothing is renamed: files are at their place from the beginning.
+        write_manifest(unfinished if unfinished.exists() else self.directory / str(self._saving))
+        failpoints.reach("in_commit")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:  # TensorStore's are ValueErrors
+            raise CheckpointError(
+                f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({line_of(error)}); free "
+                "or mount its disk and start the run again: it goes on from the checkpoint before"
+            ) from error
 
 
-class ParamReader:
-    """Reads single parameters of a checkpoint as numpy arrays, without the rest of the train state."""
-
-    def __init__(self, directory: str | Path, step: int | None):
-        directory = Path(directory).absolute()
-        if not directory.is_dir():
-            raise ConfigError(f"{directory} is no directory; point at a run's work directory or its checkpoints/")
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
-        options = ocp.CheckpointManagerOptions(create=False)
-        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
-        steps = self._manager.all_steps()
-        if not steps or (step is not None and step not in steps):
-            found = ", ".join(map(str, sorted(steps))) or "none"
-            raise ConfigError(f"{directory} has no checkpoint {'' if step is None else step}; it holds: {found}")
-        self.step = max(steps) if step is None else step
-        metadata = self._manager.item_metadata(self.step).state
-        self._stored = {_param_name(key): key for key in metadata if key.startswith("params/")}
-        self.shapes = {name: tuple(metadata[key].shape) for name, key in self._stored.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """One parameter, in the dtype it was saved in."""
-        key = self._stored[name]
-        how = ocp.args.PyTreeRestore(
-            item={key: 0}, restore_args={key: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
-        )
-        return self._manager.restore(self.step, args=ocp.args.Composite(state=how)).state[key]
-
-    def load(self, abstract: Any, shardings: Any) -> Any:
-        """All parameters, each in its shards and in the dtype of `abstract`, a tree of shapes and dtypes.
-
-        Raises:
-          ConfigError: the checkpoint holds other parameters than this configuration makes.
-        """
-        leaves = {_param_name(f"params/{name}"): leaf for name, leaf in named_leaves(abstract).items()}
-        for name in sorted(self.shapes.keys() | leaves.keys()):
-            found, wanted = self.shapes.get(name), leaves[name].shape if name in leaves else None
-            if found != wanted:
-                raise ConfigError(
-                    f"checkpoint {self.step} in {self._manager.directory} holds {name} as {found}, this configuration "
-                    f"makes {wanted}; use the configuration it was trained with"
-                )
-
-        def placed(name: str, leaf: Any, sharding: Any) -> jax.Array:
-            whole = self.read(name)
-            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index].astype(leaf.dtype))
-
-        pairs = zip(leaves.items(), jax.tree.leaves(shardings), strict=True)
-        return jax.tree.unflatten(jax.tree.structure(abstract), [placed(*leaf, place) for leaf, place in pairs])
-
-
-def _param_name(key: str) -> str:
-    return key.removeprefix("params/").removesuffix("/value")
+def absolute(directory: str | PathLike[str]) -> epath.Path:
+    """Orbax wants absolute paths."""
+    path = epath.Path(directory)
+    return path if "://" in str(path) else epath.Path(path.absolute())
 
 
 def named_leaves(tree: Any) -> dict[str, jax.Array]:
     """Leaves of a pytree by their path, in tree order."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+
+
+def _from_first_process(steps: list[int]) -> list[int]:
+    """The list of the first process: others may look while it renames."""
+    if jax.process_count() == 1:
+        return steps
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    mine = np.zeros(count, np.int32)
+    if jax.process_index() == 0:
+        mine[:] = steps
+    return multihost_utils.broadcast_one_to_all(mine).tolist()
+
+
+def _in_all_processes(call: Callable[[], T]) -> T:
+    """Calls it on every process; damage that one of them finds is raised on all."""
+    result, problem = None, ""
+    try:
+        result = call()
+    except Damage as damage:
+        problem = str(damage)
+    if jax.process_count() > 1:
+        mine = np.frombuffer(problem.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
+        found = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(mine))
+        problem = next(filter(None, found), "")
+    if problem:
+        raise Damage(problem)
+    return result  # type: ignore[return-value]

@@ -30,7 +30,7 @@ from maestro_jax.grpo.losses import (
     policy_loss,
 )
 from maestro_jax.grpo.optimizer import Quantised
-from maestro_jax.parallel.sharding import over_groups, replicated
+from maestro_jax.parallel.sharding import HOST_MEMORY, over_groups, replicated
 from maestro_jax.policy.model import Policy, PrefixBatch, prompt_shardings
 from maestro_jax.policy.vision import Leaf
 
@@ -40,7 +40,6 @@ Metrics = dict[str, Array]
 
 # What `config.policy.freeze` may name: where these parameters stand in the policy.
 FREEZABLE = {"vision": ("visual",), "embeddings": ("language_model", "embed_tokens")}
-HOST_MEMORY = "pinned_host"
 NOTHING = LossCount(0, 0)
 
 

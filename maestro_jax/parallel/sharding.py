@@ -12,6 +12,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.mesh import BATCH_AXES, batch_shards
 
+HOST_MEMORY = "pinned_host"  # the memory kind of arrays that wait in a host's memory
+
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:

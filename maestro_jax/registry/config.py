@@ -166,6 +166,8 @@ class RegistryConfig:
     Attributes:
       show: what the policy's prompt says of each expert besides its description: "price", "speed", both or nothing.
       sandbox: which code sandbox "run" stages use (`sandbox/choose.py`).
+      endpoints_from: directory where experts on other machines are published (`published.py`); empty: endpoints are as
+        they say.
     """
 
     experts: tuple[ExpertConfig, ...]
@@ -174,6 +176,7 @@ class RegistryConfig:
     limits: LimitsConfig = LimitsConfig()
     show: tuple[str, ...] = ()
     sandbox: str = "auto"
+    endpoints_from: str = ""
 
     @functools.cached_property
     def experts_by_name(self) -> dict[str, ExpertConfig]:

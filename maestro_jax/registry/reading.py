@@ -10,6 +10,7 @@ import math
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 from maestro_jax.errors import ConfigError
@@ -17,6 +18,7 @@ from maestro_jax.registry.chat import OWN_FIELDS
 from maestro_jax.registry.checks import problems
 from maestro_jax.registry.config import ExpertConfig, LimitsConfig, RegistryConfig, ServiceConfig, SkillConfig
 from maestro_jax.registry.names import nearest
+from maestro_jax.registry.published import reached
 from maestro_jax.registry.stages import NO_IMAGES, STAGES, Stage
 
 # Settings that only one kind of expert has.
@@ -55,7 +57,10 @@ def read_registry(raw: Any) -> RegistryConfig:
         "skills": tuple(_read_skill(s, w) for s, w in _entries(raw, "skills")),
         "limits": _read_limits(raw.get("limits", {})),
     }
-    return _read(RegistryConfig, raw | entries, "registry")
+    config = _read(RegistryConfig, raw | entries, "registry")
+    if not config.endpoints_from:
+        return config
+    return dataclasses.replace(config, experts=reached(config.experts, Path(config.endpoints_from)))
 
 
 def _mapping(raw: Any, where: str) -> dict[str, Any]:

@@ -144,12 +144,14 @@ class Supervisor:
     Args:
       directory: receives a log file for each server.
       say: hears a line for each thing that happens.
+      when_ready: called whenever all of them answer.
     """
 
-    def __init__(self, servers: Iterable[Server], directory: pathlib.Path, say: Say):
+    def __init__(self, servers: Iterable[Server], directory: pathlib.Path, say: Say, when_ready: Callable[[], object]):
         self._servers = [server for server in servers if server.command]
         self._directory = directory
         self._say = say
+        self._when_ready = when_ready
         self._stop = asyncio.Event()
         self._ready: set[str] = set()
 
@@ -224,6 +226,8 @@ class Supervisor:
         self._ready.add(server.url)
         of_all = f"{len(self._ready)} of {len(self._servers)} servers"
         self._say(f"{server.name}: ready after {seconds:.1f} s ({of_all})")
+        if len(self._ready) == len(self._servers):
+            self._when_ready()
 
 
 def _started(server: Server, log: IO[bytes]) -> subprocess.Popen[bytes]:

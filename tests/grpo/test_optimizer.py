@@ -266,8 +266,11 @@ def test_checkpoints_hold_every_bit(moments: str, offload: bool, tmp_path: Path)
     again = CheckpointStore(tmp_path, 1)
     _, target = make_state(config, make_mesh(MeshConfig(1, 4, 1), jax.devices()[:4]))
     places = [leaf.sharding for leaf in jax.tree.leaves(target)]
-    found, _ = again.restore(2, target)
+    restored = again.restore_newest(target)
     again.close()
-    for (name, leaf), wanted, place in zip(named_leaves(found).items(), jax.tree.leaves(saved), places, strict=True):
+    assert restored is not None
+    for (name, leaf), wanted, place in zip(
+        named_leaves(restored.state).items(), jax.tree.leaves(saved), places, strict=True
+    ):
         assert np.asarray(leaf).tobytes() == np.asarray(wanted).tobytes(), name
         assert (leaf.dtype, leaf.sharding) == (wanted.dtype, place), name

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
@@ -95,8 +96,7 @@ class Slurm:
             )
         self._daemons.append(daemon)
 
-    def _wait_until(self, what: str, condition: "object") -> None:
-        assert callable(condition)
+    def _wait_until(self, what: str, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < end, f"not within 60 s: {what}; {self.logs()}"

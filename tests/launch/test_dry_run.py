@@ -30,7 +30,9 @@ def gcloud_lines() -> list[str]:
 
 
 def blocks(markdown: str) -> str:
-    return "\n".join(re.findall(r"^```bash\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL))
+    """The commands of a document, its variables being some names."""
+    found = "\n".join(re.findall(r"^```bash\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL))
+    return re.sub(r'"?\$[A-Z_]+"?', "some-name", found)
 
 
 def test_printed_commands_can_be_pasted() -> None:

@@ -1,7 +1,10 @@
 """Runs on GKE: a cluster is made once, a run is submitted once, neither is deleted by itself."""
 
+import re
+
 import pytest
 
+from maestro_jax.aot.slices import parse_accelerator
 from tests.launch.conftest import Cloud
 from tests.launch.golden import REPOSITORY
 
@@ -86,3 +89,16 @@ def test_templates_name_nothing_that_is_not_set() -> None:
     for template in (REPOSITORY / "launch/gke/manifests").glob("*.yaml"):
         name = template.name.replace("queue-tpu", "queue-$(is_tpu").replace("queue-gpu", "queue-$(is_tpu")
         assert name.removesuffix(".yaml") in used or template.name == "hosted.yaml"
+
+
+@pytest.mark.parametrize(
+    "accelerator", ["v5litepod-4", "v5litepod-8", "v5litepod-256", "v5p-8", "v5p-256", "v6e-32", "h100x4", "h200x8x3"]
+)
+def test_machines_are_those_of_the_slice_check(cloud: Cloud, accelerator: str) -> None:
+    slice = parse_accelerator(accelerator)
+    printed = cloud.launch(f"{SUBMIT} --accelerator={accelerator} --dry-run").stdout
+    assert re.findall(r"completions: (\d+)", printed) == [str(slice.hosts)]
+    assert re.findall(r"(?:google.com/tpu|nvidia.com/gpu): (\d+)", printed) == [str(slice.devices)]
+    if slice.platform == "tpu":
+        (shape,) = re.findall(r"gke-tpu-topology: (\S+)", printed)
+        assert slice.topology.endswith(f":{shape}")

@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
+from maestro_jax.errors import EXIT_CONFIG, EXIT_PREEMPTED
 from tests.launch.golden import REPOSITORY
 from tests.launch.schemas import check
 
@@ -68,7 +69,7 @@ def test_exit_codes_decide_what_is_tried_again() -> None:
     for jobset in jobsets:
         rules = role(jobset, "trainer")["podFailurePolicy"]["rules"]
         by_code = {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules if "onExitCodes" in rule}
-        assert by_code == {78: "FailJob", 75: "Ignore"}
+        assert by_code == {EXIT_CONFIG: "FailJob", EXIT_PREEMPTED: "Ignore"}
         assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {
             container["name"] for container in pod(role(jobset, "trainer"))["containers"]
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_PREEMPTED
 from tests.launch.conftest import Cloud
 from tests.launch.golden import REPOSITORY
 
@@ -29,6 +30,11 @@ def test_a_script_stops_at_the_first_error_and_says_what_it_does(script: Path) -
     text = script.read_text()
     assert "\nset -euo pipefail\n" in text or '/../common.sh"\n' in text
     assert os.access(script, os.X_OK) and text.startswith("#!/usr/bin/env bash\n# ")
+
+
+def test_exit_codes_are_those_of_the_package() -> None:
+    (line,) = re.findall(r"^readonly (TRY_AGAIN=.*)$", (LAUNCH / "common.sh").read_text(), re.MULTILINE)
+    assert line == f"TRY_AGAIN={EXIT_PREEMPTED} CONFIGURATION={EXIT_CONFIG} INTERNAL={EXIT_INTERNAL}"
 
 
 def test_base_images_have_a_version() -> None:

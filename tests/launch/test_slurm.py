@@ -1,9 +1,12 @@
 """Jobs of launch/slurm on a real Slurm of one node (slurm_cluster.py)."""
 
+import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,3 +98,67 @@ def test_what_slurm_requeues_or_cancels_is_left_to_slurm(slurm: Slurm, tmp_path:
     slurm.run("scancel", job.number)
     assert job.wait_for_end(60) in ("CANCELLED", "FAILED")  # as the script ends before or after Slurm has noted it
     assert job.ends() == [("75", "0"), ("75", "0")]
+    assert "restart 2" not in job.said()
+
+
+# ---- the real command --------------------------------------------------------------------------------------
+
+# One device a process; the flags make toy programs compile faster (tests/conftest.py).
+CPU = {"PYTHON": sys.executable, "MAESTRO_CHIP": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+TINY = (
+    "--config=configs/quickstart.py",
+    "--config.data.train_per_domain=8",
+    "--config.data.test_per_domain=2",
+    "--config.warm_start.steps=2",
+    "--config.grpo.steps=6",
+    "--config.grpo.groups=4",
+    "--config.grpo.group_size=2",
+    "--config.evaluate.batch=10",
+    "--config.evaluate.every=6",
+    "--config.checkpoint.every=1",
+)
+MEET = """
+from maestro_jax.parallel import cluster
+cluster.start()
+import jax
+print(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count(), cluster.gather("here"))
+"""
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in rows]
+
+
+def test_processes_of_a_step_find_each_other(slurm: Slurm) -> None:
+    found = slurm.run("srun", "--ntasks=2", sys.executable, "-c", MEET, **CPU, JAX_PLATFORMS="cpu")
+    assert sorted(found.splitlines()) == ["0 2 1 2 ['here', 'here']", "1 2 1 2 ['here', 'here']"]
+
+
+def test_a_run_of_two_processes_is_requeued_twice_and_is_the_run_that_was_not(slurm: Slurm, tmp_path: Path) -> None:
+    """Once by its own script, after the signal that announces the time limit, once by Slurm."""
+
+    def train(name: str) -> Job:
+        return Job(slurm, tmp_path / f"{name}.log", (), (*TINY, f"--workdir={tmp_path / name}"), **CPU)
+
+    def steps(name: str) -> list[int]:
+        return [row["step"] for row in lines_of(tmp_path / name / "metrics.jsonl")]
+
+    whole = train("whole")
+    assert whole.wait_for_end(600) == "COMPLETED", whole.said()[-4000:]
+
+    broken = train("broken")
+    broken.wait_until(lambda: 2 in steps("broken"), 600)
+    slurm.run("scancel", "--signal=TERM", broken.number)  # to the processes, as --signal does
+    broken.wait_until(lambda: "restart 1" in broken.said() and 4 in steps("broken"), 600)
+    slurm.run("scontrol", "requeue", broken.number)
+    assert broken.wait_for_end(600) == "COMPLETED", broken.said()[-4000:]
+
+    assert broken.ends() == [("75", "0"), ("75", "0"), ("0", "")]
+    assert broken.said().count("resumed from the checkpoint of step") == 2
+    assert steps("broken") == list(range(7))
+    for name in ("metrics.jsonl", "trained.jsonl"):
+        assert untimed(lines_of(tmp_path / "broken" / name)) == untimed(lines_of(tmp_path / "whole" / name))

@@ -1,5 +1,7 @@
 """TPU VMs: created once, despite shortages; deleted only when told."""
 
+import sys
+
 from tests.launch.conftest import Cloud
 
 WHERE = "--name=run1 --zone=us-west4-a"
@@ -74,12 +76,15 @@ def test_no_answer_is_no_leave_to_create(cloud: Cloud) -> None:
     assert not cloud.calls("create")
 
 
+def test_no_gcloud_is_no_missing_machine(cloud: Cloud) -> None:
+    cloud.lines("bin/gcloud", "#!/bin/sh", "echo gcloud: not found >&2", "exit 127")  # as a shell ends without one
+    result = cloud.launch(f"tpu_vm/delete.sh {WHERE}")
+    assert result.returncode == 78 and "gcloud is not installed" in result.stderr
+
+
 def test_a_mesh_that_does_not_fit_creates_nothing(cloud: Cloud) -> None:
-    cloud.lines(
-        "python", "#!/bin/sh", '[ "$1" = -c ] || { echo "error: tensor=3: set config.mesh.tensor=2"; exit 78; }'
-    )
-    result = cloud.launch(f"{CREATE} -- --config.mesh.tensor=3")
-    assert result.returncode == 78 and "set config.mesh.tensor=2" in result.stdout
+    result = cloud.launch(f"{CREATE} -- --config.grpo.groups=63", PYTHON=sys.executable)
+    assert result.returncode == 78 and "set it to a multiple of 64" in result.stderr
     assert not cloud.calls()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -68,9 +69,9 @@ class Job:
             "serve": serve,
         }
 
-    def start(self, action: str) -> IO[str]:
+    def start(self, action: str, *more: str) -> IO[str]:
         """Its output, line by line as it comes."""
-        command = [sys.executable, "-m", "maestro_jax.experts", action, f"--config={self.config}"]
+        command = [sys.executable, "-m", "maestro_jax.experts", action, f"--config={self.config}", *more]
         pipe = subprocess.PIPE
         flags = [f"--logs={self.directory / 'logs'}"]
         self.process = subprocess.Popen(
@@ -162,7 +163,7 @@ def test_a_stubborn_server_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) 
         if "ready after" in line:
             supervisor.stop()
 
-    supervisor = serving.Supervisor([server], job.directory, say)
+    supervisor = serving.Supervisor([server], job.directory, say, lambda: None)
     asyncio.run(asyncio.wait_for(supervisor.run(), SECONDS))
     assert not pids(job.mark)
 
@@ -249,6 +250,18 @@ def test_status_says_who_answers(job: Job) -> None:
     assert "A 127.0.0.1:" in out and ": ready" in out and "no answer (" in out
     job.process = up
     job.end(signal.SIGTERM)
+
+
+def test_servers_for_other_machines_are_published_while_they_answer(job: Job) -> None:
+    port, published = free_port(), job.directory / "published"
+    job.write(job.expert("A", "{host}", port=port), job.expert("Away") | {"serve": ()})
+    wait_for(job.start("up", f"--publish={published}", "--host=127.0.0.2"), f"published in {published}/127.0.0.2.json")
+    away = f"http://127.0.0.2:{port}/v1"  # as another machine would: that address, and not the config's
+    assert json.loads((published / "127.0.0.2.json").read_text()) == {"A": [away]}
+    with urllib.request.urlopen(f"{away}/models", timeout=SECONDS) as answer:
+        assert answer.status == 200
+    assert job.end(signal.SIGTERM)[0] == 0
+    assert not list(published.iterdir())
 
 
 def test_what_to_do_has_to_be_said(job: Job) -> None:

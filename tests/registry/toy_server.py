@@ -2,7 +2,7 @@
 
 It answers /v1/models once it has loaded, /pid with its process, and has a child of its own, as servers of models do.
 The mark is on the command line of both, to find them by. Behaviours: "slow" answers 503 at first, "stubborn" ignores
-SIGTERM, "dies" ends at once.
+SIGTERM, "dies" ends at once, "0.0.0.0" listens to other machines.
 """
 
 import http.server
@@ -31,7 +31,8 @@ def main() -> None:
         sys.exit("no memory left on the device")
     if "stubborn" in behaviour:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    server = http.server.HTTPServer(("127.0.0.1", int(port)), Handler)
+    host = next((word for word in behaviour if word.startswith("0.")), "127.0.0.1")
+    server = http.server.HTTPServer((host, int(port)), Handler)
     subprocess.Popen([sys.executable, "-c", CHILD, mark])
     server.serve_forever()
 

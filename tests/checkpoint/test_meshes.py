@@ -1,0 +1,87 @@
+"""R7: a checkpoint of the 4B's configuration goes on on any mesh, bit for bit. Its tree, at a tiny width."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from configs import qwen3_vl_4b
+from maestro_jax.assemble import policy_factory
+from maestro_jax.checkpoint.fingerprint import fingerprints
+from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
+from maestro_jax.config import parse_config
+from maestro_jax.grpo.optimizer import make_optimizer
+from maestro_jax.grpo.update import TrainState, init_train_state
+from maestro_jax.parallel.mesh import MeshConfig, make_mesh
+from maestro_jax.parallel.sharding import ShardingRules, param_layout
+from maestro_jax.policy.config import open_architecture
+
+TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": (4, 2, 2)},
+}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 64}
+TOKENS = {"image_token_id": 500, "vision_start_token_id": 501, "vision_end_token_id": 502}
+
+
+def make_state(axes: Sequence[int], seed: int) -> TrainState:
+    """A train state of random bits: two states of one seed are equal, on whichever mesh."""
+    raw = qwen3_vl_4b.get_config()
+    raw.policy.init_from = ""
+    own = qwen3_vl_4b.ARCHITECTURE
+    raw.policy.architecture = (
+        own
+        | TOKENS
+        | {
+            "text_config": own["text_config"] | TEXT,
+            "vision_config": own["vision_config"] | VISION,
+        }
+    )
+    config = parse_config(raw)
+    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: math.prod(axes)])
+    architecture = open_architecture(config.policy.architecture, "")
+    _, abstract, shardings = param_layout(policy_factory(config, architecture, "cpu"), mesh, ShardingRules())
+    params = jax.tree.map(
+        lambda leaf, place: jax.device_put(np.zeros(leaf.shape, leaf.dtype), place), abstract, shardings
+    )
+    state = init_train_state(params, make_optimizer(config.optimizer), config.policy.freeze, mesh)
+    rng = np.random.default_rng(seed)
+
+    def random_bits(leaf: jax.Array) -> jax.Array:
+        bits = np.frombuffer(rng.bytes(leaf.nbytes), leaf.dtype).reshape(leaf.shape)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: bits[index])
+
+    return jax.tree.map(random_bits, state)
+
+
+def save(directory: Path, state: TrainState) -> None:
+    store = CheckpointStore(directory, keep=1)
+    store.save(1, state, {})
+    store.close()
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_on_any_mesh(tmp_path: Path) -> None:
+    saved = make_state((1, 8, 1), seed=0)
+    expected = fingerprints(named_leaves(saved))
+    stacks = {leaf.shape[0] for leaf in jax.tree.leaves(saved.params) if leaf.ndim > 1}
+    assert {33, 24} <= stacks  # the 4B's layers: 36 less three that stand apart; 24 of vision
+    save(tmp_path / "0", saved)
+    for number, axes in enumerate(((1, 4, 2), (1, 4, 1), (1, 2, 1), (1, 1, 1))):
+        store = CheckpointStore(tmp_path / str(number), keep=1)
+        target = make_state(axes, seed=1)
+        other = fingerprints(named_leaves(target))
+        assert all(other[name] != expected[name] for name in expected)
+        restored = store.restore_newest(target)
+        store.close()
+        assert restored is not None
+        for leaf in jax.tree.leaves(restored.state):
+            assert tuple(leaf.sharding.mesh.shape.values()) == axes
+        assert fingerprints(named_leaves(restored.state)) == expected
+        save(tmp_path / str(number + 1), restored.state)  # each from the one before
