@@ -25,7 +25,7 @@ from maestro_jax.parallel import preemption
 # Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
 _PARSER = os.path.dirname(config_flags.__file__)
 _LIBRARY = (os.path.dirname(_PARSER), os.path.dirname(absl.__file__), "<frozen")
-EXIT_SECONDS = 3.0  # for threads of libraries to end, which the interpreter waits for; one may hang
+EXIT_SECONDS = 2.0  # for threads of libraries to end, which the interpreter waits for; one may hang
 
 
 def run(main: Callable[[Sequence[str]], Any], required: Sequence[str]) -> None:

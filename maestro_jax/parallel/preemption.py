@@ -42,6 +42,7 @@ class _Heard:
 
     def __init__(self) -> None:
         self.signal = ""  # name of the first one
+        self.time = 0.0  # when it was heard
         self.at_boundaries = False
         self.raised = False  # once is enough: what follows is the way out
         self.listening = False
@@ -79,8 +80,8 @@ def requested() -> bool:
 
 
 def heard() -> str:
-    """The name of the signal."""
-    return _heard.signal
+    """The signal, and how long ago it was."""
+    return f"{_heard.signal} in {time.monotonic() - _heard.time:.1f} s"
 
 
 def check() -> None:
@@ -96,10 +97,15 @@ def stop() -> NoReturn:
 
 
 def _handle(number: int, frame: object) -> None:
-    _heard.signal = _heard.signal or signal.Signals(number).name
+    _note(number)
     if not (_heard.at_boundaries or _heard.raised):
         _heard.raised = True
         raise Preempted
+
+
+def _note(number: int) -> None:
+    if not _heard.signal:
+        _heard.time, _heard.signal = time.monotonic(), signal.Signals(number).name
 
 
 def _watch(reader: int) -> None:
@@ -110,7 +116,7 @@ def _watch(reader: int) -> None:
             continue
         if not first:
             first = time.monotonic()
-            _heard.signal = _heard.signal or signal.Signals(number).name
+            _note(number)
             if _heard.at_boundaries:
                 _say(f"{_heard.signal}: stopping where nothing is lost; a second signal stops at once")
         elif time.monotonic() - first >= SAME_SIGNAL_SECONDS:
