@@ -7,6 +7,10 @@
 #
 # Exit codes are those of the package: 0 done, 75 try again, 78 something the user has to change, 70 anything else.
 set -euo pipefail
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
+  echo "error: this is bash $BASH_VERSION, 4.4 or newer is needed; on macOS: brew install bash" >&2
+  exit 78
+fi
 exec 3>&1 # where a dry run prints commands, also those inside of $(...)
 
 readonly TRY_AGAIN=75 CONFIGURATION=78 INTERNAL=70

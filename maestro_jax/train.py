@@ -31,6 +31,7 @@ from maestro_jax.assemble import (
     open_data,
     open_params,
     settings_hashes,
+    share_of_limits,
     update_config,
 )
 from maestro_jax.checkpoint.hf_export import hf_config
@@ -61,7 +62,7 @@ from maestro_jax.observe.files import read_json, write_json
 from maestro_jax.observe.metrics import MetricsWriter, read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.observe.table import summary_table
-from maestro_jax.parallel import preemption
+from maestro_jax.parallel import cluster, preemption
 from maestro_jax.parallel.mesh import batch_shards, make_mesh
 from maestro_jax.policy.config import PolicyArchitecture, open_architecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
@@ -71,9 +72,11 @@ from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.registry.replay import Replay
 from maestro_jax.rewards.graders import check_sources
+from maestro_jax.rewards.reward import RewardParts
 from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.rollout.supply import Supply, SupplyConfig
+from maestro_jax.rollout.trajectory import Trajectory
 from maestro_jax.types import Task
 from maestro_jax.warm_start.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
 from maestro_jax.warm_start.finetune import finetune
@@ -110,13 +113,17 @@ def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
     raw = command.load_config(CONFIG)
     config = parse_config(raw)
+    cluster.start()
     check_replayable(config)
     workdir = Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in flatten(raw.to_dict()).items() if key not in FREE_KEYS}
+    cluster.check_shared(workdir)
+    every = flatten(raw.to_dict())
+    cluster.check_same(every)
+    settings = {key: value for key, value in every.items() if key not in FREE_KEYS}
     changes = check_same_run(workdir / "config.json", settings)
 
-    with Progress() as progress, contextlib.ExitStack() as closing:
+    with Progress(quiet=not cluster.is_main()) as progress, contextlib.ExitStack() as closing:
         for line in changes:
             progress.note(line)
 
@@ -127,11 +134,12 @@ def main(argv: Sequence[str]) -> None:
         check_sources(task.source for task in (*[part[0] for part in parts], *held_out))
 
         # ---- Registry, tokens, prompts ---------------------------------------------------------
-        journal = Journal(str(workdir / "journal.jsonl"))
+        journal = Journal(str(cluster.own_path(workdir / "journal.jsonl")))
         closing.callback(journal.close)
         registry = None  # in a replay nobody is asked
         if not REPLAY.value:
-            registry = Registry(config.registry, str(workdir / "expert_cache.jsonl"), journal)
+            own_registry = share_of_limits(config.registry, jax.process_count())
+            registry = Registry(own_registry, str(cluster.own_path(workdir / "expert_cache.jsonl")), journal)
         dispatcher = Dispatcher(registry or Replay(REPLAY.value, journal), journal)
         closing.callback(dispatcher.close)
         router = WeakRouter(config.registry, config.warm_start)
@@ -152,8 +160,9 @@ def main(argv: Sequence[str]) -> None:
 
         # From here on the directory belongs to this run, and a signal waits for a boundary.
         closing.enter_context(preemption.at_boundaries())
-        write_json(workdir / "config.json", settings)
-        write_json(workdir / "architecture.json", hf_config(architecture, config.policy.param_dtype, None))
+        if cluster.is_main():
+            write_json(workdir / "config.json", settings)
+            write_json(workdir / "architecture.json", hf_config(architecture, config.policy.param_dtype, None))
 
         # ---- Warm start (cached in the work directory) -----------------------------------------
         if config.warm_start.steps:
@@ -173,13 +182,14 @@ def main(argv: Sequence[str]) -> None:
         def cached(name: str, kind: Any, compute: Callable[[], Any]) -> Any:
             """A result that is computed once per work directory and then read from its JSON file."""
             path = workdir / f"{name}.json"
-            if (values := read_json(path)) is not None:
-                return kind.from_json(values)
-            journal.begin(name)
-            result = compute()
-            journal.sync()
-            write_json(path, result.to_json())
-            return result
+            values = cluster.from_main(lambda: read_json(path))
+            if values is None:
+                journal.begin(name)
+                values = compute().to_json()
+                journal.sync()
+                if cluster.is_main():
+                    write_json(path, values)
+            return kind.from_json(values)
 
         baselines = cached("baselines", Baselines, lambda: measure_baselines(config, held_out, dispatcher, progress))
         before = cached("before", Evaluation, lambda: evaluate(params, True, "held-out, before RL (greedy)"))
@@ -216,7 +226,15 @@ def main(argv: Sequence[str]) -> None:
             mesh=mesh,
         )
         limit = config.data.damage_limit
-        batches = Batches(train_source, config.grpo.groups, prompts.prepare, seed=config.seed, damage_limit=limit)
+        batches = Batches(
+            train_source,
+            config.grpo.groups,
+            prompts.prepare,
+            seed=config.seed,
+            damage_limit=limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
         supply = Supply(engine, iter(batches), supply_config(config), config.seed)
         store = open_store(config, workdir, progress)
         hashes = settings_hashes(settings)
@@ -231,7 +249,9 @@ def main(argv: Sequence[str]) -> None:
             step, seconds_before = restored.step, run["seconds"]
             evaluated, row, behind = run["evaluated"], run["row"], {name: run[name] for name in behind}
             progress.note(f"resumed from the checkpoint of step {step}")
-        metrics, ledger = MetricsWriter(workdir / "metrics.jsonl"), MetricsWriter(workdir / "trained.jsonl")
+        metrics, ledger = (
+            MetricsWriter(workdir / name if cluster.is_main() else None) for name in ("metrics.jsonl", "trained.jsonl")
+        )
         metrics.truncate_after(step - 1 if step == 0 or row is not None else step)
         ledger.truncate_after(step)
         if step == 0:
@@ -239,7 +259,8 @@ def main(argv: Sequence[str]) -> None:
 
         def position() -> dict[str, Any]:
             """Where data and journal go on behind an update. What is pulled or asked later is so again, or recalled."""
-            return {"supply": supply.get_state(), "journal": {Path(journal.path).name: journal.size()}}
+            journals = dict(cluster.gather((Path(journal.path).name, journal.size())))
+            return {"supply": supply.get_state(), "journal": journals}
 
         def save() -> None:
             """Starts a checkpoint of the last update. What leads up to it is on disk before it is."""
@@ -257,7 +278,7 @@ def main(argv: Sequence[str]) -> None:
             store.save(step, state, facts)
             failpoints.reach("after_save")
             if registry is not None:
-                write_json(workdir / "experts.json", registry.report())
+                write_json(cluster.own_path(workdir / "experts.json"), registry.report())
 
         # ---- Reinforcement: each turn concludes the last update and makes the next one -----------
         last = before if evaluated is None else Evaluation.from_json(evaluated)
@@ -307,6 +328,8 @@ def main(argv: Sequence[str]) -> None:
         metrics.close()
         ledger.close()
 
+    if not cluster.is_main():
+        return
     rows = accuracies(baselines, before, last)
     summary = {
         "accuracy": {name: row.pop("overall") for name, row in rows.items()},
@@ -348,10 +371,14 @@ def open_tokens(config: Config, workdir: Path, system: str, router: WeakRouter, 
     if given := config.policy.tokenizer or config.policy.init_from:
         return load_tokens(given)
     directory = workdir / "tokenizer"
-    if (directory / "tokenizer_config.json").is_file():
-        return load_tokens(directory)
-    texts = tokenizer_texts(system, [tasks[i] for i in range(len(tasks))], router, observation_frames())
-    return train_tokens(texts, config.policy.architecture["text_config"]["vocab_size"], directory)
+
+    def train() -> None:
+        if not (directory / "tokenizer_config.json").is_file():
+            texts = tokenizer_texts(system, [tasks[i] for i in range(len(tasks))], router, observation_frames())
+            train_tokens(texts, config.policy.architecture["text_config"]["vocab_size"], directory)
+
+    cluster.from_main(train)
+    return load_tokens(directory)
 
 
 def warm_start(
@@ -416,10 +443,11 @@ def warm_start(
 
 
 def make_planner(config: Config, architecture: PolicyArchitecture, root: int, mesh: Mesh) -> Planner:
-    grpo, shards, parts = config.grpo, batch_shards(mesh), supply_config(config).parts
+    """Plans this process's part of every batch; the plan is the same in all of them."""
+    grpo, count, parts = config.grpo, jax.process_count(), supply_config(config).parts
     buckets = config.policy.prefix_buckets, config.rollout.member_buckets
-    sizes = grpo.groups // parts, grpo.microbatches // parts
-    return Planner(architecture, root, grpo.group_size, *sizes, shards, *buckets)
+    sizes = grpo.groups // parts // count, grpo.microbatches // parts
+    return Planner(architecture, root, grpo.group_size, *sizes, batch_shards(mesh) // count, *buckets)
 
 
 def supply_config(config: Config) -> SupplyConfig:
@@ -445,7 +473,12 @@ def measure_baselines(
         for skill in config.registry.shown_skills
     )
     progress.phase("baselines", pairs * len(held_out))
-    return run_baselines(held_out, config.registry, dispatcher, config.rollout.deadline, progress.tick)
+
+    def measure() -> dict[str, Any]:
+        found = run_baselines(held_out, config.registry, dispatcher, config.rollout.deadline, progress.tick)
+        return found.to_json()
+
+    return Baselines.from_json(cluster.from_main(measure))
 
 
 def until_committed(rollouts: Iterator[T], store: CheckpointStore) -> Iterator[T]:
@@ -473,21 +506,34 @@ class Stopwatch(Iterator[T]):
 
 
 def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dict[str, float]:
-    """Averages over the trajectories of a step."""
-    parts = [part for _, scored in seen for group in scored.parts for part in group]
-    trajectories = [t for rollout, _ in seen for group in rollout.trajectories for t in group]
-    ages = [version - v for t in trajectories for v, own in zip(t.versions, t.authored, strict=True) if own]
+    """Averages over the trajectories of a step, of all processes."""
+    own = [
+        episode_figures(trajectory, parts, version)
+        for rollout, scored in seen
+        for group, scores in zip(rollout.trajectories, scored.parts, strict=True)
+        for trajectory, parts in zip(group, scores, strict=True)
+    ]
+    figures = [figure for process in cluster.gather(own) for figure in process]
+    columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
+    tokens, ages = columns.pop("authored"), columns.pop("ages")
+    found = {name: float(np.mean(column)) for name, column in columns.items()}
+    # Versions between a token and the update that it is in; and what all calls cost, not each.
+    return found | {"price": float(columns["price"].sum()), "staleness": float(ages.sum() / tokens.sum())}
+
+
+def episode_figures(trajectory: Trajectory, parts: RewardParts, version: int) -> dict[str, float]:
     return {
-        "reward": float(np.mean([part.total for part in parts])),
-        "accuracy": float(np.mean([part.outcome for part in parts])),
-        "format": float(np.mean([part.format for part in parts])),
-        "cost": float(np.mean([part.cost for part in parts])),
-        "latency": float(np.mean([part.latency for part in parts])),
-        "calls": float(np.mean([t.executed_calls for t in trajectories])),
-        "price": float(np.sum([t.price for t in trajectories])),
-        "queue_seconds": float(np.mean([t.timing.queued for t in trajectories])),
-        "waiting_seconds": float(np.mean([sum(t.timing.waiting) for t in trajectories])),
-        "staleness": float(np.mean(ages)),  # versions between a token and the update that it is in
+        "reward": parts.total,
+        "accuracy": parts.outcome,
+        "format": parts.format,
+        "cost": parts.cost,
+        "latency": parts.latency,
+        "calls": trajectory.executed_calls,
+        "price": trajectory.price,
+        "queue_seconds": trajectory.timing.queued,
+        "waiting_seconds": sum(trajectory.timing.waiting),
+        "authored": sum(trajectory.authored),
+        "ages": sum(version - v for v, own in zip(trajectory.versions, trajectory.authored, strict=True) if own),
     }
 
 

@@ -8,5 +8,6 @@ required name "name of the run"
 a_namespace
 settings_from "$@"
 
-on_cluster get jobsets,workloads,pods "--namespace=$NAMESPACE" "--selector=jobset.sigs.k8s.io/jobset-name=$NAME"
+on_cluster get workloads "--namespace=$NAMESPACE" # the line: who is admitted, who waits
+on_cluster get pods "--namespace=$NAMESPACE" "--selector=jobset.sigs.k8s.io/jobset-name=$NAME" --output=wide
 on_cluster describe jobset "$NAME" "--namespace=$NAMESPACE"

@@ -24,31 +24,50 @@ a_namespace
 settings_from "$@"
 machines_of
 
-named() { [[ $1 =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || fail "$CONFIGURATION" "the name '$1' is none: use lower-case letters, digits and -, such as run1"; }
+# A pod is called after the run and its role, in at most 63 characters.
+named() {
+  if ((${#1} > $2)) || ! [[ $1 =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]]; then
+    fail "$CONFIGURATION" "'$1' is no name: use at most $2 lower-case letters, digits and -, such as run1"
+  fi
+}
 
-named "$NAME"
+named "$NAME" 30
 check_slice
 found=$(ask "" kubectl ${CONTEXT:+"--context=$CONTEXT"} get jobset "$NAME" "--namespace=$NAMESPACE" \
   '--output=jsonpath={.metadata.name} {.status.terminalState}')
 case $found in
   "$NAME Completed") note "run $NAME is done; another one needs another --name" && exit ;;
-  "$NAME Failed") fail "$TRY_AGAIN" "run $NAME has failed; see launch/gke/logs.sh, delete it with launch/gke/delete.sh, and run this again: it goes on from its last checkpoint" ;;
+  "$NAME Failed")
+    fail "$TRY_AGAIN" "run $NAME has failed; see launch/gke/logs.sh, then delete.sh: submitted again, it goes on from its last checkpoint"
+    ;;
   "$NAME"*) note "run $NAME exists; see launch/gke/status.sh" && exit ;;
 esac
 
-servers=() ready=() EXPERT_IMAGE=$(yaml_string "$EXPERT_IMAGE") EXPERT_JOBS=""
+# The line that makes a job wait until those with these names are ready; nothing without names, for JobSet refuses an empty
+# list in the first job. It takes at most five names.
+after() {
+  local name items=()
+  for name in "$@"; do items+=("{name: $name, status: Ready}"); done
+  (($# == 0)) || printf '\n      dependsOn: [%s]' "$(IFS=, && echo "${items[*]}")"
+}
+
+servers=() names=() EXPERT_IMAGE=$(yaml_string "$EXPERT_IMAGE") EXPERT_JOBS=""
 [[ -z $EXPERTS || $EXPERT_IMAGE != '""' ]] || fail "$CONFIGURATION" "--experts needs --expert-image; launch/docker says how to build it"
 IFS=, read -ra servers <<<"$EXPERTS"
+((${#servers[@]} <= 17)) || fail "$CONFIGURATION" "--experts: at most 17 beside a trainer, for Kueue; serve others elsewhere"
 for server in "${servers[@]}"; do
   EXPERT=${server%%=*} model=${server#*=}
-  named "$EXPERT"
+  named "$EXPERT" 20
   [[ $server == *=?* ]] || fail "$CONFIGURATION" "--experts: '$server' names no model; write NAME=MODEL"
+  # Five lines of experts, one behind the other in each, so that five are enough for the trainer to wait for all.
+  DEPENDS_ON=""
+  ((${#names[@]} < 5)) || DEPENDS_ON=$(after "${names[-5]}")
   EXPERT_COMMAND=$(yaml_command vllm serve "$model" --served-model-name "$model" --port 8000 "--tensor-parallel-size=$EXPERT_GPUS")
   EXPERT_JOBS+=$'\n'$(rendered "$LAUNCH/gke/manifests/expert.yaml")
-  ready+=("{name: $EXPERT, status: Ready}")
+  names+=("$EXPERT")
   note "expert $model: http://$NAME-$EXPERT-0-0.$NAME:8000/v1"
 done
-READY_EXPERTS="[$(IFS=, && echo "${ready[*]}")]"
+DEPENDS_ON=$(after "${names[@]: -$((${#names[@]} < 5 ? ${#names[@]} : 5))}")
 RETRIES=$((FAULTS - 1)) CHIP=$(chip) IMAGE=$(yaml_string "$IMAGE")
 COMMAND=$(yaml_command python -m maestro_jax.train "--config=$CONFIG" "--workdir=${WORKDIR:-/mnt/maestro/$NAME}" "${REST[@]}")
 if is_tpu; then apply run-tpu.yaml; else apply run-gpu.yaml; fi

@@ -20,6 +20,8 @@ case $state in
       ${VALID_UNTIL:+"--valid-until-duration=$VALID_UNTIL"} ${SPOT:+--spot} ||
       fail "$TRY_AGAIN" "the request was not taken; run this again later, or try another --zone"
     ;;
-  SUSPENDED | FAILED) fail "$TRY_AGAIN" "request $NAME is $state and gets nothing any more; delete it with launch/tpu_queued/delete.sh, or let launch/tpu_queued/loop.sh ask anew" ;;
+  SUSPENDED | FAILED)
+    fail "$TRY_AGAIN" "request $NAME is $state for good; delete it with launch/tpu_queued/delete.sh, or let loop.sh ask anew"
+    ;;
   *) note "request $NAME exists: $state" ;;
 esac

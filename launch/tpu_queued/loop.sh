@@ -6,7 +6,7 @@
 #   launch/tpu_queued/loop.sh --name=run1 --zone=us-west4-a --accelerator=v5litepod-64 --spot --share=10.0.0.2:/maestro \
 #     --config=configs/qwen3_vl_4b.py --workdir=/mnt/maestro/run1 [-- --config.mesh.tensor=2]
 #
-# It deletes requests that are SUSPENDED or FAILED, which hold no machine, to ask anew. TPUs it deletes only with
+# It deletes requests that are SUSPENDED or FAILED or whose TPUs are gone, to ask anew. TPUs that are there it deletes only with
 # --delete-when-done, and then only after exit code 0.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 a_new_tpu_vm
@@ -51,13 +51,23 @@ start() {
 
 delete() { attempt "$LAUNCH/tpu_queued/delete.sh"; }
 
+# Workers that do not answer may be gone before the request says so.
+look_closer() {
+  local node
+  node=$(gcloud compute tpus tpu-vm describe "$NAME" "${PLACE[@]}" '--format=value(state)' 2>/dev/null) || node=unknown
+  case $node in
+    PREEMPTED | TERMINATED) report "the TPUs are $node; asking anew" && delete ;;
+    *) report "the workers do not answer; the TPUs are $node" ;;
+  esac
+}
+
 # One look at the run, on TPUs that are there.
 attend() {
   local run
   run=$("$LAUNCH/tpu_vm/status.sh")
   case $run in
     running) report "running" ;;
-    unreachable) report "the workers do not answer" ;;
+    unreachable) look_closer ;;
     idle) report "starting the run" && start ;;
     0)
       report "the run is done"

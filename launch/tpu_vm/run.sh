@@ -10,6 +10,7 @@ required workdir "directory of the run, the same for all workers: below /mnt/mae
 optional accelerator "" "such as v5litepod-64, for the flags of its chip in launch/env; empty: none"
 settings_from "$@"
 
-job=(env "MAESTRO_CHIP=$(chip)" launch/with_flags.sh .venv/bin/python -m maestro_jax.train "--config=$CONFIG" "--workdir=$WORKDIR" "${REST[@]}")
+job=(env "MAESTRO_CHIP=$(chip)" launch/with_flags.sh
+  .venv/bin/python -m maestro_jax.train "--config=$CONFIG" "--workdir=$WORKDIR" "${REST[@]}")
 run gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --worker=all \
   "--command=$(quoted bash maestro/launch/tpu_vm/worker.sh start "${job[@]}")"

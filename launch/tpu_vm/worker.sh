@@ -23,6 +23,7 @@ setup() {
   local wanted
   wanted=$(cat requirements.txt setup.py | sha256sum)
   if [[ $(cat .venv/made-of 2>/dev/null) != "$wanted" ]]; then
+    printf '%s installs; this takes minutes\n' "$(hostname)"
     # The images come with an older Python than the package needs; uv brings one.
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --clear --python 3.11 .venv

@@ -37,7 +37,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 # How TensorStore says that a file system fails, in exceptions that are ValueErrors like those of damaged data.
 _FAILING = (
     *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED"),
-    *("CANCELLED", "OS error"),
+    *("CANCELLED", "os_error_code"),
 )
 
 
@@ -108,8 +108,9 @@ def file_system(directory: epath.Path) -> Iterator[None]:
 
 
 def line_of(error: BaseException) -> str:
-    """The beginning of a message; TensorStore appends the whole specification of what it read."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """A message in one line: its beginning, which says what failed, and its end, which says why."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"
 
 
 def committed_steps(directory: epath.Path) -> list[int]:
@@ -237,7 +238,7 @@ def _reading(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # Orbax wraps what TensorStore raises
             cause = cause.__cause__
-        if any(sign in str(cause) for sign in _FAILING):
+        if any(sign in str(cause) for sign in _FAILING) and "NOT_FOUND" not in str(cause):
             raise OSError(line_of(cause)) from error
         raise Damage(line_of(cause)) from error
 

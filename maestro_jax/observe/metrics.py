@@ -20,10 +20,17 @@ class MetricsWriter:
     """Appends rows to a JSONL file, each flushed at once.
 
     A line that a kill left half-written is dropped on opening.
+
+    Args:
+      path: of the file; None where another process writes it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str] | None):
+        self.written = path is not None
+        self.path = Path(path or os.devnull)
+        if not self.written:
+            self._file = open(self.path, "a", encoding="utf-8")
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _drop_torn_line(self.path)
@@ -46,6 +53,8 @@ class MetricsWriter:
 
         The file is replaced in one move: a kill leaves the old or the new one.
         """
+        if not self.written:
+            return
         self._file.close()
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         temporary = self.path.with_name(f".{self.path.name}.tmp")
@@ -59,7 +68,8 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Returns when everything written so far is on disk."""
-        os.fsync(self._file.fileno())
+        if self.written:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -33,9 +33,13 @@ class Progress:
       stream: where to write; standard output by default.
       terminal: whether to draw a live display; by default whether `stream` is a terminal.
       curve: the figure whose course is drawn on a terminal, when a phase has it.
+      quiet: writes nothing, where another process does.
     """
 
-    def __init__(self, stream: IO[str] | None = None, terminal: bool | None = None, curve: str = "reward"):
+    def __init__(
+        self, stream: IO[str] | None = None, terminal: bool | None = None, curve: str = "reward", quiet: bool = False
+    ):
+        self._quiet = quiet
         self._stream = stream or sys.stdout
         self._terminal = self._stream.isatty() if terminal is None else terminal
         self._curve = curve
@@ -49,7 +53,7 @@ class Progress:
         self._course: list[float] = []
 
     def __enter__(self) -> "Progress":
-        if self._terminal:
+        if self._terminal and not self._quiet:
             from rich.console import Console
             from rich.live import Live
 
@@ -153,6 +157,8 @@ class Progress:
         return block
 
     def _print(self, text: str) -> None:
+        if self._quiet:
+            return
         self._stream.write(text + "\n")
         self._stream.flush()
 

@@ -30,6 +30,7 @@ from jax._src import distributed  # the coordinator's key-value store has no pub
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
 from maestro_jax.errors import EXIT_LOST, ConfigError
+from maestro_jax.parallel import preemption
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ _PORT = 61440  # and the 4096 above it, by Slurm's number of the job
 
 _LOSS = re.compile(r"Gloo \S+ failed|NCCL|UNAVAILABLE")
 _exchanges = itertools.count()
+_apart: list[bool] = []  # not empty while process 0 computes something on its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +223,7 @@ def is_main() -> bool:
 def gather(value: T) -> list[T]:
     """Everybody's `value` (plain JSON), in the order of the processes; all of them call it, in the same order."""
     count, me = jax.process_count(), jax.process_index()
-    if count == 1:
+    if count == 1 or _apart:
         return [value]
     store, number = _store(), next(_exchanges)
     if me:
@@ -234,16 +236,37 @@ def gather(value: T) -> list[T]:
     return together
 
 
+def own_path(path: Path) -> Path:
+    """Where this process keeps what each has one of: "journal.jsonl" of process 0, "journal.1.jsonl" and so on."""
+    number = jax.process_index()
+    return path.with_suffix(f".{number}{path.suffix}") if number else path
+
+
 def most(values: Sequence[int]) -> list[int]:
     """The largest of everybody's numbers, place by place."""
     return [max(place) for place in zip(*gather(list(values)), strict=True)]
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """What process 0 computes (plain JSON); the others wait for it, and so for all that it did before."""
-    if jax.process_count() == 1:
+    """What process 0 computes (plain JSON); the others wait for it, and so for all that it did before.
+
+    Nothing in `compute` reaches the others but this: where it is told to stop, they stop as well.
+    """
+    if jax.process_count() == 1 or _apart:
         return compute()
-    return gather(compute() if is_main() else None)[0]  # type: ignore[return-value]
+    told: Any = (False, None)
+    if is_main():
+        _apart.append(True)
+        try:
+            told = (False, compute())
+        except preemption.Preempted:
+            told = (True, None)
+        finally:
+            _apart.clear()
+    stopped, value = gather(told)[0]
+    if stopped:
+        preemption.stop()
+    return value
 
 
 def _wait_for(key: str) -> str:
@@ -258,6 +281,18 @@ def _wait_for(key: str) -> str:
 
 def _store() -> Any:
     return distributed.global_state.client
+
+
+def check_same(settings: Mapping[str, str]) -> None:
+    """Raises ConfigError where this process was started with other settings than process 0."""
+    first = gather(dict(settings))[0]
+    for name in sorted(first.keys() | settings.keys()):
+        theirs, mine = (found.get(name, "(not set)") for found in (first, settings))
+        if theirs != mine:
+            raise ConfigError(
+                f"process {jax.process_index()} was started with config.{name}={mine}, process 0 with {theirs}; "
+                "start all processes with the same command"
+            )
 
 
 def check_shared(directory: Path) -> None:

@@ -85,8 +85,10 @@ def heard() -> str:
 
 
 def check() -> None:
-    """A boundary. Raises `Preempted` if this process was told to stop."""
-    if requested():
+    """A boundary, of all processes. Raises `Preempted` in all of them if any was told to stop."""
+    from maestro_jax.parallel import cluster  # late: it imports jax, which some commands do without
+
+    if any(cluster.gather(requested())):
         stop()
 
 

@@ -168,6 +168,15 @@ def from_processes(local: Any, shardings: Any) -> Any:
     return jax.tree.map(place, shardings, local)
 
 
+def from_everyone(whole: Any, shardings: Any) -> Any:
+    """Arrays on the mesh, of numpy arrays that all processes have as a whole; see `from_processes`."""
+
+    def place(sharding: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), part)
+
+    return jax.tree.map(place, shardings, whole)
+
+
 def over_groups(mesh: Mesh) -> NamedSharding:
     """Leading axis B (or B x M images) spread over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -35,7 +35,7 @@ class Replay:
     A replay that goes on at step k is served the calls of step k.
 
     Args:
-      path: the recorded run's journal.
+      path: the recorded run's journal; those of its other processes are beside it.
       journal: of the run that is served; it tells the section.
 
     Raises:
@@ -46,11 +46,13 @@ class Replay:
         self._path, self._journal = path, journal
         self._recorded: dict[CallKey, collections.deque[Observation]] = collections.defaultdict(collections.deque)
         try:
-            if os.path.samefile(path, journal.path):
+            recorded = journals_of(path)
+            if any(os.path.samefile(one, journal.path) for one in recorded):
                 cure = "use another directory, or go on without --replay"
                 raise ConfigError(f"{path} is what this run itself writes to and cannot be replayed into it; {cure}")
-            for key, observation in read_calls(path):
-                self._recorded[key].append(observation)
+            for one in recorded:
+                for key, observation in read_calls(one):
+                    self._recorded[key].append(observation)
         except OSError as error:
             reason = error.strerror
             raise ConfigError(f"{path} cannot be replayed ({reason}); name the journal.jsonl of a run") from error
@@ -78,6 +80,12 @@ class Replay:
 
     async def close(self) -> None:
         pass
+
+
+def journals_of(path: str) -> list[str]:
+    """A run's journals: this one, and "journal.1.jsonl" and so on of its other processes."""
+    first = Path(path)
+    return [path, *sorted(map(str, first.parent.glob(f"{first.stem}.*{first.suffix}")))]
 
 
 def read_calls(path: str) -> Iterator[tuple[CallKey, Observation]]:

@@ -20,7 +20,7 @@ import numpy as np
 from maestro_jax import failpoints
 from maestro_jax.config import WarmStartConfig
 from maestro_jax.observe.progress import Progress
-from maestro_jax.parallel import preemption
+from maestro_jax.parallel import cluster, preemption
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
@@ -111,12 +111,23 @@ def make_calls(
 def write_demonstrations(
     tasks: Sequence[Task], router: WeakRouter, exchange: Exchange, seed: int, progress: Progress
 ) -> list[Demonstration]:
-    """One demonstration per entry of `tasks` (a task may stand there several times).
+    """One demonstration per entry of `tasks` (a task may stand there several times); process 0 writes for all.
 
     Args:
       exchange: runs the calls and renders observations exactly as in a rollout.
       progress: told about every answered call; how many there are depends on the draws in here.
     """
+
+    def write() -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+        return [(made.ids, made.authored) for made in _write_all(tasks, router, exchange, seed, progress)]
+
+    told = cluster.from_main(write)
+    return [Demonstration(task, tuple(ids), tuple(own)) for task, (ids, own) in zip(tasks, told, strict=True)]
+
+
+def _write_all(
+    tasks: Sequence[Task], router: WeakRouter, exchange: Exchange, seed: int, progress: Progress
+) -> list[Demonstration]:
     rng = np.random.default_rng(seed)
     deadline = exchange.config.deadline
     first = [router.choose(task.source, rng) for task in tasks]

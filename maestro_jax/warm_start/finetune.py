@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.update import GroupBatch, Metrics, TrainState
-from maestro_jax.parallel.sharding import over_groups
+from maestro_jax.parallel.sharding import from_everyone, over_groups
 from maestro_jax.policy.model import prompt_shardings
 from maestro_jax.policy.preprocess import bucket
 from maestro_jax.policy.prompts import Prompts
@@ -60,6 +60,6 @@ def collate(
             n = len(member.ids)
             tokens[g, m, :n], mask[g, m, :n], length[g, m] = member.ids, member.authored, n
     zeros = np.zeros(shape, np.float32)
-    prefixes = jax.device_put(prompts.batch([group[0].task for group in groups]), prompt_shardings(mesh))
-    arrays = jax.device_put((tokens, length, mask, zeros, zeros, zeros[..., 0], loss_rows(mask)), over_groups(mesh))
+    prefixes = from_everyone(prompts.batch([group[0].task for group in groups]), prompt_shardings(mesh))
+    arrays = from_everyone((tokens, length, mask, zeros, zeros, zeros[..., 0], loss_rows(mask)), over_groups(mesh))
     return GroupBatch(prefixes, *arrays)

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 
 from maestro_jax.aot.slices import parse_accelerator
 from tests.launch.conftest import Cloud
@@ -65,13 +66,33 @@ def test_urls_of_experts_are_said(cloud: Cloud) -> None:
     assert "name: chart" in (cloud.directory / "applied").read_text()
 
 
+def test_the_trainer_waits_for_any_number_of_experts(cloud: Cloud) -> None:
+    """JobSet lets a job name five others; so experts wait for each other in five lines."""
+    names = [f"e{number}" for number in range(1, 13)]
+    experts = ",".join(f"{name}=m" for name in names)
+    cloud.launch(f"{SUBMIT} --experts={experts} --expert-image=i")
+    (jobset,) = yaml.safe_load_all((cloud.directory / "applied").read_text())
+    waits = {
+        job["name"]: [other["name"] for other in job.get("dependsOn", [])] for job in jobset["spec"]["replicatedJobs"]
+    }
+    assert list(waits) == [*names, "trainer"] and max(map(len, waits.values())) == 5
+    reached, todo = set(), ["trainer"]
+    while todo:
+        behind = waits[todo.pop()]
+        reached.update(behind)
+        todo += behind
+    assert reached == set(names)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         ("--name=Run_1", "'Run_1'"),
+        ("--name=a-name-that-is-longer-than-others", "at most 30"),
         ("--experts=chart=m", "--expert-image"),
         ("--experts=chart --expert-image=i", "NAME=MODEL"),
         ("--experts=Chart=m --expert-image=i", "'Chart'"),
+        (f"--experts={','.join(f'e{i}=m' for i in range(18))} --expert-image=i", "at most 17"),
         ("--accelerator=v5litepod-48", "v5litepod-48"),
         ("--accelerator=v5p-10", "v5p-10"),
         ("--accelerator=b300x8", "b300x8"),

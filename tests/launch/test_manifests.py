@@ -100,6 +100,12 @@ def test_the_trainer_waits_for_its_experts_and_the_run_ends_with_it() -> None:
     assert jobset["spec"]["successPolicy"] == {"operator": "All", "targetReplicatedJobs": ["trainer"]}
 
 
+def test_the_first_job_depends_on_none() -> None:
+    """JobSet's webhook refuses the field there, even with an empty list."""
+    for jobset in manifests("JobSet"):
+        assert "dependsOn" not in jobset["spec"]["replicatedJobs"][0]
+
+
 def test_quotas_admit_the_run() -> None:
     """Kueue admits nothing that asks for a resource which no group covers."""
     (queue, *_), jobset = manifests("ClusterQueue"), manifests("JobSet")[0]

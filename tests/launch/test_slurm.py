@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.launch.golden import REPOSITORY
-from tests.launch.slurm_cluster import Slurm, missing
+from tests.launch.slurm_cluster import Slurm, free_ports, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -22,21 +22,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield cluster
 
 
-class Job:
-    """A submitted launch/slurm/train.sbatch with two processes."""
+TRAIN = ("launch/slurm/train.sbatch",)
+TWO_PROCESSES = ("--ntasks-per-node=2",)
 
-    def __init__(self, slurm: Slurm, log: Path, flags: tuple[str, ...], arguments: tuple[str, ...], **settings: str):
+
+class Job:
+    """A submitted script of launch/slurm with its arguments, and flags of sbatch."""
+
+    def __init__(self, slurm: Slurm, log: Path, script: tuple[str, ...], flags: tuple[str, ...], **settings: str):
         self.slurm, self.log = slurm, log
-        job = ("launch/slurm/train.sbatch", *arguments)
-        submit = (
-            "sbatch",
-            "--parsable",
-            "--ntasks-per-node=2",
-            f"--output={log}",
-            f"--chdir={REPOSITORY}",
-            *flags,
-            *job,
-        )
+        submit = ("sbatch", "--parsable", f"--output={log}", f"--chdir={REPOSITORY}", *flags, *script)
         self.number = slurm.run(*submit, **settings).strip()
         assert self.number.isdigit(), self.number
 
@@ -65,8 +60,9 @@ def planned(slurm: Slurm, tmp_path: Path, plan: str, *flags: str) -> Job:
     """A job whose processes end as a plan says, one word a restart."""
     (tmp_path / "plan").write_text("".join(f"{word}\n" for word in plan.split()))
     stand_in = str(REPOSITORY / "tests/launch/fakes/python_by_plan.sh")
-    arguments = ("--config=c", "--workdir=w")
-    return Job(slurm, tmp_path / "log", flags, arguments, PYTHON=stand_in, PLAN=str(tmp_path / "plan"))
+    script = (*TRAIN, "--config=c", "--workdir=w")
+    flags = (*TWO_PROCESSES, *flags)
+    return Job(slurm, tmp_path / "log", script, flags, PYTHON=stand_in, PLAN=str(tmp_path / "plan"))
 
 
 def test_a_job_goes_on_after_preemption_and_faults_until_it_is_done(slurm: Slurm, tmp_path: Path) -> None:
@@ -142,7 +138,8 @@ def test_a_run_of_two_processes_is_requeued_twice_and_is_the_run_that_was_not(sl
     """Once by its own script, after the signal that announces the time limit, once by Slurm."""
 
     def train(name: str) -> Job:
-        return Job(slurm, tmp_path / f"{name}.log", (), (*TINY, f"--workdir={tmp_path / name}"), **CPU)
+        script = (*TRAIN, *TINY, f"--workdir={tmp_path / name}")
+        return Job(slurm, tmp_path / f"{name}.log", script, TWO_PROCESSES, **CPU)
 
     def steps(name: str) -> list[int]:
         return [row["step"] for row in lines_of(tmp_path / name / "metrics.jsonl")]
@@ -162,3 +159,39 @@ def test_a_run_of_two_processes_is_requeued_twice_and_is_the_run_that_was_not(sl
     assert steps("broken") == list(range(7))
     for name in ("metrics.jsonl", "trained.jsonl"):
         assert untimed(lines_of(tmp_path / "broken" / name)) == untimed(lines_of(tmp_path / "whole" / name))
+
+
+# ---- experts -----------------------------------------------------------------------------------------------
+
+EXPERTS = """
+from ml_collections import ConfigDict
+
+def get_config():
+    serve = ({python!r}, "tests/registry/toy_server.py", "{{port}}", "mark", "{{host}}")
+    expert = {{"name": "A", "description": "d", "model": "m", "serve": serve}}
+    expert["endpoints"] = ("http://127.0.0.1:{port}/v1",)
+    skill = {{"name": "S", "stages": ({{"kind": "ask", "output": "a", "prompt": "{{question}}"}},)}}
+    return ConfigDict({{"registry": {{"experts": (expert,), "services": (), "skills": (skill,)}}}}, convert_dict=True)
+"""
+
+
+def test_experts_say_where_they_are_for_as_long_as_they_are_there(slurm: Slurm, tmp_path: Path) -> None:
+    port, published = free_ports(1)[0], tmp_path / "published"
+    (tmp_path / "config.py").write_text(EXPERTS.format(python=sys.executable, port=port))
+    settings = {"PYTHON": sys.executable, "MAESTRO_EXPERTS": str(published)}
+    script = ("launch/slurm/experts.sbatch", f"--config={tmp_path / 'config.py'}")
+    job = Job(slurm, tmp_path / "log", script, (), **settings)
+
+    def reached() -> bool:
+        path = published / "localhost.json"
+        return path.exists() and json.loads(path.read_text()) == {"A": [f"http://localhost:{port}/v1"]}
+
+    job.wait_until(reached, 60)
+    slurm.run("scontrol", "requeue", job.number)
+    job.wait_until(lambda: not reached(), 60)
+    job.wait_until(reached, 60)
+    slurm.run("scancel", "--signal=TERM", job.number)  # as near the time limit
+    job.wait_until(lambda: not reached(), 60)
+    job.wait_until(reached, 60)
+    slurm.run("scancel", job.number)
+    assert job.wait_for_end(60) in ("CANCELLED", "COMPLETED") and not reached()

@@ -81,6 +81,16 @@ def test_gcloud_failing_at_once_ends_it(cloud: Cloud) -> None:
     assert not cloud.calls("create")
 
 
+def test_tpus_that_are_gone_before_the_request_says_so(cloud: Cloud) -> None:
+    (cloud.directory / "tpu-vm").mkdir()
+    cloud.lines("tpu-vm/run1", "READY", "PREEMPTED")
+    cloud.lines("failures/compute-tpus-tpu-vm-ssh", "Connection timed out", "Connection timed out")
+    result = loop(cloud, ["idle", "0"])
+    assert result.returncode == 0
+    assert "do not answer; the TPUs are READY" in result.stderr and "the TPUs are PREEMPTED" in result.stderr
+    assert len(cloud.calls("queued-resources create")) == 2
+
+
 def test_a_request_that_fails_is_not_repeated_forever(cloud: Cloud) -> None:
     result = loop(cloud, ["idle"], ("FAILED", "FAILED", "FAILED"))
     assert result.returncode == 70 and "the request failed" in result.stderr

@@ -57,5 +57,34 @@ def test_stop_says_how_the_run_ended(worker: Cloud) -> None:
     assert say(worker, "stop").stdout == "75\n"
 
 
+def test_setup_installs_once_and_again_when_requirements_change(worker: Cloud) -> None:
+    (worker.directory / "maestro").mkdir()
+    worker.lines("maestro/requirements.txt", "jax==0.10.2")
+    worker.lines("maestro/setup.py", "setup()")
+    uv = ["#!/bin/sh", 'echo python3 "$@" >>"$FAKE_CLOUD/calls"', 'case "$*" in *"uv venv"*) mkdir -p .venv ;; esac']
+    worker.lines("bin/python3", *uv)
+    (worker.directory / "bin/python3").chmod(0o755)
+    for expected in (1, 1):
+        assert say(worker, "setup").returncode == 0
+        assert len(worker.calls("uv pip install")) == expected
+    worker.lines("maestro/requirements.txt", "jax==0.10.3")
+    assert "is ready" in say(worker, "setup").stdout
+    assert len(worker.calls("uv pip install")) == 2
+
+
+def test_setup_mounts_the_share_once(worker: Cloud) -> None:
+    for name, script in (("mount.nfs", "exit 0"), ("mount", 'echo mount "$@" >>"$FAKE_CLOUD/calls"')):
+        worker.lines(f"bin/{name}", "#!/bin/sh", script)
+    for name, script in (("mkdir", "exit 0"), ("chown", "exit 0"), ("mountpoint", 'test -e "$FAKE_CLOUD/mounted"')):
+        worker.lines(f"bin/{name}", "#!/bin/sh", script)
+    for file in (worker.directory / "bin").iterdir():
+        file.chmod(0o755)
+    say(worker, "setup 10.0.0.2:/maestro")
+    assert worker.calls("mount") == ["mount -t nfs -o hard 10.0.0.2:/maestro /mnt/maestro"]
+    worker.lines("mounted")
+    say(worker, "setup 10.0.0.2:/maestro")
+    assert len(worker.calls("mount")) == 1
+
+
 def test_an_unknown_command_is_refused(worker: Cloud) -> None:
     assert say(worker, "restart").returncode == 78
