@@ -22,11 +22,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from maestro_jax.command import EXIT_SECONDS
-from maestro_jax.errors import EXIT_PREEMPTED
+from maestro_jax.errors import EXIT_LOST, EXIT_PREEMPTED
 from maestro_jax.observe.files import read_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.registry.replay import read_calls
 from tests import hanging
+from tests.parallel import processes
 from tests.test_train_command import TINY
 from tests.zygote import Zygote
 
@@ -96,16 +97,15 @@ class Machine:
     def __init__(self, directory: Path):
         self.directory = directory
         self.lives = 0
-        self._zygote = Zygote(
-            os.environ
-            | {
-                "JAX_PLATFORMS": "cpu",  # one device, not the eight of the tests
-                "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-                "JAX_COMPILATION_CACHE_DIR": str(directory / "programs"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-                "OPENBLAS_NUM_THREADS": "1",
-            }
-        )
+        self._environ = os.environ | {
+            "JAX_PLATFORMS": "cpu",  # one device, not the eight of the tests
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        self._zygote = Zygote(self._environ)
+        self._second: Zygote | None = None
 
     def train(self, workdir: Path, failpoint: str = "", config: str = "configs/quickstart.py", **how: Any) -> Life:
         own = ["--config.checkpoint.keep=0", f"--workdir={workdir}"]
@@ -114,6 +114,22 @@ class Machine:
     def flags(self, config: str = "configs/quickstart.py") -> list[str]:
         settings = SETTINGS | {"data.suite_directory": self.directory / "suite"}
         return [f"--config={config}", *(f"--config.{key}={value}" for key, value in settings.items())]
+
+    def train_pair(self, workdir: Path, failpoints: tuple[str, str] = ("", "")) -> list[Life]:
+        """The run over two processes, each with one device and a fail-point of its own, to the end of both."""
+        self.lives += 1
+        argv = [*self.flags(), "--config.checkpoint.keep=0", f"--workdir={workdir}"]
+        address = processes.free_address()
+        logs = [self.directory / f"{self.lives}.{number}.log" for number in range(2)]
+        for number, (zygote, failpoint, log) in enumerate(zip(self._zygotes(), failpoints, logs, strict=True)):
+            environ = {"MAESTRO_FAILPOINT": failpoint} | processes.told(address, 2, number)
+            zygote.start("maestro_jax.train", argv, environ, log)
+        return [Life(z.wait(), log.read_text(errors="replace")) for z, log in zip(self._zygotes(), logs, strict=True)]
+
+    def _zygotes(self) -> list[Zygote]:
+        if self._second is None:
+            self._second = Zygote(self._environ)
+        return [self._zygote, self._second]
 
     def run(
         self,
@@ -143,6 +159,8 @@ class Machine:
 
     def close(self) -> None:
         self._zygote.close()
+        if self._second is not None:
+            self._second.close()
 
 
 def wait_for(text: str, log: Path) -> None:
@@ -293,3 +311,37 @@ def test_an_evaluation_is_stopped_and_goes_on(machine: Machine, unbroken: Path, 
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) > 1
     assert machine.run("maestro_jax.evaluate", argv, "").code == 0
     assert read_json(tmp_path / "evaluation.json")["tasks"] == 5
+
+
+# ---- two processes -----------------------------------------------------------------------------------------
+
+# How each of the two is ended; the other has to notice.
+PAIR_ENDS = (
+    ("", "in_warm_start:5:TERM"),
+    ("in_baselines:1:KILL", ""),
+    ("", "in_rollout:1:KILL"),
+    ("", "in_rollout:1:TERM"),
+    ("after_update:2:KILL", ""),
+    ("in_commit:1:KILL", ""),
+    ("in_evaluation:1:TERM", ""),
+    ("", "after_rollout:1:KILL"),
+)
+LOST = (EXIT_LOST, -signal.SIGABRT)
+
+
+@pytest.mark.slow  # minutes: ten starts of two processes
+def test_two_processes_killed_and_stopped_equal_unbroken_ones(machine: Machine, tmp_path: Path) -> None:
+    """Who loses the other ends as well; where one is told to stop, both do, with one checkpoint."""
+    unbroken, workdir = tmp_path / "unbroken", tmp_path / "broken"
+    assert [life.code for life in machine.train_pair(unbroken)] == [0, 0]
+    for ends in PAIR_ENDS:
+        lives = machine.train_pair(workdir, ends)
+        codes = [life.code for life in lives]
+        if any(end.endswith("TERM") for end in ends):
+            assert codes == [EXIT_PREEMPTED] * 2, lives
+            assert lives[0].saved(SECONDS) == lives[1].saved(SECONDS)
+        else:
+            killed = 0 if ends[0] else 1
+            assert codes[killed] == -signal.SIGKILL and codes[1 - killed] in LOST, lives
+    assert [life.code for life in machine.train_pair(workdir)] == [0, 0]
+    assert_same_run(workdir, unbroken)
