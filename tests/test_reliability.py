@@ -21,11 +21,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from maestro_jax.errors import EXIT_PREEMPTED
+from maestro_jax.command import EXIT_SECONDS
+from maestro_jax.errors import EXIT_LOST, EXIT_PREEMPTED
 from maestro_jax.observe.files import read_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.registry.replay import read_calls
 from tests import hanging
+from tests.parallel import processes
 from tests.test_train_command import TINY
 from tests.zygote import Zygote
 
@@ -45,41 +47,40 @@ SETTINGS = TINY | {
     "checkpoint.every": EVERY,
 }
 
-# Where a run is killed, one start after another. A place is counted from the start of its process.
-KILLS = (
-    "in_baselines:1",  # in the demonstrations
-    "in_warm_start:8",
-    "in_evaluation:1",  # before reinforcement
-    "after_pull:1",
-    "in_rollout:1",
-    "after_update:3",
-    "after_save:1",
-    "in_truncate:1",
-    "in_evaluation:1",
-    "in_commit:1",
-    "after_metrics:3",
-    "after_rollout:2",
+# How the run is ended, one start after another. A place is counted from the start of its process.
+ENDS = (
+    "in_baselines:1:KILL",  # in the demonstrations
+    "in_warm_start:8:KILL",
+    "in_warm_start:15:TERM",
+    "in_evaluation:1:KILL",  # before reinforcement
+    "after_pull:1:KILL",
+    "in_rollout:1:KILL",
+    "after_rollout:1:TERM",  # in the update
+    "after_update:2:KILL",
+    "after_save:1:KILL",
+    "in_truncate:1:KILL",
+    "in_evaluation:1:TERM",
+    "in_evaluation:1:KILL",
+    "in_commit:1:KILL",
+    "after_save:1:TERM",
+    "after_metrics:1:KILL",
+    "after_rollout:1:KILL",
 )
-PLACES = tuple(place.partition(":")[0] for place in KILLS[2:])
-# The same for SIGTERM; with what the command says that it has saved.
-STOPS = (
-    ("in_baselines:1", ""),
-    ("in_warm_start:15", "step 15 of the warm start is saved"),
-    ("in_evaluation:1", ""),
-    ("in_rollout:1", "step 0 is saved"),
-    ("after_rollout:1", "step 1 is saved"),  # the update is under way
-    ("in_evaluation:1", "step 4 is saved"),
-    ("after_save:1", "step 6 is saved"),
-)
+# Places that every start comes to, until the run is over.
+PLACES = ("after_pull", "in_rollout", "after_rollout", "after_update", "after_metrics", "in_truncate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Life:
-    """One start of a command, from its beginning to its end."""
+    """One start of a command, from its beginning to its end.
+
+    Attributes:
+      load: how many others each core has had to do; what takes time takes so much longer.
+    """
 
     code: int
     text: str
-    stopping: float  # seconds from the signal to the end
+    load: float = dataclasses.field(default_factory=lambda: max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
 
     @property
     def resumed_from(self) -> int:
@@ -87,9 +88,13 @@ class Life:
         found = re.search(r"resumed from the checkpoint of step (\d+)", self.text)
         return int(found[1]) if found else 0
 
-    def assert_stopped(self, saved: str) -> None:
-        told = f"stopped by SIGTERM: {saved}; the same" if saved else "stopped by SIGTERM; the same"
-        assert self.code == EXIT_PREEMPTED and told in self.text, self.text
+    def saved(self, within: float = PROMISE) -> str:
+        """What it says that it has saved, ended as it should after a signal."""
+        found = re.search(r"^stopped by SIGTERM in (\d+\.\d) s(.*); the same command goes on$", self.text, re.MULTILINE)
+        assert self.code == EXIT_PREEMPTED and found, self.text
+        seconds = float(found[1]) + EXIT_SECONDS  # it takes that at most to leave the interpreter
+        assert seconds < within * self.load, self.text
+        return found[2].removeprefix(": ")
 
 
 class Machine:
@@ -98,16 +103,15 @@ class Machine:
     def __init__(self, directory: Path):
         self.directory = directory
         self.lives = 0
-        self._zygote = Zygote(
-            os.environ
-            | {
-                "JAX_PLATFORMS": "cpu",  # one device, not the eight of the tests
-                "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
-                "JAX_COMPILATION_CACHE_DIR": str(directory / "programs"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-                "OPENBLAS_NUM_THREADS": "1",
-            }
-        )
+        self._environ = os.environ | {
+            "JAX_PLATFORMS": "cpu",  # one device, not the eight of the tests
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        self._zygote = Zygote(self._environ)
+        self._second: Zygote | None = None
 
     def train(self, workdir: Path, failpoint: str = "", config: str = "configs/quickstart.py", **how: Any) -> Life:
         own = ["--config.checkpoint.keep=0", f"--workdir={workdir}"]
@@ -116,6 +120,22 @@ class Machine:
     def flags(self, config: str = "configs/quickstart.py") -> list[str]:
         settings = SETTINGS | {"data.suite_directory": self.directory / "suite"}
         return [f"--config={config}", *(f"--config.{key}={value}" for key, value in settings.items())]
+
+    def train_pair(self, workdir: Path, failpoints: tuple[str, str] = ("", "")) -> list[Life]:
+        """The run over two processes, each with one device and a fail-point of its own, to the end of both."""
+        self.lives += 1
+        argv = [*self.flags(), "--config.checkpoint.keep=0", f"--workdir={workdir}"]
+        address = processes.free_address()
+        logs = [self.directory / f"{self.lives}.{number}.log" for number in range(2)]
+        for number, (zygote, failpoint, log) in enumerate(zip(self._zygotes(), failpoints, logs, strict=True)):
+            environ = {"MAESTRO_FAILPOINT": failpoint} | processes.told(address, 2, number)
+            zygote.start("maestro_jax.train", argv, environ, log)
+        return [Life(z.wait(), log.read_text(errors="replace")) for z, log in zip(self._zygotes(), logs, strict=True)]
+
+    def _zygotes(self) -> list[Zygote]:
+        if self._second is None:
+            self._second = Zygote(self._environ)
+        return [self._zygote, self._second]
 
     def run(
         self,
@@ -141,22 +161,20 @@ class Machine:
         if stopped_at:
             wait_for(stopped_at, log)
             os.kill(process, signal.SIGTERM)
-        began = time.monotonic()
-        if failpoint.endswith("TERM"):
-            began = wait_for("SIGTERM: stopping", log)
-        return Life(self._zygote.wait(), log.read_text(errors="replace"), time.monotonic() - began)
+        return Life(self._zygote.wait(), log.read_text(errors="replace"))
 
     def close(self) -> None:
         self._zygote.close()
+        if self._second is not None:
+            self._second.close()
 
 
-def wait_for(text: str, log: Path) -> float:
-    """Returns when the log holds the text: the time."""
+def wait_for(text: str, log: Path) -> None:
+    """Returns when the log holds the text."""
     end = time.monotonic() + SECONDS
     while text not in (log.read_text(errors="replace") if log.exists() else ""):
         assert time.monotonic() < end, f"{text!r} was not written: {log.read_text(errors='replace')}"
         time.sleep(0.01)
-    return time.monotonic()
 
 
 @pytest.fixture(scope="module")
@@ -207,26 +225,30 @@ def calls(workdir: Path) -> dict[Any, Any]:
     return {key: (seen.status, seen.text) for key, seen in read_calls(str(workdir / "journal.jsonl"))}
 
 
-# ---- killed ------------------------------------------------------------------------------------------------
+# ---- killed and stopped --------------------------------------------------------------------------------------
 
 
-def killed(machine: Machine, workdir: Path, kills: Sequence[str | float]) -> None:
-    """Starts the run again and again, each time ended by a kill at a place or after so many seconds; then lets it end.
+def ended(machine: Machine, workdir: Path, ends: Sequence[str | float]) -> None:
+    """Starts the run again and again, each time ended at a place or killed after so many seconds; then lets it end.
 
-    After every kill the next start loses one save interval at most.
+    What was stopped goes on where it was, and a kill costs one save interval at most.
     """
-    for kill in [*kills, None]:
-        done = last_update(workdir) + (str(kill).startswith("after_update"))
-        if isinstance(kill, str):
-            life = machine.train(workdir, f"{kill}:KILL")
+    for end in [*ends, ""]:
+        done = last_update(workdir)
+        life = machine.train(workdir, end) if isinstance(end, str) else machine.train(workdir, killed_after=end)
+        assert done - life.resumed_from <= EVERY, life.text
+        if not end:
+            assert life.code == 0, life.text
+        elif str(end).endswith(":TERM"):
+            assert f"step {last_update(workdir)} is saved" in life.saved() or "warm start is saved" in life.saved()
         else:
-            life = machine.train(workdir, killed_after=kill)
-        assert done - life.resumed_from <= EVERY
-        assert life.code == (0 if kill is None else -signal.SIGKILL), f"{kill}: {life.text}"
+            assert life.code == -signal.SIGKILL, f"{end}: {life.text}"
 
 
-def test_a_run_killed_at_twelve_places_equals_an_unbroken_one(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
-    killed(machine, tmp_path, KILLS)
+def test_a_run_killed_and_stopped_wherever_it_can_be_equals_an_unbroken_one(
+    machine: Machine, unbroken: Path, tmp_path: Path
+) -> None:
+    ended(machine, tmp_path, ENDS)
     assert_same_run(tmp_path, unbroken)
 
 
@@ -250,22 +272,10 @@ def test_the_comparison_is_not_empty(unbroken: Path) -> None:
 def test_a_run_killed_at_ten_random_times_equals_an_unbroken_one(
     seed: int, machine: Machine, unbroken: Path, tmp_path: Path
 ) -> None:
+    """At first by the clock, wherever that hits; then at places, which it comes to until it is over."""
     rng = random.Random(seed)
-    places = [f"{place}:{rng.randint(1, 2)}" for place in PLACES]
-    times = [rng.uniform(0.5, 6.0) for _ in range(20)]
-    killed(machine, tmp_path, rng.sample([*places, *times], 10))
-    assert_same_run(tmp_path, unbroken)
-
-
-# ---- stopped -----------------------------------------------------------------------------------------------
-
-
-def test_a_run_stopped_in_every_phase_equals_an_unbroken_one(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
-    for place, saved in STOPS:
-        life = machine.train(tmp_path, f"{place}:TERM")
-        life.assert_stopped(saved)
-        assert life.stopping < PROMISE, life.text
-    assert machine.train(tmp_path).code == 0
+    times = [rng.uniform(0.5, 5.0) for _ in range(6)]
+    ended(machine, tmp_path, [*times, *(f"{place}:1:KILL" for place in rng.sample(PLACES, 4))])
     assert_same_run(tmp_path, unbroken)
 
 
@@ -280,30 +290,64 @@ def test_a_run_is_stopped_while_an_expert_hangs(machine: Machine, warm: Path, tm
     config, until = tmp_path / "hanging.py", tmp_path / "go_on"
     config.write_text(hanging.CONFIG.format(until=str(until)))
     life = machine.train(warm, "in_rollout:1:TERM", config=str(config))
-    life.assert_stopped("step 0 is saved")
-    assert life.stopping < PROMISE, life.text
+    assert life.saved() == "step 0 is saved"
     until.touch()
     life = machine.train(warm, "after_update:1:TERM", config=str(config))
     assert "resumed from the checkpoint of step 0" in life.text
-    life.assert_stopped("step 1 is saved")
+    assert life.saved() == "step 1 is saved"
 
 
+@pytest.mark.slow  # to be compiled
 def test_a_run_is_stopped_while_it_compiles(machine: Machine, warm: Path) -> None:
     """XLA is not interrupted; the run hears at once, and what it has computed then is saved."""
     own = ["--config.grpo.logprob_chunk=16", f"--workdir={warm}"]  # another program than those that are compiled
     argv = [*machine.flags(), *own]
     life = machine.run("maestro_jax.train", argv, "", stopped_at="new shape of the update")
-    life.assert_stopped("step 1 is saved")
+    assert life.saved(SECONDS) == "step 1 is saved"
     life = machine.run("maestro_jax.train", argv, "after_pull:1:TERM")
     assert life.resumed_from == 1
-    life.assert_stopped("step 1 is saved")
+    assert life.saved() == "step 1 is saved"
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_stopped_and_goes_on(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
     argv = [*machine.flags(), f"--checkpoint={unbroken}", f"--output={tmp_path}", "--baselines"]
     life = machine.run("maestro_jax.evaluate", argv, "in_baselines:2:TERM")
-    life.assert_stopped("")
-    assert life.stopping < PROMISE, life.text
+    assert life.saved() == ""
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) > 1
     assert machine.run("maestro_jax.evaluate", argv, "").code == 0
     assert read_json(tmp_path / "evaluation.json")["tasks"] == 5
+
+
+# ---- two processes -----------------------------------------------------------------------------------------
+
+# How each of the two is ended; the other has to notice.
+PAIR_ENDS = (
+    ("", "in_warm_start:5:TERM"),
+    ("in_baselines:1:KILL", ""),
+    ("", "in_rollout:1:KILL"),
+    ("", "in_rollout:1:TERM"),
+    ("after_update:2:KILL", ""),
+    ("in_commit:1:KILL", ""),
+    ("in_evaluation:1:TERM", ""),
+    ("", "after_rollout:1:KILL"),
+)
+LOST = (EXIT_LOST, -signal.SIGABRT)
+
+
+@pytest.mark.slow  # minutes: ten starts of two processes
+def test_two_processes_killed_and_stopped_equal_unbroken_ones(machine: Machine, tmp_path: Path) -> None:
+    """Who loses the other ends as well; where one is told to stop, both do, with one checkpoint."""
+    unbroken, workdir = tmp_path / "unbroken", tmp_path / "broken"
+    assert [life.code for life in machine.train_pair(unbroken)] == [0, 0]
+    for ends in PAIR_ENDS:
+        lives = machine.train_pair(workdir, ends)
+        codes = [life.code for life in lives]
+        if any(end.endswith("TERM") for end in ends):
+            assert codes == [EXIT_PREEMPTED] * 2, lives
+            assert lives[0].saved(SECONDS) == lives[1].saved(SECONDS)
+        else:
+            killed = 0 if ends[0] else 1
+            assert codes[killed] == -signal.SIGKILL and codes[1 - killed] in LOST, lives
+    assert [life.code for life in machine.train_pair(workdir)] == [0, 0]
+    assert_same_run(workdir, unbroken)
