@@ -5,6 +5,7 @@ change (do not restart), 70 a fault of ours, 69 another process of the run never
 JAX is the first to notice that, it ends the process with SIGABRT (134).
 """
 
+import atexit
 import gc
 import os
 import sys
@@ -25,7 +26,7 @@ from maestro_jax.parallel import preemption
 # Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
 _PARSER = os.path.dirname(config_flags.__file__)
 _LIBRARY = (os.path.dirname(_PARSER), os.path.dirname(absl.__file__), "<frozen")
-EXIT_SECONDS = 2.0  # for threads of libraries to end, which the interpreter waits for; one may hang
+EXIT_SECONDS = 2.0  # for what libraries and we do at the exit
 TOGETHER_SECONDS = 10.0  # for all processes of a run that stop together
 
 
@@ -63,9 +64,13 @@ def _leave(code: int, error: Exception | None = None, together: bool = False) ->
         time.sleep(seconds)
         os._exit(code)
 
-    sys.stdout.flush()
     threading.Thread(target=end, name="exit", daemon=True).start()
-    sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not `sys.exit`: the interpreter would wait for threads that hang, and libraries whose threads still run abort as
+    # they are taken down, which gives another code.
+    os._exit(code)
 
 
 def tune_collector() -> None:
