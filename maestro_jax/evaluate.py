@@ -22,7 +22,15 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from maestro_jax import command
-from maestro_jax.assemble import check_same_run, fields, flatten, open_data, open_params, policy_factory
+from maestro_jax.assemble import (
+    check_same_run,
+    fields,
+    flatten,
+    open_data,
+    open_params,
+    policy_factory,
+    share_of_limits,
+)
 from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.checkpoint.run import Run, find_run
 from maestro_jax.config import Config, parse_config
@@ -37,7 +45,7 @@ from maestro_jax.observe.accuracy import plot_accuracy
 from maestro_jax.observe.figures import plot_routing
 from maestro_jax.observe.files import write_json
 from maestro_jax.observe.progress import Progress
-from maestro_jax.parallel import preemption
+from maestro_jax.parallel import cluster, preemption
 from maestro_jax.parallel.mesh import make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
@@ -80,6 +88,7 @@ def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
     raw = command.load_config(CONFIG)
     config = parse_config(raw)
+    cluster.start()
     run = find_run(Path(CHECKPOINT.value)) if CHECKPOINT.value else None
     reader = ParamReader(run.checkpoints, run.step) if run else None
     policy = f"step {reader.step} of {CHECKPOINT.value}" if reader else config.policy.init_from
@@ -89,9 +98,11 @@ def main(argv: Sequence[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in flatten(raw.to_dict()).items() if not key.startswith(FREE_KEYS)}
     settings |= {"--checkpoint": policy, "--benchmarks": repr(sorted(BENCHMARKS.value)), "--tasks": repr(TASKS.value)}
+    cluster.check_shared(output)
+    cluster.check_same(settings)
     changes = check_same_run(output / "config.json", settings)
 
-    with Progress(curve="accuracy") as progress, contextlib.ExitStack() as closing:
+    with Progress(curve="accuracy", quiet=not cluster.is_main()) as progress, contextlib.ExitStack() as closing:
         for line in changes:
             progress.note(line)
 
@@ -100,9 +111,12 @@ def main(argv: Sequence[str]) -> None:
         limit = config.data.damage_limit
         read = Batches(source, 1, check_task, seed=0, shuffle=False, epochs=1, damage_limit=limit)
         tasks = itertools.chain.from_iterable(read)
-        journal = Journal(str(output / "journal.jsonl"))
+        journal = Journal(str(cluster.own_path(output / "journal.jsonl")))
         closing.callback(journal.close)
-        registry = None if REPLAY.value else Registry(config.registry, str(output / "expert_cache.jsonl"), journal)
+        registry = None  # in a replay nobody is asked
+        if not REPLAY.value:
+            own_registry = share_of_limits(config.registry, jax.process_count())
+            registry = Registry(own_registry, str(cluster.own_path(output / "expert_cache.jsonl")), journal)
         answered = Resumed(registry or Replay(REPLAY.value, journal), journal)
         answered.recall({})
         dispatcher = Dispatcher(answered, journal)
@@ -117,11 +131,13 @@ def main(argv: Sequence[str]) -> None:
         exchange = Exchange(tokens, config.registry, dispatcher, fields(EpisodeConfig, config.rollout))
         engine = Engine(graph, mesh, prompts, exchange, fields(EngineConfig, config.rollout))
         progress.note(f"policy: {policy}, on {mesh.size} {jax.devices()[0].platform} device(s)")
-        write_json(output / "config.json", settings)
+        if cluster.is_main():
+            write_json(output / "config.json", settings)
         closing.enter_context(preemption.at_boundaries())
 
         # ---- Episodes and baselines, a batch of tasks at a time --------------------------------
-        logs = {name: RecordLog(output / f"{name}.jsonl") for name in ("episodes", "baselines")}
+        names = ("episodes", "baselines")
+        logs = {name: RecordLog(output / f"{name}.jsonl") if cluster.is_main() else None for name in names}
         size, pairs = config.evaluate.batch, pairs_of(config.registry)
         greedy: list[Episode] = []
         sampled: list[Episode] = []
@@ -140,7 +156,8 @@ def main(argv: Sequence[str]) -> None:
                 found = run_pairs(part, pairs, dispatcher, config.rollout.deadline, lambda done: None)
                 return [{"task": task.id, "right": row.tolist()} for task, row in zip(part, found, strict=True)]
 
-            return [record["right"] for record in recorded(logs["baselines"], f"{number}", journal, compute)]
+            found = recorded(logs["baselines"], f"{number}", journal, lambda: cluster.from_main(compute))
+            return [record["right"] for record in found]
 
         progress.phase("evaluate", len(source))
         for number, part in enumerate(batches(tasks, size, BENCHMARKS.value, TASKS.value)):
@@ -150,9 +167,11 @@ def main(argv: Sequence[str]) -> None:
             accuracy, calls = np.mean([(e.outcome, e.executed_calls) for e in greedy], axis=0).tolist()
             progress.update(len(greedy), {"accuracy": accuracy, "calls": calls})
         check_found(greedy, BENCHMARKS.value, progress)
-        for log in logs.values():
+        for log in filter(None, logs.values()):
             log.close()
 
+    if not cluster.is_main():
+        return
     # ---- Results -----------------------------------------------------------------------------------
     routed = summarise_baselines([e.source for e in greedy], pairs, np.array(right)) if right else None
     summary = {"policy": policy, "seed": config.seed} | summarise(greedy, sampled, routed, config.seed)
@@ -210,14 +229,16 @@ def check_found(episodes: Sequence[Episode], benchmarks: Sequence[str], progress
 
 
 def recorded(
-    log: RecordLog, batch: str, journal: Journal, compute: Callable[[], list[dict[str, Any]]]
+    log: RecordLog | None, batch: str, journal: Journal, compute: Callable[[], list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """The records of a batch, computed unless an earlier start has them."""
-    if (found := log.get(batch)) is None:
+    """The records of a batch, computed unless an earlier start has them; the log is process 0's."""
+    found = cluster.from_main(lambda: log.get(batch) if log else None)
+    if found is None:
         journal.begin(batch)
         found = compute()
         journal.sync()
-        log.add(batch, found)
+        if log:
+            log.add(batch, found)
     return found
 
 

@@ -241,12 +241,13 @@ def main(argv: Sequence[str]) -> None:
         step, seconds_before = 0, 0.0
         evaluated: dict[str, Any] | None = None  # the result of evaluating the policy as it is now
         row: dict[str, Any] | None = None  # metrics of the last update, while what is due after it is not done
+        behind: dict[str, Any] = {"supply": supply.get_state(), "journal": {}}
         if (restored := store.restore_newest(state)) is not None:
             state, run = restored.state, restored.run
             check_same_settings(run.get("settings", hashes), hashes, str(store.directory))
             supply.set_state(run["supply"])
             step, seconds_before = restored.step, run["seconds"]
-            evaluated, row = run["evaluated"], run["row"]
+            evaluated, row, behind = run["evaluated"], run["row"], {name: run[name] for name in behind}
             progress.note(f"resumed from the checkpoint of step {step}")
         metrics, ledger = (
             MetricsWriter(workdir / name if cluster.is_main() else None) for name in ("metrics.jsonl", "trained.jsonl")
@@ -255,7 +256,11 @@ def main(argv: Sequence[str]) -> None:
         ledger.truncate_after(step)
         if step == 0:
             metrics.write({"step": 0, "held_out_accuracy": before.accuracy, "held_out_reward": before.reward})
-        supplied = supply.get_state()  # as it was when the last update was made: what was pulled since is pulled again
+
+        def position() -> dict[str, Any]:
+            """Where data and journal go on behind an update. What is pulled or asked later is so again, or recalled."""
+            journals = dict(cluster.gather((Path(journal.path).name, journal.size())))
+            return {"supply": supply.get_state(), "journal": journals}
 
         def save() -> None:
             """Starts a checkpoint of the last update. What leads up to it is on disk before it is."""
@@ -263,9 +268,8 @@ def main(argv: Sequence[str]) -> None:
             for file in (journal, metrics, ledger):
                 file.sync()
             facts = {
-                "supply": supplied,  # where the data goes on, and what of it was trained already
+                **behind,
                 "seed": config.seed,
-                "journal": dict(cluster.gather((Path(journal.path).name, journal.size()))),
                 "settings": hashes,
                 "evaluated": evaluated,
                 "row": row,
@@ -301,9 +305,9 @@ def main(argv: Sequence[str]) -> None:
                 store.check()
                 step_began = time.monotonic()
                 journal.begin(f"step {step + 1}")
-                rollouts = Stopwatch(supply.step(state.params, step + 1))
+                rollouts = Stopwatch(until_committed(supply.step(state.params, step + 1), store))
                 state, seen, step_metrics = learner(state, rollouts)
-                step, evaluated, supplied = step + 1, None, supply.get_state()
+                step, evaluated, behind = step + 1, None, position()
                 failpoints.reach("after_update")
                 ledger.write(trained_row(step, seen))
                 row = {"step": step, **episode_metrics(seen, step), **step_metrics}
@@ -475,6 +479,15 @@ def measure_baselines(
         return found.to_json()
 
     return Baselines.from_json(cluster.from_main(measure))
+
+
+def until_committed(rollouts: Iterator[T], store: CheckpointStore) -> Iterator[T]:
+    """The rollouts of a step; with the last of them, what was being saved is there.
+
+    A save takes its time while experts work. Were it to take longer than a step, a kill could cost two intervals.
+    """
+    yield from rollouts
+    store.wait()
 
 
 class Stopwatch(Iterator[T]):

@@ -37,7 +37,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 # How TensorStore says that a file system fails, in exceptions that are ValueErrors like those of damaged data.
 _FAILING = (
     *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED"),
-    *("CANCELLED", "OS error"),
+    *("CANCELLED", "os_error_code"),
 )
 
 
@@ -87,11 +87,10 @@ def versions() -> dict[str, str]:
 def write_manifest(directory: epath.Path) -> None:
     """Describes all files in a checkpoint's directory."""
     files = {}
-    for folder, _, names in directory.walk():
-        for path in (folder / name for name in names):
-            size, name = path.stat().length, str(path.relative_to(directory))
-            if name not in (MANIFEST, *_WRITTEN_LATER):
-                files[name] = [size, _hash(path, size)]
+    for name, path in sorted(_files(directory)):
+        if name not in (MANIFEST, *_WRITTEN_LATER):
+            size = path.stat().length
+            files[name] = [size, _hash(path, size)]
     (directory / MANIFEST).write_text(_manifest_text(files))
 
 
@@ -108,8 +107,9 @@ def file_system(directory: epath.Path) -> Iterator[None]:
 
 
 def line_of(error: BaseException) -> str:
-    """The beginning of a message; TensorStore appends the whole specification of what it read."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """A message in one line: its beginning, which says what failed, and its end, which says why."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:80]} ... {text[-150:]}"
 
 
 def committed_steps(directory: epath.Path) -> list[int]:
@@ -237,9 +237,19 @@ def _reading(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # Orbax wraps what TensorStore raises
             cause = cause.__cause__
-        if any(sign in str(cause) for sign in _FAILING):
+        if any(sign in str(cause) for sign in _FAILING) and "NOT_FOUND" not in str(cause):
             raise OSError(line_of(cause)) from error
         raise Damage(line_of(cause)) from error
+
+
+def _files(directory: epath.Path, inside: str = "") -> Iterator[tuple[str, epath.Path]]:
+    """Names below a directory. (`walk` of epath gives paths of an object store without its scheme.)"""
+    for path in directory.iterdir():
+        name = inside + path.name
+        if path.is_dir():
+            yield from _files(path, f"{name}/")
+        else:
+            yield name, path
 
 
 def _manifest_text(files: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, TypeVar
@@ -72,12 +73,18 @@ class CheckpointStore:
         self.directory = absolute(directory)
         self._note = note
         self._saving = 0  # the step that is written in the background, if any
+        # Directories are made before `save` returns: what waits for one that cannot be made holds up the process's exit
+        # for five minutes.
+        in_background = ocp.options.AsyncOptions(
+            post_finalization_callback=self._before_commit, create_directories_asynchronously=False
+        )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None,
             keep_period=keep_every or None,
             cleanup_tmp_directories=True,  # of saves that a kill ended
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
+            async_options=in_background,
         )
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         handlers = {STATE: ocp.StandardCheckpointHandler(), RUN: ocp.JsonCheckpointHandler(filename=RUN_FILE)}
         with file_system(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
@@ -98,9 +105,9 @@ class CheckpointStore:
             self._manager.save(step, args=what, force=True)
 
     def check(self) -> None:
-        """Raises CheckpointError if the save in the background has failed."""
-        with self._writing():
-            self._manager.check_for_errors()
+        """Raises CheckpointError if the save in the background has failed; does not wait for it."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when the checkpoint that was being saved is committed."""
@@ -156,18 +163,22 @@ class CheckpointStore:
 
     def _set_aside(self, damaged: Mapping[int, Damage], used: int) -> None:
         for step, damage in damaged.items():
-            path = self.directory / str(step)
-            name = f"{step}.damaged"
-            while (path.parent / name).exists():
-                name += "+"
-            if jax.process_index() == 0:
-                path.rename(path.parent / name)
-                self._note(
-                    f"checkpoint {path} is damaged: {damage}; it is now called {name} and may be deleted, the run goes "
-                    f"on from step {used}"
-                )
+            name = _in_all_processes(functools.partial(self._rename, step))
+            self._note(
+                f"checkpoint {self.directory / str(step)} is damaged: {damage}; it is now called {name} and may be "
+                f"deleted, the run goes on from step {used}"
+            )
         if damaged:
             self._manager.reload()
+
+    def _rename(self, step: int) -> str:
+        """What a damaged checkpoint is called from now on; the first process renames it."""
+        name = f"{step}.damaged"
+        if jax.process_index() == 0:
+            while (self.directory / name).exists():
+                name += "+"
+            (self.directory / str(step)).rename(self.directory / name)
+        return name
 
     def _before_commit(self) -> None:
         """Called in the background by the first process when all files are written."""
@@ -185,6 +196,11 @@ class CheckpointStore:
                 f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({line_of(error)}); free "
                 "or mount its disk and start the run again: it goes on from the checkpoint before"
             ) from error
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs a failure several times, each with all frames, before it raises it; then we say it in one line."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 def absolute(directory: str | PathLike[str]) -> epath.Path:

@@ -42,6 +42,7 @@ _POLL_MS = 1000
 _PORT = 61440  # and the 4096 above it, by Slurm's number of the job
 
 _LOSS = re.compile(r"Gloo \S+ failed|NCCL|UNAVAILABLE")
+_STOP = "maestro/stop"
 _exchanges = itertools.count()
 _apart: list[bool] = []  # not empty while process 0 computes something on its own
 
@@ -98,6 +99,8 @@ def start(environ: Mapping[str, str] = os.environ, seconds: int = START_SECONDS)
             raise
         address = distributed.global_state.coordinator_address
         raise ConfigError(f"process 0 cannot listen at {address}; give another port to MAESTRO_COORDINATOR") from error
+    preemption.listen()  # again: JAX has taken the signals
+    preemption.among(_tell_stop, _told_stop)
 
 
 class LostError(Exception):
@@ -277,6 +280,19 @@ def _wait_for(key: str) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise LostError("process 0, which passes messages on, is gone") from error
+
+
+def _tell_stop(signal: str) -> None:
+    """Tells all processes of a signal; in a thread, and whoever has gone need not know."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _store().key_value_set(_STOP, signal)
+
+
+def _told_stop() -> str:
+    try:
+        return _store().key_value_try_get(_STOP)
+    except jax.errors.JaxRuntimeError:  # nobody has told anything; or the coordinator is gone, which others notice
+        return ""
 
 
 def _store() -> Any:

@@ -28,6 +28,9 @@ from maestro_jax.registry.interface import Message
 
 MAX_LINE = 12 * MAX_TEXT + 2**16  # bytes of a reply, which writes a character in at most 12
 BUFFER = 2**20  # bytes; a line is read in pieces of that size
+# Started by it, a program hears no signal that asks a run to stop. Slurm sends SIGTERM to every process of a job, and a
+# run that saves first still needs its own. They end with their pipes, or by SIGKILL.
+UNDISTURBED = ("sh", "-c", 'trap "" TERM INT; exec "$@"', "sh")
 QUOTE = 4000  # characters of a traceback
 
 Packet = tuple[dict[str, Any], list[bytes]]  # what is told, and images
@@ -112,7 +115,7 @@ class HostedSpecialist:
                 raise SpecialistError("it is closed")
             self._doomed = False
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "maestro_jax.registry.processes"],
+                [*UNDISTURBED, sys.executable, "-m", "maestro_jax.registry.processes"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=BUFFER,

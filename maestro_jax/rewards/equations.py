@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from maestro_jax.errors import ConfigError
+from maestro_jax.registry.processes import UNDISTURBED
 from maestro_jax.rewards.maths import Equation
 
 MAX_PROCESSES = 4
@@ -95,7 +96,7 @@ class _Server:
     def __init__(self) -> None:
         check_installed()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "maestro_jax.rewards.equation_server"],
+            [*UNDISTURBED, sys.executable, "-P", "-m", "maestro_jax.rewards.equation_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -202,7 +202,8 @@ def test_a_failing_file_system_is_no_damage(copy: Path, monkeypatch: pytest.Monk
     ("text", "kind"),
     [
         ("PERMISSION_DENIED: Error opening ", OSError),
-        ("Error reading [OS error 5: EIO Input/output error]", OSError),
+        ("UNKNOWN: Failed to read: Input/output error [os_error_code='5']", OSError),
+        ("NOT_FOUND: Failed to open: No such file or directory [os_error_code='2']", Damage),
         ("RESOURCE_EXHAUSTED: Out of memory", OSError),
         ("DATA_LOSS: CRC-32C checksum verification failed", Damage),
         ("INVALID_ARGUMENT: Error parsing object member", Damage),

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -87,6 +88,19 @@ def test_a_crash_ends_one_call_and_the_worker_is_there_again() -> None:
             assert (crashed.text, crashed.status) == ("", Status.UNAVAILABLE)
             pid, asked = (await say(expert, "who")).text.split()
             assert pid != first[0] and asked == "1"
+
+    asyncio.run(scenario())
+
+
+def test_signals_that_stop_a_run_end_no_worker() -> None:
+    """Slurm sends them to every process of a job, and a run that saves first still needs its experts."""
+
+    async def scenario() -> None:
+        async with hosted() as expert:
+            pid = (await say(expert, "who")).text.split()[0]
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(int(pid), number)
+            assert (await say(expert, "who")).text.split() == [pid, "2"]
 
     asyncio.run(scenario())
 

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,16 @@ def test_a_process_that_is_gone_or_hangs_is_replaced(algebra: Equations, monkeyp
     server._process.kill()
     assert algebra.decide([TRUE]) == [True]
     assert algebra._idle.queue[0] is not server
+
+
+def test_signals_that_stop_a_run_leave_the_process_alone(algebra: Equations) -> None:
+    """Slurm sends them to every process of a job, and what was under way would count as different."""
+    assert algebra.decide([TRUE]) == [True]
+    server = algebra._idle.queue[0]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server._process.send_signal(number)
+    assert algebra.decide([TRUE]) == [True]
+    assert algebra._idle.queue[0] is server
 
 
 def test_no_process_starts_without_an_equation() -> None:
