@@ -507,13 +507,15 @@ class Stopwatch(Iterator[T]):
 
 def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dict[str, float]:
     """Averages over the trajectories of a step, of all processes."""
-    own = [
-        episode_figures(trajectory, parts, version)
+    parts = [
+        [
+            episode_figures(trajectory, reward, version)
+            for group, rewards in zip(rollout.trajectories, scored.parts, strict=True)
+            for trajectory, reward in zip(group, rewards, strict=True)
+        ]
         for rollout, scored in seen
-        for group, scores in zip(rollout.trajectories, scored.parts, strict=True)
-        for trajectory, parts in zip(group, scores, strict=True)
     ]
-    figures = [figure for process in cluster.gather(own) for figure in process]
+    figures = cluster.joined(parts)
     columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
     tokens, ages = columns.pop("authored"), columns.pop("ages")
     found = {name: float(np.mean(column)) for name, column in columns.items()}

@@ -182,9 +182,10 @@ class CheckpointStore:
 
     def _before_commit(self) -> None:
         """Called in the background by the first process when all files are written."""
-        unfinished = self.directory / f"{self._saving}.orbax-checkpoint-tmp"
+        temporary = f"{self._saving}.orbax-checkpoint-tmp"  # with a suffix in older versions of Orbax
+        unfinished = [path for path in self.directory.iterdir() if path.name.startswith(temporary)]
         # On an object store nothing is renamed: files are at their place from the beginning.
-        write_manifest(unfinished if unfinished.exists() else self.directory / str(self._saving))
+        write_manifest(unfinished[0] if unfinished else self.directory / str(self._saving))
         failpoints.reach("in_commit")
 
     @contextlib.contextmanager

@@ -239,6 +239,11 @@ def gather(value: T) -> list[T]:
     return together
 
 
+def joined(parts: Sequence[Sequence[T]]) -> list[T]:
+    """Everybody's items of the first part, by process, then of the second, and so on: as one process has them."""
+    return [item for part in zip(*gather(list(map(list, parts))), strict=True) for own in part for item in own]
+
+
 def own_path(path: Path) -> Path:
     """Where this process keeps what each has one of: "journal.jsonl" of process 0, "journal.1.jsonl" and so on."""
     number = jax.process_index()
