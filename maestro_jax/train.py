@@ -71,7 +71,7 @@ from maestro_jax.rewards.graders import check_sources
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.rollout.supply import Supply, SupplyConfig
-from maestro_jax.training import Files, Training
+from maestro_jax.training import Files, Training, recall
 from maestro_jax.types import Task
 from maestro_jax.warm_start.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
 from maestro_jax.warm_start.finetune import finetune
@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
         closing.callback(dispatcher.close)
         store = open_store(config, workdir, progress)
         if store.latest() is None:  # else training knows from where on (`Training.begin`)
-            answered.recall({})
+            recall(answered, {}, progress)
         router = WeakRouter(config.registry, config.warm_start)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
         architecture = open_architecture(config.policy.architecture, config.policy.init_from)

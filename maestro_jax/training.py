@@ -99,8 +99,7 @@ class Training:
         else:
             self.state, self.step = restored.state, restored.step
             self._take(restored.run)
-            if calls := answered.recall(self._behind["journal"]):
-                self._progress.note(f"{calls} calls were answered before the interruption and are not made again")
+            recall(answered, self._behind["journal"], self._progress)
         metrics, ledger = self.files.metrics, self.files.ledger
         metrics.truncate_after(self.step - 1 if self.step == 0 or self._row is not None else self.step)
         ledger.truncate_after(self.step)
@@ -194,6 +193,12 @@ class Training:
         journal = self.files.journal
         sizes = cluster.gather((Path(journal.path).name, journal.size()))
         return {"supply": self.supply.get_state(), "journal": dict(sizes)}
+
+
+def recall(answered: Resumed, since: Mapping[str, int], progress: Progress) -> None:
+    """Calls that were answered behind these places in the journals are not made again (`Resumed.recall`)."""
+    if calls := answered.recall(since):
+        progress.note(f"{calls} calls were answered before the interruption and are not made again")
 
 
 def until_committed(rollouts: Iterator[T], store: CheckpointStore) -> Iterator[T]:
