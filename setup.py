@@ -15,6 +15,7 @@ setup(
         "flax>=0.12",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
+        "etils[epath]>=1.9",  # paths of checkpoints, on object stores too
         "transformers>=5",
         "tokenizers>=0.22",
         "jinja2>=3.1",  # chat templates; transformers needs it and does not bring it

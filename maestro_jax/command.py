@@ -5,6 +5,7 @@ change (do not restart), 70 a fault of ours, 69 another process of the run never
 JAX is the first to notice that, it ends the process with SIGABRT (134).
 """
 
+import atexit
 import gc
 import os
 import sys
@@ -25,7 +26,8 @@ from maestro_jax.parallel import preemption
 # Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
 _PARSER = os.path.dirname(config_flags.__file__)
 _LIBRARY = (os.path.dirname(_PARSER), os.path.dirname(absl.__file__), "<frozen")
-EXIT_SECONDS = 3.0  # for threads of libraries to end, which the interpreter waits for; one may hang
+EXIT_SECONDS = 2.0  # for what libraries and we do at the exit
+TOGETHER_SECONDS = 10.0  # for all processes of a run that stop together
 
 
 def run(main: Callable[[Sequence[str]], Any], required: Sequence[str]) -> None:
@@ -41,27 +43,34 @@ def run(main: Callable[[Sequence[str]], Any], required: Sequence[str]) -> None:
     except preemption.Preempted as stop:
         saved = f": {stop.saved}" if stop.saved else ""
         print(f"stopped by {preemption.heard()}{saved}; the same command goes on", file=sys.stderr)
-        _leave(EXIT_PREEMPTED)
+        _leave(EXIT_PREEMPTED, together=stop.agreed)
     except Exception as error:
         traceback.print_exc()
         _leave(EXIT_INTERNAL, error)
 
 
-def _leave(code: int, error: Exception | None = None) -> NoReturn:
-    """Ends a command early, and soon; one of several processes does not wait for the others."""
+def _leave(code: int, error: Exception | None = None, together: bool = False) -> NoReturn:
+    """Ends a command early, and soon; one of several processes waits for the others only where they stop as well."""
+    seconds = EXIT_SECONDS
     if "jax" in sys.modules:  # else there are no others
         from maestro_jax.parallel import cluster
 
-        if cluster.several():
+        if cluster.several() and together:
+            seconds = TOGETHER_SECONDS
+        elif cluster.several():
             cluster.leave(EXIT_LOST if error is not None and cluster.is_loss(error) else code)
 
     def end() -> None:
-        time.sleep(EXIT_SECONDS)
+        time.sleep(seconds)
         os._exit(code)
 
-    sys.stdout.flush()
     threading.Thread(target=end, name="exit", daemon=True).start()
-    sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not `sys.exit`: the interpreter would wait for threads that hang, and libraries whose threads still run abort as
+    # they are taken down, which gives another code.
+    os._exit(code)
 
 
 def tune_collector() -> None:

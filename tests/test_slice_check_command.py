@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from configs import quickstart, qwen3_vl_4b
+from maestro_jax.aot.fit import fit
 from maestro_jax.aot.slices import parse_accelerator
 from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
-from maestro_jax.slice_check import fit
 
 
 def changed(raw: Any, **values: Any) -> Config:
@@ -51,11 +51,6 @@ def test_the_command_names_the_cure_and_ends_with_78() -> None:
         ("v5litepod-64", {"grpo__microbatches": 2}, r"config.grpo.groups / microbatches=32 .* multiple of 64"),
         ("v5litepod-64", {"rollout__append_rows": 32}, r"config.rollout.append_rows=32 .* multiple of 64"),
         ("v5litepod-64", {"rollout__lanes": 96}, r"config.rollout.lanes=96 .* multiple of 64"),
-        (
-            "v5litepod-64",
-            {"rollout__ahead": 1, "rollout__staleness": 1, "grpo__importance_cap": 2.0},
-            r"config.rollout.ahead=1 is for one process so far",
-        ),
     ],
 )
 def test_what_does_not_divide(accelerator: str, values: dict[str, Any], message: str) -> None:

@@ -42,6 +42,7 @@ EXAMPLES = next((path for root in (ROOT, ROOT.parent) if (path := root / "shared
 STEPS, EVERY = 8, 3  # steps in all, and between checkpoints and evaluations
 KILLED_EARLY, KILLED_LATE = 2, 7
 SECONDS = 400  # far above what is needed: a hang fails instead of hanging the suite
+EXIT_SECONDS = 120  # for some steps and the way out; Orbax can hold a process for 300
 CANARY = "canary-key-that-nobody-may-write"
 ROWS = {"random", "best_single_pair", "warm_start", "trained", "domain_oracle", "task_oracle"}
 DOMAINS = {"charts", "counting", "geometry", "reading", "visual_qa"}
@@ -276,6 +277,26 @@ def test_a_cap_counts_what_was_spent_before_a_kill(job: Job, interrupted: Interr
     result = job.run(workdir, **{"registry.limits.calls": asked})
     assert_refused(result, f"the run has reached its cap config.registry.limits.calls={asked};")
     assert requests_in(workdir) == asked
+
+
+def test_a_disk_that_goes_away_ends_the_run(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
+    """Its saves fail in the background, while it trains. What it has measured is there."""
+    workdir = tmp_path / "lost"
+    shutil.copytree(interrupted.early, workdir)
+    command = job.command(workdir, {})
+    process = job.start(command)
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith(f"train 1/{STEPS} "))
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "checkpoints").touch()
+    try:
+        out, err = process.communicate(timeout=EXIT_SECONDS)
+    finally:
+        process.kill()
+    result = subprocess.CompletedProcess(command, process.returncode, out, err)
+    assert_refused(result, "the checkpoint of step", "cannot be written", "Not a directory", "free or mount its disk")
+    steps = [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
+    assert steps == list(range(len(steps))) and len(steps) > EVERY
 
 
 def requests_in(workdir: Path) -> int:

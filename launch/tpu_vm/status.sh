@@ -7,7 +7,8 @@ a_tpu_vm
 settings_from "$@"
 
 ssh_all=(gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --worker=all)
-ask_all=("${ssh_all[@]}" "--command=bash maestro/launch/tpu_vm/worker.sh status")
+worker=maestro/launch/tpu_vm/worker.sh # not there before setup.sh
+ask_all=("${ssh_all[@]}" "--command=if [ -e $worker ]; then bash $worker status; else echo idle; fi")
 if dry; then
   run "${ask_all[@]}"
   exit

@@ -87,11 +87,10 @@ def versions() -> dict[str, str]:
 def write_manifest(directory: epath.Path) -> None:
     """Describes all files in a checkpoint's directory."""
     files = {}
-    for folder, _, names in directory.walk():
-        for path in (folder / name for name in names):
-            size, name = path.stat().length, str(path.relative_to(directory))
-            if name not in (MANIFEST, *_WRITTEN_LATER):
-                files[name] = [size, _hash(path, size)]
+    for name, path in sorted(_files(directory)):
+        if name not in (MANIFEST, *_WRITTEN_LATER):
+            size = path.stat().length
+            files[name] = [size, _hash(path, size)]
     (directory / MANIFEST).write_text(_manifest_text(files))
 
 
@@ -241,6 +240,16 @@ def _reading(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if any(sign in str(cause) for sign in _FAILING) and "NOT_FOUND" not in str(cause):
             raise OSError(line_of(cause)) from error
         raise Damage(line_of(cause)) from error
+
+
+def _files(directory: epath.Path, inside: str = "") -> Iterator[tuple[str, epath.Path]]:
+    """Names below a directory. (`walk` of epath gives paths of an object store without its scheme.)"""
+    for path in directory.iterdir():
+        name = inside + path.name
+        if path.is_dir():
+            yield from _files(path, f"{name}/")
+        else:
+            yield name, path
 
 
 def _manifest_text(files: Mapping[str, Any]) -> str:

@@ -73,11 +73,16 @@ class CheckpointStore:
         self.directory = absolute(directory)
         self._note = note
         self._saving = 0  # the step that is written in the background, if any
+        # Directories are made before `save` returns: what waits for one that cannot be made holds up the process's exit
+        # for five minutes.
+        in_background = ocp.options.AsyncOptions(
+            post_finalization_callback=self._before_commit, create_directories_asynchronously=False
+        )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None,
             keep_period=keep_every or None,
             cleanup_tmp_directories=True,  # of saves that a kill ended
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._before_commit),
+            async_options=in_background,
         )
         logging.getLogger("absl").addFilter(_not_of_orbax)
         handlers = {STATE: ocp.StandardCheckpointHandler(), RUN: ocp.JsonCheckpointHandler(filename=RUN_FILE)}
@@ -177,9 +182,10 @@ class CheckpointStore:
 
     def _before_commit(self) -> None:
         """Called in the background by the first process when all files are written."""
-        unfinished = self.directory / f"{self._saving}.orbax-checkpoint-tmp"
+        temporary = f"{self._saving}.orbax-checkpoint-tmp"  # with a suffix in older versions of Orbax
+        unfinished = [path for path in self.directory.iterdir() if path.name.startswith(temporary)]
         # On an object store nothing is renamed: files are at their place from the beginning.
-        write_manifest(unfinished if unfinished.exists() else self.directory / str(self._saving))
+        write_manifest(unfinished[0] if unfinished else self.directory / str(self._saving))
         failpoints.reach("in_commit")
 
     @contextlib.contextmanager

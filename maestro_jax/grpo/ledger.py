@@ -14,8 +14,7 @@ def trained_row(step: int, seen: Sequence[tuple[Rollout, Scored]]) -> dict[str, 
 
     The digest tells tokens, their log-probabilities to the last bit, and whose they are.
     """
-    own = [group for rollout, scored in seen for group in _groups(rollout, scored)]
-    return {"step": step, "groups": [group for process in cluster.gather(own) for group in process]}
+    return {"step": step, "groups": cluster.joined([_groups(rollout, scored) for rollout, scored in seen])}
 
 
 def _groups(rollout: Rollout, scored: Scored) -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ _POLL_MS = 1000
 _PORT = 61440  # and the 4096 above it, by Slurm's number of the job
 
 _LOSS = re.compile(r"Gloo \S+ failed|NCCL|UNAVAILABLE")
+_STOP = "maestro/stop"
 _exchanges = itertools.count()
 _apart: list[bool] = []  # not empty while process 0 computes something on its own
 
@@ -98,6 +99,8 @@ def start(environ: Mapping[str, str] = os.environ, seconds: int = START_SECONDS)
             raise
         address = distributed.global_state.coordinator_address
         raise ConfigError(f"process 0 cannot listen at {address}; give another port to MAESTRO_COORDINATOR") from error
+    preemption.listen()  # again: JAX has taken the signals
+    preemption.among(_tell_stop, _told_stop)
 
 
 class LostError(Exception):
@@ -184,13 +187,14 @@ def _patience(cluster: Cluster, seconds: int) -> Iterator[None]:
 
 def _reason(cluster: Cluster, seconds: int) -> str:
     coordinator = distributed.global_state.coordinator_address or "the coordinator"
-    processes = cluster.processes or "all"
+    processes = cluster.processes or "the"
     cure = (
         f"start all of them (found by: {cluster.name}), let hosts reach {coordinator}, and unset http_proxy; "
         "MAESTRO_PROCESSES=1 runs on this host alone"
     )
     if distributed.global_state.service is None:
-        return f"process {cluster.process} of {processes} waited {seconds} s for the others at {coordinator}; {cure}"
+        who = "this process" if cluster.process is None else f"process {cluster.process} of {processes}"
+        return f"{who} waited {seconds} s for the others at {coordinator}; {cure}"
     came = _connected(int(coordinator.rpartition(":")[2]))
     return (
         f"{len(came)} of {processes} processes came to {coordinator} within {seconds} s "
@@ -236,6 +240,11 @@ def gather(value: T) -> list[T]:
     return together
 
 
+def joined(parts: Sequence[Sequence[T]]) -> list[T]:
+    """Everybody's items of the first part, by process, then of the second, and so on: as one process has them."""
+    return [item for part in zip(*gather(list(map(list, parts))), strict=True) for own in part for item in own]
+
+
 def own_path(path: Path) -> Path:
     """Where this process keeps what each has one of: "journal.jsonl" of process 0, "journal.1.jsonl" and so on."""
     number = jax.process_index()
@@ -277,6 +286,19 @@ def _wait_for(key: str) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise LostError("process 0, which passes messages on, is gone") from error
+
+
+def _tell_stop(signal: str) -> None:
+    """Tells all processes of a signal; in a thread, and whoever has gone need not know."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _store().key_value_set(_STOP, signal)
+
+
+def _told_stop() -> str:
+    try:
+        return _store().key_value_try_get(_STOP)
+    except jax.errors.JaxRuntimeError:  # nobody has told anything; or the coordinator is gone, which others notice
+        return ""
 
 
 def _store() -> Any:

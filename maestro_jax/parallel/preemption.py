@@ -7,15 +7,18 @@ in order the command asks `check`, which raises.
 Python runs its handlers between two of its own instructions, so not while XLA compiles or the main thread waits for a
 device. A thread of ours hears at once, through the pipe that the interpreter's C handler writes to: the callback thread
 that waits for an expert knows, and a second signal ends a command that is deaf. Killed is what any run may be.
+
+Of several processes each tells the others what it hears, so that all of them come to the next boundary soon.
 """
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from maestro_jax.errors import EXIT_PREEMPTED
@@ -23,18 +26,23 @@ from maestro_jax.errors import EXIT_PREEMPTED
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Launchers pass on what a terminal or a scheduler has sent to the whole group already: that is no second signal.
 SAME_SIGNAL_SECONDS = 1.0
+ASK_SECONDS = 0.5  # between looks at what other processes have heard
 
 
 class Preempted(BaseException):
     """The command was told to stop. Like KeyboardInterrupt it is no fault, so nothing that handles faults takes it.
 
     Args:
+      agreed: whether all processes of the run stop here.
+
+    Attributes:
       saved: what the next start goes on from, in a few words.
     """
 
-    def __init__(self, saved: str = ""):
-        super().__init__(saved)
-        self.saved = saved
+    def __init__(self, agreed: bool):
+        super().__init__()
+        self.agreed = agreed
+        self.saved = ""
 
 
 class _Heard:
@@ -42,9 +50,12 @@ class _Heard:
 
     def __init__(self) -> None:
         self.signal = ""  # name of the first one
+        self.time = 0.0  # when it was heard
         self.at_boundaries = False
         self.raised = False  # once is enough: what follows is the way out
         self.listening = False
+        self.tell: Callable[[str], None] = lambda name: None  # other processes
+        self.told: Callable[[], str] | None = None  # what any of them has told
 
 
 _heard = _Heard()
@@ -63,6 +74,11 @@ def listen() -> None:
         _heard.listening = True
 
 
+def among(tell: Callable[[str], None], told: Callable[[], str]) -> None:
+    """From now on other processes are told of a signal, and are listened to. Both are called in a thread."""
+    _heard.tell, _heard.told = tell, told
+
+
 @contextlib.contextmanager
 def at_boundaries() -> Iterator[None]:
     """Inside, a signal does not interrupt: `check` raises where everything is in order."""
@@ -79,8 +95,8 @@ def requested() -> bool:
 
 
 def heard() -> str:
-    """The name of the signal."""
-    return _heard.signal
+    """The signal, and how long ago it was."""
+    return f"{_heard.signal} in {time.monotonic() - _heard.time:.1f} s"
 
 
 def check() -> None:
@@ -93,26 +109,38 @@ def check() -> None:
 
 def stop() -> NoReturn:
     """What all processes have agreed on."""
+    if not requested():  # it is on its way to this one
+        _heard.time, _heard.signal = time.monotonic(), "a signal to another process"
     _heard.raised = True
-    raise Preempted
+    raise Preempted(agreed=True)
 
 
 def _handle(number: int, frame: object) -> None:
-    _heard.signal = _heard.signal or signal.Signals(number).name
+    _note(number)
     if not (_heard.at_boundaries or _heard.raised):
         _heard.raised = True
-        raise Preempted
+        raise Preempted(agreed=False)
+
+
+def _note(number: int) -> None:
+    if not _heard.signal:
+        _heard.time, _heard.signal = time.monotonic(), signal.Signals(number).name
 
 
 def _watch(reader: int) -> None:
     first = 0.0
     while True:
+        if not select.select([reader], [], [], ASK_SECONDS)[0]:
+            if _heard.told is not None and not requested() and (name := _heard.told()):
+                _note(signal.Signals[name])
+            continue
         number = os.read(reader, 1)[0]
         if number not in SIGNALS:
             continue
+        _note(number)
         if not first:
             first = time.monotonic()
-            _heard.signal = _heard.signal or signal.Signals(number).name
+            _heard.tell(_heard.signal)
             if _heard.at_boundaries:
                 _say(f"{_heard.signal}: stopping where nothing is lost; a second signal stops at once")
         elif time.monotonic() - first >= SAME_SIGNAL_SECONDS:

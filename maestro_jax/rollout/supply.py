@@ -17,6 +17,7 @@ from maestro_jax import failpoints
 from maestro_jax.data.order import merge_states
 from maestro_jax.errors import ConfigError
 from maestro_jax.parallel import cluster
+from maestro_jax.parallel.mesh import batch_shards
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import PreparedTask, join_prompts, take_prompts
 from maestro_jax.rollout.engine import Engine, Rollout, assemble, lane_key
@@ -56,17 +57,10 @@ class TaskBatches(Protocol):
 
 @dataclasses.dataclass
 class Pulled:
-    """A batch of tasks of which some groups are not yet trained."""
+    """This process's part of a batch of tasks of which some process has groups that are not yet trained."""
 
-    step: int  # that its randomness is keyed by
-    data: dict[str, Any]  # state of the data before it was pulled
+    data: dict[str, Any]  # state of this process's data before it was pulled
     left: set[int]  # rows of groups that are not yet trained
-
-
-def check_ahead(ahead: int, processes: int) -> None:
-    """Raises ConfigError for tasks ahead of their step in several processes, which know of their own groups only."""
-    if ahead and processes > 1:
-        raise ConfigError(f"config.rollout.ahead={ahead} is for one process so far; set config.rollout.ahead=0")
 
 
 class Supply:
@@ -74,36 +68,46 @@ class Supply:
 
     Args:
       batches: of this process's part of `config.groups` tasks each.
-
-    Raises:
-      ConfigError: `ahead` with several processes, which know of their own groups only.
     """
 
     def __init__(self, engine: Engine, batches: TaskBatches, config: SupplyConfig, seed: int):
-        check_ahead(config.ahead, jax.process_count())
         self.engine = engine
         self.batches = batches
         self.config = config
         self.seed = seed
-        self.pulled: dict[int, Pulled] = {}  # by step
+        self.pulled: dict[int, Pulled] = {}  # by the step that its randomness is keyed by
         self.next_step = 1
         self.session: Session | None = None  # of episodes that outlive a step
         self._origin: dict[GroupRecord, tuple[int, int]] = {}  # step and row
         self._done_before: dict[int, set[int]] = {}  # rows trained before the run was interrupted, by step
+        part = config.groups // jax.process_count()
+        self._first_row = jax.process_index() * part  # of this process in every batch
+        self._layout = [jax.process_count(), batch_shards(engine.mesh)]
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able: where the data goes on, and what of it is trained already. All processes ask, and get the same."""
-        if not self.pulled:
-            data = merge_states(cluster.gather(self.batches.get_state()))
-            return {"data": data, "next_step": self.next_step, "done": {}}
-        first = min(self.pulled)
-        rows = set(range(self.config.groups))
-        left = {step: self.pulled[step].left if step in self.pulled else set() for step in range(first, self.next_step)}
-        done = {str(step): sorted(rows - some) for step, some in left.items()}
-        return {"data": self.pulled[first].data, "next_step": first, "done": done}
+        own = [(step, self._first_row + row) for step, batch in self.pulled.items() for row in batch.left]
+        left = {(step, row) for process in cluster.gather(own) for step, row in process}
+        first = min((step for step, _ in left), default=self.next_step)
+        self.pulled = {step: batch for step, batch in self.pulled.items() if step >= first}
+        data = self.pulled[first].data if self.pulled else self.batches.get_state()
+        steps, rows = range(first, self.next_step), range(self.config.groups)
+        done = {str(step): [row for row in rows if (step, row) not in left] for step in steps}
+        merged = merge_states(cluster.gather(data))
+        return {"data": merged, "next_step": first, "done": done, "layout": self._layout}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on there. Groups that were under way begin again, with the same random keys."""
+        """Goes on there. Groups that were under way begin again, with the same random keys.
+
+        Raises:
+          ConfigError: they would not lie evenly over other processes or shards.
+        """
+        layout = state.get("layout", self._layout)  # older versions saved none
+        if any(state["done"].values()) and layout != self._layout:
+            raise ConfigError(
+                f"the run has groups under way on {layout[0]} processes and {layout[1]} batch shards (mesh axes data x "
+                f"fsdp), this start has {self._layout[0]} and {self._layout[1]}; start as many again"
+            )
         self.batches.set_state(state["data"])
         self.next_step = state["next_step"]
         self._done_before = {int(step): set(rows) for step, rows in state["done"].items()}
@@ -165,12 +169,12 @@ class Supply:
         step, data = self.next_step, self.batches.get_state()
         tasks, prompts = self._next_batch(longest=True)
         self.next_step += 1
-        left = set(range(len(tasks))) - self._done_before.pop(step, set())
+        done = self._done_before.pop(step, set())
+        left = {row for row in range(len(tasks)) if self._first_row + row not in done}
         keys = self._keys(tasks, step)
-        records = session.submit(tasks, prompts, keys, self.config.groups, only=left)
+        records = session.submit(tasks, prompts, keys, len(tasks), only=left)
         self._origin |= {record: (step, record.prompt[1]) for record in records}
-        if left:
-            self.pulled[step] = Pulled(step, data, left)
+        self.pulled[step] = Pulled(data, left)
 
     def _next_batch(self, longest: bool = False) -> tuple[list[Task], PrefixBatch]:
         prepared = next(self.batches)
@@ -184,8 +188,6 @@ class Supply:
     def _trained(self, record: GroupRecord) -> None:
         step, row = self._origin.pop(record)
         self.pulled[step].left.discard(row)
-        if not self.pulled[step].left:
-            del self.pulled[step]
 
     def _keys(self, tasks: Sequence[Task], step: int) -> list[list[np.ndarray]]:
         members = range(self.config.members)

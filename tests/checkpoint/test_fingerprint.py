@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maestro_jax.checkpoint import fingerprint
 from maestro_jax.checkpoint.fingerprint import combined, fingerprint_of, fingerprints
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -46,6 +47,12 @@ def reference(array: np.ndarray) -> str:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_is_what_its_definition_says(dtype: str, shape: tuple[int, ...]) -> None:
     array = some_array(dtype, shape, seed=1)
+    assert fingerprint_of(array) == reference(array)
+
+
+def test_rows_at_a_time_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "PIECE_BYTES", 3 * 4 * 4)  # three rows of seven
+    array = some_array("float32", (7, 4), seed=5)
     assert fingerprint_of(array) == reference(array)
 
 

@@ -1,11 +1,15 @@
 """R7: a checkpoint of the 4B's configuration goes on on any mesh, bit for bit. Its tree, at a tiny width."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 
 from configs import qwen3_vl_4b
 from maestro_jax.assemble import policy_factory
@@ -13,9 +17,9 @@ from maestro_jax.checkpoint.fingerprint import fingerprints
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
 from maestro_jax.grpo.optimizer import make_optimizer
-from maestro_jax.grpo.update import TrainState, init_train_state
+from maestro_jax.grpo.update import TrainState, opt_shardings
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import ShardingRules, param_layout
+from maestro_jax.parallel.sharding import ShardingRules, param_shardings, replicated
 from maestro_jax.policy.config import open_architecture
 
 TEXT = {
@@ -31,34 +35,36 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidde
 TOKENS = {"image_token_id": 500, "vision_start_token_id": 501, "vision_end_token_id": 502}
 
 
-def make_state(axes: Sequence[int], seed: int) -> TrainState:
-    """A train state of random bits: two states of one seed are equal, on whichever mesh."""
+@functools.cache
+def make_shapes() -> tuple[optax.GradientTransformation, TrainState]:
+    """The 4B's optimiser, and shapes and dtypes of its train state."""
     raw = qwen3_vl_4b.get_config()
     raw.policy.init_from = ""
     own = qwen3_vl_4b.ARCHITECTURE
-    raw.policy.architecture = (
-        own
-        | TOKENS
-        | {
-            "text_config": own["text_config"] | TEXT,
-            "vision_config": own["vision_config"] | VISION,
-        }
-    )
+    small = {"text_config": own["text_config"] | TEXT, "vision_config": own["vision_config"] | VISION}
+    raw.policy.architecture = own | TOKENS | small
     config = parse_config(raw)
-    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: math.prod(axes)])
     architecture = open_architecture(config.policy.architecture, "")
-    _, abstract, shardings = param_layout(policy_factory(config, architecture, "cpu"), mesh, ShardingRules())
-    params = jax.tree.map(
-        lambda leaf, place: jax.device_put(np.zeros(leaf.shape, leaf.dtype), place), abstract, shardings
-    )
-    state = init_train_state(params, make_optimizer(config.optimizer), config.policy.freeze, mesh)
-    rng = np.random.default_rng(seed)
+    policy = nnx.eval_shape(policy_factory(config, architecture, "cpu"))
+    params, optimizer = nnx.state(policy, nnx.Param), make_optimizer(config.optimizer)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return optimizer, TrainState(params, jax.eval_shape(optimizer.init, params), step)
 
-    def random_bits(leaf: jax.Array) -> jax.Array:
-        bits = np.frombuffer(rng.bytes(leaf.nbytes), leaf.dtype).reshape(leaf.shape)
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: bits[index])
 
-    return jax.tree.map(random_bits, state)
+def make_state(axes: Sequence[int], seed: int) -> TrainState:
+    """A train state of random bits: two states of one seed are equal, on whichever mesh."""
+    optimizer, shapes = make_shapes()
+    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: math.prod(axes)])
+    rng, places = np.random.default_rng(seed), param_shardings(shapes.params, mesh, ShardingRules())
+
+    def random_bits(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.Array:
+        bits = np.frombuffer(rng.bytes(math.prod(leaf.shape) * 4), leaf.dtype).reshape(leaf.shape)
+        return jax.make_array_from_callback(leaf.shape, place, lambda index: bits[index])
+
+    params = jax.tree.map(random_bits, shapes.params, places)
+    home = opt_shardings(optimizer, params, mesh, offload=False)
+    opt_state = jax.tree.map(random_bits, shapes.opt_state, home)
+    return TrainState(params, opt_state, random_bits(shapes.step, replicated(mesh)))
 
 
 def save(directory: Path, state: TrainState) -> None:

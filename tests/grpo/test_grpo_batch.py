@@ -11,6 +11,7 @@ from maestro_jax.grpo.batch import Scored, make_parts, score_rollout, summary, t
 from maestro_jax.grpo.losses import LossCount
 from maestro_jax.grpo.microbatches import Part, Planner
 from maestro_jax.grpo.update import GroupBatch
+from maestro_jax.parallel import cluster
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig
@@ -118,6 +119,25 @@ def test_padding_of_a_part_is_out_of_the_loss(rollout: Rollout) -> None:
     np.testing.assert_array_equal(part.tokens, rollout.tokens[[1, 1], :, :8])
     np.testing.assert_array_equal(part.mask[0], mask[1, :, :8])
     assert not part.mask[1].any() and not part.advantages[1].any() and part.advantages[0].all()
+
+
+def test_parts_have_the_shapes_that_another_process_needs(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has three groups with contrast, shorter and longer than ours; we have one, so two parts get none of us."""
+    theirs = {"prefix": [2, 4, 2], "room": [8, 15, 3], "loss_tokens": [20, 30, 6], "loss_members": [3, 3, 3]}
+    theirs |= {"contrast": [True] * 3, "marked": [0] * 3, "tokens": [20, 40, 9], "real": [True] * 3}
+    monkeypatch.setattr(cluster, "gather", lambda own: [own, theirs])
+    parts, left_out, metrics = parts_of(rollout, (4, 8, 16), 3, contrast_only=True)
+    # As the most expensive of each process go together: P and R of theirs, or of ours where it is longer.
+    shapes = [(part.prompts.tokens.shape[1], part.tokens.shape[2]) for part in parts]
+    assert shapes == [(4, 16), (2, 8), (2, 4)]
+    assert [bool(np.asarray(part.mask).any()) for part in parts] == [True, False, False]
+    np.testing.assert_array_equal(parts[0].tokens[0], rollout.tokens[0])
+    for (prefix, room), part, most in zip(shapes, parts, (30, 20, 6), strict=True):
+        assert part.tokens.shape[0] == 1 and part.loss_rows.shape[1] >= most
+        assert np.max(part.prompts.last) < prefix and np.max(part.length) <= room
+        assert np.isfinite(part.advantages).all()
+    assert left_out == LossCount(rollout.authored[1].sum(), G)  # our group without contrast
+    assert metrics["groups_without_contrast"] == 1 - 4 / 5 and metrics["parts"] == 3.0
 
 
 def test_statistics_leave_padding_groups_out(rollout: Rollout) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 FAKES = Path(__file__).parent / "fakes"
+FAST_PYTHON = f"{sys.executable} -I -S"  # without site-packages it starts in no time
 
 
 class Cloud:
@@ -18,21 +19,23 @@ class Cloud:
         self.directory = directory
         (directory / "failures").mkdir()
         (directory / "bin").mkdir()
-        for fake in (FAKES / "gcloud.py", FAKES / "kubectl.py"):  # without site-packages Python starts in no time
-            command = directory / "bin" / fake.stem
-            command.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {fake} "$@"\n')
-            command.chmod(0o755)
-        (directory / "python").write_text("#!/bin/sh\necho no module named jax >&2\nexit 1\n")
-        (directory / "python").chmod(0o755)
+        self.program("gcloud", f'exec {FAST_PYTHON} {FAKES}/gcloud.py "$@"')
+        self.program("kubectl", f'exec {FAST_PYTHON} {FAKES}/kubectl.py "$@"')
+        self.program("no-jax", "exit 1")
 
-    def launch(self, command: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    def program(self, name: str, *script: str) -> None:
+        """Puts a program on the PATH of what is launched."""
+        self.lines(f"bin/{name}", "#!/bin/sh", *script)
+        (self.directory / "bin" / name).chmod(0o755)
+
+    def launch(self, command: str, seconds: int = 60, **settings: str) -> subprocess.CompletedProcess[str]:
         """Runs "tpu_vm/create.sh --name=a ..." as a shell would; settings are environment variables."""
         environment = {
             "PATH": f"{self.directory / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.directory),
             "TMPDIR": "/tmp",
             "FAKE_CLOUD": str(self.directory),
-            "PYTHON": str(self.directory / "python"),
+            "PYTHON": "no-jax",
             "MAESTRO_PAUSE": "0",
             **settings,
         }
@@ -42,7 +45,7 @@ class Cloud:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=seconds,
         )
 
     def lines(self, name: str, *lines: str) -> None:

@@ -77,7 +77,7 @@ def test_no_answer_is_no_leave_to_create(cloud: Cloud) -> None:
 
 
 def test_no_gcloud_is_no_missing_machine(cloud: Cloud) -> None:
-    cloud.lines("bin/gcloud", "#!/bin/sh", "echo gcloud: not found >&2", "exit 127")  # as a shell ends without one
+    cloud.program("gcloud", "echo gcloud: not found >&2", "exit 127")  # as a shell ends without one
     result = cloud.launch(f"tpu_vm/delete.sh {WHERE}")
     assert result.returncode == 78 and "gcloud is not installed" in result.stderr
 

@@ -1,20 +1,18 @@
 """The service on a worker, against a systemd of the tests' own."""
 
 import subprocess
-import sys
 
 import pytest
 
-from tests.launch.conftest import FAKES, Cloud
+from tests.launch.conftest import FAKES, FAST_PYTHON, Cloud
 
 
 @pytest.fixture
 def worker(cloud: Cloud) -> Cloud:
     """A machine with nothing on it."""
-    fakes = {name: f"exec {sys.executable} -I -S {FAKES}/systemd.py {name}" for name in ("systemctl", "systemd-run")}
-    for name, command in {**fakes, "sudo": "exec"}.items():
-        (cloud.directory / "bin" / name).write_text(f'#!/bin/sh\n{command} "$@"\n')
-        (cloud.directory / "bin" / name).chmod(0o755)
+    for name in ("systemctl", "systemd-run"):
+        cloud.program(name, f'exec {FAST_PYTHON} {FAKES}/systemd.py {name} "$@"')
+    cloud.program("sudo", 'exec "$@"')
     return cloud
 
 
@@ -61,9 +59,8 @@ def test_setup_installs_once_and_again_when_requirements_change(worker: Cloud) -
     (worker.directory / "maestro").mkdir()
     worker.lines("maestro/requirements.txt", "jax==0.10.2")
     worker.lines("maestro/setup.py", "setup()")
-    uv = ["#!/bin/sh", 'echo python3 "$@" >>"$FAKE_CLOUD/calls"', 'case "$*" in *"uv venv"*) mkdir -p .venv ;; esac']
-    worker.lines("bin/python3", *uv)
-    (worker.directory / "bin/python3").chmod(0o755)
+    uv_venv = 'case "$*" in *"uv venv"*) mkdir -p .venv ;; esac'
+    worker.program("python3", 'echo python3 "$@" >>"$FAKE_CLOUD/calls"', uv_venv)
     for expected in (1, 1):
         assert say(worker, "setup").returncode == 0
         assert len(worker.calls("uv pip install")) == expected
@@ -73,12 +70,10 @@ def test_setup_installs_once_and_again_when_requirements_change(worker: Cloud) -
 
 
 def test_setup_mounts_the_share_once(worker: Cloud) -> None:
-    for name, script in (("mount.nfs", "exit 0"), ("mount", 'echo mount "$@" >>"$FAKE_CLOUD/calls"')):
-        worker.lines(f"bin/{name}", "#!/bin/sh", script)
-    for name, script in (("mkdir", "exit 0"), ("chown", "exit 0"), ("mountpoint", 'test -e "$FAKE_CLOUD/mounted"')):
-        worker.lines(f"bin/{name}", "#!/bin/sh", script)
-    for file in (worker.directory / "bin").iterdir():
-        file.chmod(0o755)
+    worker.program("mount", 'echo mount "$@" >>"$FAKE_CLOUD/calls"')
+    worker.program("mountpoint", 'test -e "$FAKE_CLOUD/mounted"')
+    for name in ("mount.nfs", "mkdir", "chown"):
+        worker.program(name, "exit 0")
     say(worker, "setup 10.0.0.2:/maestro")
     assert worker.calls("mount") == ["mount -t nfs -o hard 10.0.0.2:/maestro /mnt/maestro"]
     worker.lines("mounted")

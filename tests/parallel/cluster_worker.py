@@ -24,7 +24,8 @@ def talk() -> None:
     for number in range(3):
         found = cluster.gather({"from": me, "text": "é\n", "value": 0.1 + me, "round": number})
     told = cluster.from_main(lambda: [me, None])
-    print(json.dumps([found, told, cluster.is_main()]))
+    joined = cluster.joined([[f"a{me}"], [f"b{me}", f"c{me}"]])
+    print(json.dumps([found, told, joined, cluster.is_main()]))
 
 
 def share(directory: str) -> None:

@@ -114,7 +114,8 @@ def test_values_reach_all_in_the_order_of_processes(tmp_path: Path) -> None:
         assert [one.wait(STARTED) for one in running] == [0, 0]
         said = [json.loads(one.text.splitlines()[-1]) for one in running]
     values = [{"from": n, "text": "é\n", "value": 0.1 + n, "round": 2} for n in range(2)]
-    assert said == [[values, [0, None], True], [values, [0, None], False]]
+    joined = ["a0", "a1", "b0", "c0", "b1", "c1"]
+    assert said == [[values, [0, None], joined, True], [values, [0, None], joined, False]]
 
 
 def test_directories_that_are_not_shared_are_named(tmp_path: Path) -> None:

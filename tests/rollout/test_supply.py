@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.prompts import PreparedTask, Prompts
 from maestro_jax.policy.tokens import Tokens
@@ -45,7 +46,7 @@ class Numbered:
         return [self.prompts.prepare(toy.task(n)) for n in range(self.position - GROUPS, self.position)]
 
     def get_state(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {"position": self.position, "beyond": []}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
@@ -143,3 +144,12 @@ def test_an_interrupted_run_drops_and_repeats_nothing(runner: Runner) -> None:
     left = {record.task.id for record in again._origin}
     assert len(set(trained)) == len(trained)
     assert set(trained) | left == {toy.task(n).id for n in range(5 * GROUPS)}
+
+
+def test_groups_under_way_stay_where_they_are(runner: Runner) -> None:
+    source = supply(runner, ahead=1, staleness=2)
+    next(source.step(runner.params, 1))
+    state = source.get_state()
+    assert any(state["done"].values())  # the slow task of the first batch is still with its expert
+    with pytest.raises(ConfigError, match="2 processes and 2 batch shards .* this start has 1 and 1"):
+        supply(runner, ahead=1, staleness=2).set_state(state | {"layout": [2, 2]})

@@ -5,10 +5,13 @@ It writes every call to `calls`. Tests prepare three things there:
                   lets it pass
   queue           lines; states of one request, "A B C": describe walks through them and stays at the last
   workers         lines; what one `worker.sh status` prints, words separated by blanks; the last one stays
+With a directory `machine` there, ssh and scp truly run and copy, at home in it.
 """
 
 import os
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,6 +57,18 @@ def delete(kind: str, name: str) -> None:
     thing(kind, name).unlink()
 
 
+def on_machine(words: list[str]) -> int:
+    """ssh or scp to the machine that is there."""
+    home = HERE / "machine"
+    match words[3:]:
+        case ["ssh", _]:
+            command = next(word for word in sys.argv if word.startswith("--command=")).removeprefix("--command=")
+            return subprocess.run(["bash", "-c", command], cwd=home, env={**os.environ, "HOME": str(home)}).returncode
+        case ["scp", source, target]:
+            shutil.copy(source, home / target.partition(":")[2])
+    return 0
+
+
 def main() -> None:
     with open(HERE / "calls", "a") as calls:
         print(shlex.join(["gcloud", *sys.argv[1:]]), file=calls)
@@ -61,6 +76,8 @@ def main() -> None:
     verb = words[:4] if words[0] == "compute" else words[:3]
     if failure := take(HERE / "failures" / "-".join(verb), keep_last=False):
         stop(failure)
+    if words[3:4] in (["ssh"], ["scp"]) and (HERE / "machine").is_dir():
+        sys.exit(on_machine(words))
     match words:
         case ["compute", "tpus", "tpu-vm", "create", name]:
             create("tpu-vm", name, "READY")
@@ -76,7 +93,7 @@ def main() -> None:
             delete("queued", name)
         case ["compute", "tpus", "tpu-vm", "ssh", _]:
             command = next(word for word in sys.argv if word.startswith("--command="))
-            if command.endswith("worker.sh status"):
+            if "worker.sh status" in command:
                 print("\n".join((take(HERE / "workers", keep_last=True) or "idle").split()))
         case ["compute", "tpus", "tpu-vm", "scp", *_] | ["container", "clusters", "get-credentials", _]:
             pass

@@ -1,0 +1,353 @@
+"""A run that is killed and stopped wherever it can be, against the same run left alone: nothing may differ at the end.
+
+Every start is a process of its own, ended by SIGKILL or told to stop by SIGTERM, at a named place or at a random time.
+The run is the main job at a tiny size, from an empty directory: tokenizer, demonstrations, warm start, baselines,
+evaluations, and two epochs of training with calls to experts.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from maestro_jax.command import EXIT_SECONDS
+from maestro_jax.errors import EXIT_LOST, EXIT_PREEMPTED
+from maestro_jax.observe.files import read_json
+from maestro_jax.observe.metrics import read_metrics
+from maestro_jax.registry.replay import read_calls
+from tests import hanging
+from tests.parallel import processes
+from tests.test_train_command import TINY
+from tests.zygote import Zygote
+
+TASKS, STEPS, GROUPS = 10, 10, 2  # two epochs: every task is trained twice
+EVERY, EVALUATE = 2, 4  # steps between checkpoints, and between evaluations
+PROMISE = 5.0  # seconds from SIGTERM to the end at this size
+SECONDS = 300  # far above what is needed: a hang fails instead of hanging the suite
+RESULTS = ("baselines.json", "before.json", "before_sampled.json", "trained.jsonl")
+
+SETTINGS = TINY | {
+    "data.train_per_domain": TASKS // 5,
+    "grpo.kl_weight": 0.0,
+    "grpo.steps": STEPS,
+    "grpo.groups": GROUPS,
+    "evaluate.every": EVALUATE,
+    "evaluate.batch": 2,  # an evaluation is of several
+    "checkpoint.every": EVERY,
+}
+
+# How the run is ended, one start after another. A place is counted from the start of its process.
+ENDS = (
+    "in_baselines:1:KILL",  # in the demonstrations
+    "in_warm_start:8:KILL",
+    "in_warm_start:15:TERM",
+    "in_evaluation:1:KILL",  # before reinforcement
+    "after_pull:1:KILL",
+    "in_rollout:1:KILL",
+    "after_rollout:1:TERM",  # in the update
+    "after_update:2:KILL",
+    "after_save:1:KILL",
+    "in_truncate:1:KILL",
+    "in_evaluation:1:TERM",
+    "in_evaluation:1:KILL",
+    "in_commit:1:KILL",
+    "after_save:1:TERM",
+    "after_metrics:1:KILL",
+    "after_rollout:1:KILL",
+)
+# Places that every start comes to, until the run is over.
+PLACES = ("after_pull", "in_rollout", "after_rollout", "after_update", "after_metrics", "in_truncate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Life:
+    """One start of a command, from its beginning to its end.
+
+    Attributes:
+      load: how many others each core has had to do; what takes time takes so much longer.
+    """
+
+    code: int
+    text: str
+    load: float = dataclasses.field(default_factory=lambda: max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+
+    @property
+    def resumed_from(self) -> int:
+        """The step of the checkpoint that it went on from; 0 if there was none."""
+        found = re.search(r"resumed from the checkpoint of step (\d+)", self.text)
+        return int(found[1]) if found else 0
+
+    def saved(self, within: float = PROMISE) -> str:
+        """What it says that it has saved, ended as it should after a signal."""
+        found = re.search(r"^stopped by SIGTERM in (\d+\.\d) s(.*); the same command goes on$", self.text, re.MULTILINE)
+        assert self.code == EXIT_PREEMPTED and found, self.text
+        seconds = float(found[1]) + EXIT_SECONDS  # it takes that at most to leave the interpreter
+        assert seconds < within * self.load, self.text
+        return found[2].removeprefix(": ")
+
+
+class Machine:
+    """Starts commands; what they compile is compiled once."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.lives = 0
+        self._environ = os.environ | {
+            "JAX_PLATFORMS": "cpu",  # one device, not the eight of the tests
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        self._zygote = Zygote(self._environ)
+        self._second: Zygote | None = None
+
+    def train(self, workdir: Path, failpoint: str = "", config: str = "configs/quickstart.py", **how: Any) -> Life:
+        own = ["--config.checkpoint.keep=0", f"--workdir={workdir}"]
+        return self.run("maestro_jax.train", [*self.flags(config), *own], failpoint, **how)
+
+    def flags(self, config: str = "configs/quickstart.py") -> list[str]:
+        settings = SETTINGS | {"data.suite_directory": self.directory / "suite"}
+        return [f"--config={config}", *(f"--config.{key}={value}" for key, value in settings.items())]
+
+    def train_pair(self, workdir: Path, failpoints: tuple[str, str] = ("", "")) -> list[Life]:
+        """The run over two processes, each with one device and a fail-point of its own, to the end of both."""
+        self.lives += 1
+        argv = [*self.flags(), "--config.checkpoint.keep=0", f"--workdir={workdir}"]
+        address = processes.free_address()
+        logs = [self.directory / f"{self.lives}.{number}.log" for number in range(2)]
+        for number, (zygote, failpoint, log) in enumerate(zip(self._zygotes(), failpoints, logs, strict=True)):
+            environ = {"MAESTRO_FAILPOINT": failpoint} | processes.told(address, 2, number)
+            zygote.start("maestro_jax.train", argv, environ, log)
+        return [Life(z.wait(), log.read_text(errors="replace")) for z, log in zip(self._zygotes(), logs, strict=True)]
+
+    def _zygotes(self) -> list[Zygote]:
+        if self._second is None:
+            self._second = Zygote(self._environ)
+        return [self._zygote, self._second]
+
+    def run(
+        self,
+        module: str,
+        argv: Sequence[str],
+        failpoint: str,
+        killed_after: float | None = None,
+        stopped_at: str = "",
+    ) -> Life:
+        """Runs a command to its end.
+
+        Args:
+          failpoint: of its environment.
+          killed_after: seconds until it is killed.
+          stopped_at: what it has written when it is told to stop.
+        """
+        self.lives += 1
+        log = self.directory / f"{self.lives}.log"
+        process = self._zygote.start(module, argv, {"MAESTRO_FAILPOINT": failpoint}, log)
+        if killed_after is not None:
+            time.sleep(killed_after)
+            os.kill(process, signal.SIGKILL)
+        if stopped_at:
+            wait_for(stopped_at, log)
+            os.kill(process, signal.SIGTERM)
+        return Life(self._zygote.wait(), log.read_text(errors="replace"))
+
+    def close(self) -> None:
+        self._zygote.close()
+        if self._second is not None:
+            self._second.close()
+
+
+def wait_for(text: str, log: Path) -> None:
+    """Returns when the log holds the text."""
+    end = time.monotonic() + SECONDS
+    while text not in (log.read_text(errors="replace") if log.exists() else ""):
+        assert time.monotonic() < end, f"{text!r} was not written: {log.read_text(errors='replace')}"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    found = Machine(tmp_path_factory.mktemp("machine"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def unbroken(machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("unbroken")
+    life = machine.train(workdir)
+    assert life.code == 0, life.text
+    return workdir
+
+
+def last_update(workdir: Path) -> int:
+    path = workdir / "trained.jsonl"
+    return max((row["step"] for row in read_metrics(path)), default=0) if path.exists() else 0
+
+
+def assert_same_run(workdir: Path, unbroken: Path) -> None:
+    """Parameters, optimiser, metrics, trajectories and results, to the last bit."""
+    for name in RESULTS:
+        assert (workdir / name).read_text() == (unbroken / name).read_text(), name
+    one, two = (without_times(where / "metrics.jsonl") for where in (workdir, unbroken))
+    assert one == two and [row["step"] for row in one] == list(range(STEPS + 1))
+    one, two = (arrays(where / "checkpoints") for where in (workdir, unbroken))
+    assert one.keys() == two.keys() and any("opt" in name for name in one)
+    assert [name for name in one if one[name].tobytes() != two[name].tobytes()] == []
+    one, two = (json.loads((where / "summary.json").read_text()) for where in (workdir, unbroken))
+    assert one | {"wall_seconds": 0} == two | {"wall_seconds": 0}
+    assert calls(workdir) == calls(unbroken)
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in read_metrics(path)]
+
+
+def arrays(checkpoints: Path) -> dict[str, np.ndarray]:
+    """Parameters and optimiser of the last checkpoint, by name."""
+    return ocp.PyTreeCheckpointer().restore(checkpoints / f"{STEPS}/state")
+
+
+def calls(workdir: Path) -> dict[Any, Any]:
+    """What was asked in which section by whom, and what came back."""
+    return {key: (seen.status, seen.text) for key, seen in read_calls(str(workdir / "journal.jsonl"))}
+
+
+# ---- killed and stopped --------------------------------------------------------------------------------------
+
+
+def ended(machine: Machine, workdir: Path, ends: Sequence[str | float]) -> None:
+    """Starts the run again and again, each time ended at a place or killed after so many seconds; then lets it end.
+
+    What was stopped goes on where it was, and a kill costs one save interval at most.
+    """
+    for end in [*ends, ""]:
+        done = last_update(workdir)
+        life = machine.train(workdir, end) if isinstance(end, str) else machine.train(workdir, killed_after=end)
+        assert done - life.resumed_from <= EVERY, life.text
+        if not end:
+            assert life.code == 0, life.text
+        elif str(end).endswith(":TERM"):
+            assert f"step {last_update(workdir)} is saved" in life.saved() or "warm start is saved" in life.saved()
+        else:
+            assert life.code == -signal.SIGKILL, f"{end}: {life.text}"
+
+
+def test_a_run_killed_and_stopped_wherever_it_can_be_equals_an_unbroken_one(
+    machine: Machine, unbroken: Path, tmp_path: Path
+) -> None:
+    ended(machine, tmp_path, ENDS)
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_every_task_is_trained_once_an_epoch(unbroken: Path) -> None:
+    """And so in every run that equals it."""
+    trained = [group["task"] for row in read_metrics(unbroken / "trained.jsonl") for group in row["groups"]]
+    epochs = [trained[start : start + TASKS] for start in range(0, len(trained), TASKS)]
+    assert len(epochs) == 2 and all(len(set(epoch)) == TASKS for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_the_comparison_is_not_empty(unbroken: Path) -> None:
+    """Experts were called in most steps, and most steps learned something."""
+    rows = read_metrics(unbroken / "metrics.jsonl")
+    assert sum(row.get("calls", 0) > 0 for row in rows) > STEPS / 2
+    assert sum(row.get("grad_norm", 0) > 0 for row in rows) > STEPS / 2
+
+
+@pytest.mark.slow  # minutes: fifty kills
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_killed_at_ten_random_times_equals_an_unbroken_one(
+    seed: int, machine: Machine, unbroken: Path, tmp_path: Path
+) -> None:
+    """At first by the clock, wherever that hits; then at places, which it comes to until it is over."""
+    rng = random.Random(seed)
+    times = [rng.uniform(0.5, 5.0) for _ in range(6)]
+    ended(machine, tmp_path, [*times, *(f"{place}:1:KILL" for place in rng.sample(PLACES, 4))])
+    assert_same_run(tmp_path, unbroken)
+
+
+@pytest.fixture
+def warm(unbroken: Path, tmp_path: Path) -> Path:
+    """A work directory with all that comes before reinforcement, for a run with other settings."""
+    later = ("checkpoints", "metrics.jsonl", "trained.jsonl", "summary.json", "*.png", "config.json", "journal.jsonl")
+    return Path(shutil.copytree(unbroken, tmp_path / "warm", ignore=shutil.ignore_patterns(*later)))
+
+
+def test_a_run_is_stopped_while_an_expert_hangs(machine: Machine, warm: Path, tmp_path: Path) -> None:
+    config, until = tmp_path / "hanging.py", tmp_path / "go_on"
+    config.write_text(hanging.CONFIG.format(until=str(until)))
+    life = machine.train(warm, "in_rollout:1:TERM", config=str(config))
+    assert life.saved() == "step 0 is saved"
+    until.touch()
+    life = machine.train(warm, "after_update:1:TERM", config=str(config))
+    assert "resumed from the checkpoint of step 0" in life.text
+    assert life.saved() == "step 1 is saved"
+
+
+@pytest.mark.slow  # to be compiled
+def test_a_run_is_stopped_while_it_compiles(machine: Machine, warm: Path) -> None:
+    """XLA is not interrupted; the run hears at once, and what it has computed then is saved."""
+    own = ["--config.grpo.logprob_chunk=16", f"--workdir={warm}"]  # another program than those that are compiled
+    argv = [*machine.flags(), *own]
+    life = machine.run("maestro_jax.train", argv, "", stopped_at="new shape of the update")
+    assert life.saved(SECONDS) == "step 1 is saved"
+    life = machine.run("maestro_jax.train", argv, "after_pull:1:TERM")
+    assert life.resumed_from == 1
+    assert life.saved() == "step 1 is saved"
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_stopped_and_goes_on(machine: Machine, unbroken: Path, tmp_path: Path) -> None:
+    argv = [*machine.flags(), f"--checkpoint={unbroken}", f"--output={tmp_path}", "--baselines"]
+    life = machine.run("maestro_jax.evaluate", argv, "in_baselines:2:TERM")
+    assert life.saved() == ""
+    assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) > 1
+    assert machine.run("maestro_jax.evaluate", argv, "").code == 0
+    assert read_json(tmp_path / "evaluation.json")["tasks"] == 5
+
+
+# ---- two processes -----------------------------------------------------------------------------------------
+
+# How each of the two is ended; the other has to notice.
+PAIR_ENDS = (
+    ("", "in_warm_start:5:TERM"),
+    ("in_baselines:1:KILL", ""),
+    ("", "in_rollout:1:KILL"),
+    ("", "in_rollout:1:TERM"),
+    ("after_update:2:KILL", ""),
+    ("in_commit:1:KILL", ""),
+    ("in_evaluation:1:TERM", ""),
+    ("", "after_rollout:1:KILL"),
+)
+LOST = (EXIT_LOST, -signal.SIGABRT)
+
+
+@pytest.mark.slow  # minutes: ten starts of two processes
+def test_two_processes_killed_and_stopped_equal_unbroken_ones(machine: Machine, tmp_path: Path) -> None:
+    """Who loses the other ends as well; where one is told to stop, both do, with one checkpoint."""
+    unbroken, workdir = tmp_path / "unbroken", tmp_path / "broken"
+    assert [life.code for life in machine.train_pair(unbroken)] == [0, 0]
+    for ends in PAIR_ENDS:
+        lives = machine.train_pair(workdir, ends)
+        codes = [life.code for life in lives]
+        if any(end.endswith("TERM") for end in ends):
+            assert codes == [EXIT_PREEMPTED] * 2, lives
+            assert lives[0].saved(SECONDS) == lives[1].saved(SECONDS)
+        else:
+            killed = 0 if ends[0] else 1
+            assert codes[killed] == -signal.SIGKILL and codes[1 - killed] in LOST, lives
+    assert [life.code for life in machine.train_pair(workdir)] == [0, 0]
+    assert_same_run(workdir, unbroken)
