@@ -10,12 +10,11 @@ nothing is lost (docs/reliability.md).
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
@@ -25,7 +24,6 @@ from maestro_jax import command, failpoints
 from maestro_jax.assemble import (
     check_batches,
     check_same_run,
-    check_same_settings,
     fields,
     flatten,
     open_data,
@@ -43,9 +41,7 @@ from maestro_jax.data.source import TaskSource
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
-from maestro_jax.grpo.batch import Scored
 from maestro_jax.grpo.learner import Learner
-from maestro_jax.grpo.ledger import trained_row
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import (
@@ -70,13 +66,12 @@ from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.prompt import render_system_prompt
-from maestro_jax.registry.replay import Replay
+from maestro_jax.registry.replay import Replay, Resumed
 from maestro_jax.rewards.graders import check_sources
-from maestro_jax.rewards.reward import RewardParts
-from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
+from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.rollout.supply import Supply, SupplyConfig
-from maestro_jax.rollout.trajectory import Trajectory
+from maestro_jax.training import Files, Training
 from maestro_jax.types import Task
 from maestro_jax.warm_start.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
 from maestro_jax.warm_start.finetune import finetune
@@ -140,8 +135,12 @@ def main(argv: Sequence[str]) -> None:
         if not REPLAY.value:
             own_registry = share_of_limits(config.registry, jax.process_count())
             registry = Registry(own_registry, str(cluster.own_path(workdir / "expert_cache.jsonl")), journal)
-        dispatcher = Dispatcher(registry or Replay(REPLAY.value, journal), journal)
+        answered = Resumed(registry or Replay(REPLAY.value, journal), journal)
+        dispatcher = Dispatcher(answered, journal)
         closing.callback(dispatcher.close)
+        store = open_store(config, workdir, progress)
+        if store.latest() is None:  # else training knows from where on (`Training.begin`)
+            answered.recall({})
         router = WeakRouter(config.registry, config.warm_start)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
         architecture = open_architecture(config.policy.architecture, config.policy.init_from)
@@ -199,7 +198,7 @@ def main(argv: Sequence[str]) -> None:
             lambda: evaluate(params, False, "held-out, before RL (sampled)"),
         )
 
-        # ---- Resume ----------------------------------------------------------------------------
+        # ---- Updates ---------------------------------------------------------------------------
         optimizer = make_optimizer(config.optimizer)
         state = init_train_state(params, optimizer, config.policy.freeze, mesh, config.optimizer.offload)
         update = update_config(config, config.rollout.temperature)
@@ -236,100 +235,33 @@ def main(argv: Sequence[str]) -> None:
             process_count=jax.process_count(),
         )
         supply = Supply(engine, iter(batches), supply_config(config), config.seed)
-        store = open_store(config, workdir, progress)
-        hashes = settings_hashes(settings)
-        step, seconds_before = 0, 0.0
-        evaluated: dict[str, Any] | None = None  # the result of evaluating the policy as it is now
-        row: dict[str, Any] | None = None  # metrics of the last update, while what is due after it is not done
-        behind: dict[str, Any] = {"supply": supply.get_state(), "journal": {}}
-        if (restored := store.restore_newest(state)) is not None:
-            state, run = restored.state, restored.run
-            check_same_settings(run.get("settings", hashes), hashes, str(store.directory))
-            supply.set_state(run["supply"])
-            step, seconds_before = restored.step, run["seconds"]
-            evaluated, row, behind = run["evaluated"], run["row"], {name: run[name] for name in behind}
-            progress.note(f"resumed from the checkpoint of step {step}")
         metrics, ledger = (
-            MetricsWriter(workdir / name if cluster.is_main() else None) for name in ("metrics.jsonl", "trained.jsonl")
+            closing.enter_context(MetricsWriter(workdir / name if cluster.is_main() else None))
+            for name in ("metrics.jsonl", "trained.jsonl")
         )
-        metrics.truncate_after(step - 1 if step == 0 or row is not None else step)
-        ledger.truncate_after(step)
-        if step == 0:
-            metrics.write({"step": 0, "held_out_accuracy": before.accuracy, "held_out_reward": before.reward})
 
-        def position() -> dict[str, Any]:
-            """Where data and journal go on behind an update. What is pulled or asked later is so again, or recalled."""
-            journals = dict(cluster.gather((Path(journal.path).name, journal.size())))
-            return {"supply": supply.get_state(), "journal": journals}
-
-        def save() -> None:
-            """Starts a checkpoint of the last update. What leads up to it is on disk before it is."""
-            failpoints.reach("before_save")
-            for file in (journal, metrics, ledger):
-                file.sync()
-            facts = {
-                **behind,
-                "seed": config.seed,
-                "settings": hashes,
-                "evaluated": evaluated,
-                "row": row,
-                "seconds": seconds_before + time.monotonic() - began,
-            }
-            store.save(step, state, facts)
-            failpoints.reach("after_save")
+        def report() -> None:
             if registry is not None:
                 write_json(cluster.own_path(workdir / "experts.json"), registry.report())
 
-        # ---- Reinforcement: each turn concludes the last update and makes the next one -----------
-        last = before if evaluated is None else Evaluation.from_json(evaluated)
-        saved = None if restored is None else step
-        progress.phase("train", config.grpo.steps, done=step)
-        try:
-            while True:
-                if row is not None:
-                    if step % config.evaluate.every == 0 or step == config.grpo.steps:
-                        journal.begin(f"held-out, step {step}")
-                        last = evaluate(state.params, True, "held-out (greedy)")
-                        evaluated = last.to_json()
-                        row |= {"held_out_accuracy": last.accuracy, "held_out_reward": last.reward}
-                        progress.phase("train", config.grpo.steps, done=step)
-                    metrics.write(row)
-                    row = None
-                    failpoints.reach("after_metrics")
-                    if saved != step and (step % config.checkpoint.every == 0 or step == config.grpo.steps):
-                        save()
-                        saved = step
-                if step >= config.grpo.steps:
-                    break
-                preemption.check()
-                store.check()
-                step_began = time.monotonic()
-                journal.begin(f"step {step + 1}")
-                rollouts = Stopwatch(until_committed(supply.step(state.params, step + 1), store))
-                state, seen, step_metrics = learner(state, rollouts)
-                step, evaluated, behind = step + 1, None, position()
-                failpoints.reach("after_update")
-                ledger.write(trained_row(step, seen))
-                row = {"step": step, **episode_metrics(seen, step), **step_metrics}
-                row |= {"rollout_seconds": rollouts.seconds, "seconds": time.monotonic() - step_began}
-                progress.update(step, {name: row[name] for name in ("reward", "accuracy", "calls", "seconds")})
-            if evaluated is None:  # nothing was left to train
-                journal.begin("trained")
-                last = evaluate(state.params, True, "held-out (greedy)")
-        except preemption.Preempted as stop:
-            if saved != step:
-                save()
-            store.close()
-            stop.saved = f"step {step} is saved"
-            raise
-
-        # ---- Results ---------------------------------------------------------------------------
-        store.close()
-        metrics.close()
-        ledger.close()
+        # ---- Reinforcement ---------------------------------------------------------------------
+        training = Training(
+            config,
+            learner,
+            supply,
+            store,
+            Files(journal, metrics, ledger),
+            lambda params: evaluate(params, True, "held-out (greedy)"),
+            report,
+            progress,
+            began,
+        )
+        training.begin(state, before, answered, settings_hashes(settings))
+        training.run()
 
     if not cluster.is_main():
         return
+    last = training.last
     rows = accuracies(baselines, before, last)
     summary = {
         "accuracy": {name: row.pop("overall") for name, row in rows.items()},
@@ -341,7 +273,7 @@ def main(argv: Sequence[str]) -> None:
         "held_out_tasks": len(held_out),
         "steps": config.grpo.steps,
         "seed": config.seed,
-        "wall_seconds": seconds_before + time.monotonic() - began,
+        "wall_seconds": training.seconds,
     }
     write_json(workdir / "summary.json", summary)
     plot_curves(read_metrics(workdir / "metrics.jsonl"), lines_of(summary["accuracy"]), workdir / "curves.png")
@@ -479,64 +411,6 @@ def measure_baselines(
         return found.to_json()
 
     return Baselines.from_json(cluster.from_main(measure))
-
-
-def until_committed(rollouts: Iterator[T], store: CheckpointStore) -> Iterator[T]:
-    """The rollouts of a step; with the last of them, what was being saved is there.
-
-    A save takes its time while experts work. Were it to take longer than a step, a kill could cost two intervals.
-    """
-    yield from rollouts
-    store.wait()
-
-
-class Stopwatch(Iterator[T]):
-    """An iterator that counts the seconds its items took to come."""
-
-    def __init__(self, items: Iterator[T]):
-        self.items = items
-        self.seconds = 0.0
-
-    def __next__(self) -> T:
-        began = time.monotonic()
-        try:
-            return next(self.items)
-        finally:
-            self.seconds += time.monotonic() - began
-
-
-def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dict[str, float]:
-    """Averages over the trajectories of a step, of all processes."""
-    parts = [
-        [
-            episode_figures(trajectory, reward, version)
-            for group, rewards in zip(rollout.trajectories, scored.parts, strict=True)
-            for trajectory, reward in zip(group, rewards, strict=True)
-        ]
-        for rollout, scored in seen
-    ]
-    figures = cluster.joined(parts)
-    columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
-    tokens, ages = columns.pop("authored"), columns.pop("ages")
-    found = {name: float(np.mean(column)) for name, column in columns.items()}
-    # Versions between a token and the update that it is in; and what all calls cost, not each.
-    return found | {"price": float(columns["price"].sum()), "staleness": float(ages.sum() / tokens.sum())}
-
-
-def episode_figures(trajectory: Trajectory, parts: RewardParts, version: int) -> dict[str, float]:
-    return {
-        "reward": parts.total,
-        "accuracy": parts.outcome,
-        "format": parts.format,
-        "cost": parts.cost,
-        "latency": parts.latency,
-        "calls": trajectory.executed_calls,
-        "price": trajectory.price,
-        "queue_seconds": trajectory.timing.queued,
-        "waiting_seconds": sum(trajectory.timing.waiting),
-        "authored": sum(trajectory.authored),
-        "ages": sum(version - v for v, own in zip(trajectory.versions, trajectory.authored, strict=True) if own),
-    }
 
 
 def accuracies(baselines: Baselines, before: Evaluation, trained: Evaluation) -> dict[str, dict[str, float]]:

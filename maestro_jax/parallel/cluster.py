@@ -187,13 +187,14 @@ def _patience(cluster: Cluster, seconds: int) -> Iterator[None]:
 
 def _reason(cluster: Cluster, seconds: int) -> str:
     coordinator = distributed.global_state.coordinator_address or "the coordinator"
-    processes = cluster.processes or "all"
+    processes = cluster.processes or "the"
     cure = (
         f"start all of them (found by: {cluster.name}), let hosts reach {coordinator}, and unset http_proxy; "
         "MAESTRO_PROCESSES=1 runs on this host alone"
     )
     if distributed.global_state.service is None:
-        return f"process {cluster.process} of {processes} waited {seconds} s for the others at {coordinator}; {cure}"
+        who = "this process" if cluster.process is None else f"process {cluster.process} of {processes}"
+        return f"{who} waited {seconds} s for the others at {coordinator}; {cure}"
     came = _connected(int(coordinator.rpartition(":")[2]))
     return (
         f"{len(came)} of {processes} processes came to {coordinator} within {seconds} s "

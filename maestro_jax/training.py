@@ -1,0 +1,254 @@
+"""Reinforcement from update to update: what is due after each, what a checkpoint holds, and how a run goes on."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from flax import nnx
+
+from maestro_jax import failpoints
+from maestro_jax.assemble import check_same_settings
+from maestro_jax.checkpoint.store import CheckpointStore
+from maestro_jax.config import Config
+from maestro_jax.evaluation.policy import Evaluation
+from maestro_jax.grpo.batch import Scored
+from maestro_jax.grpo.learner import Learner
+from maestro_jax.grpo.ledger import trained_row
+from maestro_jax.grpo.update import TrainState
+from maestro_jax.observe.metrics import MetricsWriter
+from maestro_jax.observe.progress import Progress
+from maestro_jax.parallel import cluster, preemption
+from maestro_jax.registry.journal import Journal
+from maestro_jax.registry.replay import Resumed
+from maestro_jax.rewards.reward import RewardParts
+from maestro_jax.rollout.engine import Rollout
+from maestro_jax.rollout.supply import Supply
+from maestro_jax.rollout.trajectory import Trajectory
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What a run writes line by line; process 0 writes metrics and ledger, each process its own journal."""
+
+    journal: Journal
+    metrics: MetricsWriter
+    ledger: MetricsWriter
+
+    def sync(self) -> None:
+        """Returns when everything written so far is on disk."""
+        for file in (self.journal, self.metrics, self.ledger):
+            file.sync()
+
+
+class Training:
+    """The policy after its last update, and all that the next ones need.
+
+    Args:
+      evaluate: a policy on the held-out tasks.
+      on_save: called with every checkpoint.
+      began: when the command did, as `time.monotonic` counts.
+
+    Attributes:
+      step: updates made.
+      last: the last evaluation of a policy of this run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        learner: Learner,
+        supply: Supply,
+        store: CheckpointStore,
+        files: Files,
+        evaluate: Callable[[nnx.State], Evaluation],
+        on_save: Callable[[], None],
+        progress: Progress,
+        began: float,
+    ):
+        self.config, self.learner, self.supply, self.store, self.files = config, learner, supply, store, files
+        self.step = 0
+        self._evaluate, self._on_save, self._progress, self._began = evaluate, on_save, progress, began
+        self._seconds_before = 0.0  # of earlier processes
+        self._evaluated: Evaluation | None = None  # the policy as it is now
+        self._row: dict[str, Any] | None = None  # metrics of the last update, while what is due after it is not done
+        self._behind: dict[str, Any] = {}  # where data and journals go on behind the last update
+        self._saved: int | None = None  # the last step that there is a checkpoint of
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, with all its processes one after the other."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def begin(self, state: TrainState, before: Evaluation, answered: Resumed, hashes: Mapping[str, str]) -> None:
+        """Starts from `state`, or from the newest checkpoint, in the shape and shardings of `state`.
+
+        Args:
+          before: the evaluation of `state`.
+          answered: told which calls were answered behind the checkpoint.
+          hashes: of the settings; a checkpoint of others is refused.
+        """
+        self.hashes, self.last = hashes, before
+        restored = self.store.restore_newest(state)
+        if restored is None:
+            self.state, self._behind = state, self._position()
+        else:
+            self.state, self.step = restored.state, restored.step
+            self._take(restored.run)
+            if calls := answered.recall(self._behind["journal"]):
+                self._progress.note(f"{calls} calls were answered before the interruption and are not made again")
+        metrics, ledger = self.files.metrics, self.files.ledger
+        metrics.truncate_after(self.step - 1 if self.step == 0 or self._row is not None else self.step)
+        ledger.truncate_after(self.step)
+        if self.step == 0:
+            metrics.write({"step": 0, "held_out_accuracy": before.accuracy, "held_out_reward": before.reward})
+
+    def _take(self, run: Mapping[str, Any]) -> None:
+        """What a checkpoint says of the run."""
+        check_same_settings(run.get("settings", self.hashes), self.hashes, str(self.store.directory))
+        self.supply.set_state(run["supply"])
+        self._behind = {"supply": run["supply"], "journal": run["journal"]}
+        self._row, self._seconds_before, self._saved = run["row"], run["seconds"], self.step
+        if run["evaluated"] is not None:
+            self.last = self._evaluated = Evaluation.from_json(run["evaluated"])
+        self._progress.note(f"resumed from the checkpoint of step {self.step}")
+
+    def run(self) -> None:
+        """Trains until all steps are made.
+
+        Raises:
+          Preempted: the run was told to stop; its last update is saved.
+        """
+        self._progress.phase("train", self.config.grpo.steps, done=self.step)
+        try:
+            self._conclude()
+            while self.step < self.config.grpo.steps:
+                preemption.check()
+                self.store.check()
+                self._update()
+                self._conclude()
+            if self._evaluated is None:  # nothing was left to train
+                self.files.journal.begin("trained")
+                self.last = self._evaluate(self.state.params)
+        except preemption.Preempted as stop:
+            if self._saved != self.step:
+                self._save()
+            self.store.close()
+            stop.saved = f"step {self.step} is saved"
+            raise
+        self.store.close()
+
+    def _update(self) -> None:
+        step, began = self.step + 1, time.monotonic()
+        self.files.journal.begin(f"step {step}")
+        rollouts = Stopwatch(until_committed(self.supply.step(self.state.params, step), self.store))
+        self.state, seen, metrics = self.learner(self.state, rollouts)
+        self.step, self._evaluated, self._behind = step, None, self._position()
+        failpoints.reach("after_update")
+        self.files.ledger.write(trained_row(step, seen))
+        times = {"rollout_seconds": rollouts.seconds, "seconds": time.monotonic() - began}
+        self._row = {"step": step, **episode_metrics(seen, step), **metrics, **times}
+        self._progress.update(step, {name: self._row[name] for name in ("reward", "accuracy", "calls", "seconds")})
+
+    def _conclude(self) -> None:
+        """Does what is due after the last update: evaluation, the line of metrics, the checkpoint."""
+        if self._row is None:
+            return
+        if self._is_due(self.config.evaluate.every):
+            self.files.journal.begin(f"held-out, step {self.step}")
+            self.last = self._evaluated = self._evaluate(self.state.params)
+            self._row |= {"held_out_accuracy": self.last.accuracy, "held_out_reward": self.last.reward}
+            self._progress.phase("train", self.config.grpo.steps, done=self.step)
+        self.files.metrics.write(self._row)
+        self._row = None
+        failpoints.reach("after_metrics")
+        if self._saved != self.step and self._is_due(self.config.checkpoint.every):
+            self._save()
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.grpo.steps
+
+    def _save(self) -> None:
+        """Starts a checkpoint of the last update. What leads up to it is on disk before it is."""
+        failpoints.reach("before_save")
+        self.files.sync()
+        facts = {
+            **self._behind,
+            "seed": self.config.seed,
+            "settings": dict(self.hashes),
+            "evaluated": self._evaluated.to_json() if self._evaluated else None,
+            "row": self._row,
+            "seconds": self.seconds,
+        }
+        self.store.save(self.step, self.state, facts)
+        self._saved = self.step
+        failpoints.reach("after_save")
+        self._on_save()
+
+    def _position(self) -> dict[str, Any]:
+        """Where data and journals go on from here: what is pulled later is pulled again, what is asked is recalled."""
+        journal = self.files.journal
+        sizes = cluster.gather((Path(journal.path).name, journal.size()))
+        return {"supply": self.supply.get_state(), "journal": dict(sizes)}
+
+
+def until_committed(rollouts: Iterator[T], store: CheckpointStore) -> Iterator[T]:
+    """The rollouts of a step; with the last of them, what was being saved is there.
+
+    A save takes its time while experts work. Were it to take longer than a step, a kill could cost two intervals.
+    """
+    yield from rollouts
+    store.wait()
+
+
+class Stopwatch(Iterator[T]):
+    """An iterator that counts the seconds its items took to come."""
+
+    def __init__(self, items: Iterator[T]):
+        self.items = items
+        self.seconds = 0.0
+
+    def __next__(self) -> T:
+        began = time.monotonic()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.monotonic() - began
+
+
+def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dict[str, float]:
+    """Averages over the trajectories of a step, of all processes."""
+    parts = [
+        [
+            episode_figures(trajectory, reward, version)
+            for group, rewards in zip(rollout.trajectories, scored.parts, strict=True)
+            for trajectory, reward in zip(group, rewards, strict=True)
+        ]
+        for rollout, scored in seen
+    ]
+    figures = cluster.joined(parts)
+    columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
+    tokens, ages = columns.pop("authored"), columns.pop("ages")
+    found = {name: float(np.mean(column)) for name, column in columns.items()}
+    # Versions between a token and the update that it is in; and what all calls cost, not each.
+    return found | {"price": float(columns["price"].sum()), "staleness": float(ages.sum() / tokens.sum())}
+
+
+def episode_figures(trajectory: Trajectory, parts: RewardParts, version: int) -> dict[str, float]:
+    return {
+        "reward": parts.total,
+        "accuracy": parts.outcome,
+        "format": parts.format,
+        "cost": parts.cost,
+        "latency": parts.latency,
+        "calls": trajectory.executed_calls,
+        "price": trajectory.price,
+        "queue_seconds": trajectory.timing.queued,
+        "waiting_seconds": sum(trajectory.timing.waiting),
+        "authored": sum(trajectory.authored),
+        "ages": sum(version - v for v, own in zip(trajectory.versions, trajectory.authored, strict=True) if own),
+    }
