@@ -342,7 +342,9 @@ def init_train_state(
     home = opt_shardings(optimizer, trained, mesh, offload)
     opt_state = jax.jit(optimizer.init, out_shardings=jax.tree.map(_on_device, home))(trained)
     opt_state = jax.device_put(opt_state, home) if offload else opt_state
-    return TrainState(params, opt_state, jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh)))
+    # Not by device_put: over several processes it makes an array of one that Orbax cannot take apart.
+    step = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=replicated(mesh))()
+    return TrainState(params, opt_state, step)
 
 
 def opt_shardings(

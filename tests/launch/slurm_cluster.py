@@ -81,6 +81,8 @@ class Slurm:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.run("scancel", "--user=root")  # jobs would outlive the daemons
+        self._wait_until("no job is left", lambda: not self.run("squeue", "--noheader"))
         for daemon in reversed(self._daemons):
             daemon.terminate()
             try:

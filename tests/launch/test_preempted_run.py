@@ -13,14 +13,14 @@ import pytest
 
 from tests.launch.conftest import FAKES, FAST_PYTHON, Cloud
 
-STEPS = 6
+STEPS = 30  # enough for the signal to come in between
 LOOP = (
     "tpu_queued/loop.sh --name=run1 --zone=us-west4-a --accelerator=v5litepod-1 --spot --config=configs/quickstart.py"
 )
 SETTINGS = (
     "--config.data.train_per_domain=8 --config.data.test_per_domain=4 --config.warm_start.steps=4 "
     f"--config.grpo.steps={STEPS} --config.grpo.groups=4 --config.grpo.group_size=4 --config.evaluate.batch=20 "
-    "--config.evaluate.every=6 --config.checkpoint.every=2"
+    "--config.evaluate.every=30 --config.checkpoint.every=2"
 )
 
 
@@ -57,7 +57,7 @@ def test_a_run_outlives_its_machine(machine: Cloud) -> None:
     machine.lines("queue", "WAITING_FOR_RESOURCES ACTIVE", "PROVISIONING ACTIVE")
     command = f"{LOOP} --share=10.0.0.2:/maestro --workdir={workdir} --delete-when-done -- {SETTINGS}"
     with ThreadPoolExecutor() as pool:
-        loop = pool.submit(machine.launch, command, seconds=1200, MAESTRO_PAUSE="1", USER="someone")
+        loop = pool.submit(machine.launch, command, seconds=900, MAESTRO_PAUSE="1", USER="someone")
         wait_for_steps(workdir, 3, loop)
         # A machine that goes down: SIGTERM, time to save, then it is gone with its disk.
         machine.lines("queued/run1", "SUSPENDING")

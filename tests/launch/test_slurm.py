@@ -1,7 +1,10 @@
 """Jobs of launch/slurm on a real Slurm of one node (slurm_cluster.py)."""
 
+import contextlib
 import json
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -134,8 +137,19 @@ def test_processes_of_a_step_find_each_other(slurm: Slurm) -> None:
     assert sorted(found.splitlines()) == ["0 2 1 2 ['here', 'here']", "1 2 1 2 ['here', 'here']"]
 
 
-def test_a_run_of_two_processes_is_requeued_twice_and_is_the_run_that_was_not(slurm: Slurm, tmp_path: Path) -> None:
-    """Once by its own script, after the signal that announces the time limit, once by Slurm."""
+def process_of_job(rank: int, workdir: Path) -> int:
+    """The number of the training process with this rank."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"--workdir={workdir}" not in (path / "cmdline").read_text().split("\0"):
+                continue
+            if f"SLURM_PROCID={rank}" in (path / "environ").read_text().split("\0"):
+                return int(path.name)
+    raise AssertionError(f"no process {rank} in {workdir}")
+
+
+def test_a_run_that_is_stopped_in_three_ways_is_the_run_that_was_not(slurm: Slurm, tmp_path: Path) -> None:
+    """By the signal that announces the time limit, by Slurm, and by the loss of one of two processes."""
 
     def train(name: str) -> Job:
         script = (*TRAIN, *TINY, f"--workdir={tmp_path / name}")
@@ -144,19 +158,23 @@ def test_a_run_of_two_processes_is_requeued_twice_and_is_the_run_that_was_not(sl
     def steps(name: str) -> list[int]:
         return [row["step"] for row in lines_of(tmp_path / name / "metrics.jsonl")]
 
+    def resumed(times: int) -> bool:
+        return broken.said().count("resumed from the checkpoint of step") == times
+
     whole = train("whole")
     assert whole.wait_for_end(600) == "COMPLETED", whole.said()[-4000:]
 
     broken = train("broken")
     broken.wait_until(lambda: 2 in steps("broken"), 600)
     slurm.run("scancel", "--signal=TERM", broken.number)  # to the processes, as --signal does
-    broken.wait_until(lambda: "restart 1" in broken.said() and 4 in steps("broken"), 600)
+    broken.wait_until(lambda: resumed(1) and 4 in steps("broken"), 600)
     slurm.run("scontrol", "requeue", broken.number)
+    broken.wait_until(lambda: resumed(2), 600)
+    os.kill(process_of_job(1, tmp_path / "broken"), signal.SIGKILL)
     assert broken.wait_for_end(600) == "COMPLETED", broken.said()[-4000:]
 
-    assert broken.ends() == [("75", "0"), ("75", "0"), ("0", "")]
-    assert broken.said().count("resumed from the checkpoint of step") == 2
-    assert steps("broken") == list(range(7))
+    assert broken.ends() == [("75", "0"), ("75", "0"), ("137", "1"), ("0", "")]
+    assert resumed(3) and steps("broken") == list(range(7))
     for name in ("metrics.jsonl", "trained.jsonl"):
         assert untimed(lines_of(tmp_path / "broken" / name)) == untimed(lines_of(tmp_path / "whole" / name))
 
