@@ -69,7 +69,7 @@ def fail_by_checking(store: CheckpointStore) -> None:
 
 
 def is_cleared(directory: Path) -> bool:
-    """Whether the next start clears away what was begun; while threads of the store that failed still write, not yet."""
+    """Whether the next start clears away what was begun. Not while threads of the store that failed still write."""
     CheckpointStore(directory, keep=5).close()
     return [path.name for path in directory.iterdir()] == ["1"]
 
