@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -103,6 +104,25 @@ def test_cancelling_ends_the_program(sandbox: Sandbox) -> None:
     others = _children()
     asyncio.run(cancelled())
     assert _children() <= others, "a process was left behind"
+
+
+def test_a_program_is_not_judged_by_the_signal_that_stops_the_run(sandbox: Sandbox) -> None:
+    """Slurm, for one, sends SIGTERM to all processes of a job."""
+    limits = dataclasses.replace(LIMITS, cpu_seconds=300.0)
+    program = "for _ in range(3_000_000): pass\nprint('done')"
+    before = _children()
+
+    async def run() -> Ran:
+        running = asyncio.ensure_future(sandbox.run(program, {}, limits))
+        while not (started := [int(pid) for pid in _children() - before]) or not _ignores(started[0], signal.SIGTERM):
+            assert not running.done(), "it never ignored SIGTERM"
+            await asyncio.sleep(0.005)
+        for pid in process._family(started[0]):
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.kill(pid, signal.SIGTERM)
+        return await running
+
+    assert asyncio.run(run()).stdout == "done\n"
 
 
 def test_the_event_loop_goes_on(sandbox: Sandbox) -> None:
@@ -309,3 +329,9 @@ def _children() -> set[str]:
             if int(state[1]) == os.getpid() and state[0] != "Z":
                 found.add(path.parent.name)
     return found
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigIgn"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
