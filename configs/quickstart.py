@@ -151,6 +151,7 @@ def warm_start() -> ConfigDict:
     return ConfigDict(
         {
             "steps": WARM_START_STEPS,
+            "checkpoint_every": 100,
             "groups": 8,
             "group_size": 4,
             "claims": {

@@ -190,6 +190,7 @@ class WarmStartConfig:
 
     Attributes:
       steps: updates; 0 leaves the warm start out.
+      checkpoint_every: steps between its checkpoints.
       claims: source → (expert, skill) that the registry's descriptions point to, right or wrong.
       follow_expert, follow_skill: how often the router follows the description of each; else at random.
       second_call: how often it asks another pair after a reply that gives nothing.
@@ -199,6 +200,7 @@ class WarmStartConfig:
     """
 
     steps: int
+    checkpoint_every: int
     groups: int
     group_size: int
     claims: dict[str, Any]
@@ -333,6 +335,8 @@ def _check(config: Config) -> None:
     warm_start = config.warm_start
     _check_optimizer("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
     _check_optimizer("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
+    if (between := warm_start.checkpoint_every) < 1:
+        raise ConfigError(f"config.warm_start.checkpoint_every={between} is no number of steps; use 1 or more")
     for source, pair in warm_start.claims.items() if warm_start.steps else ():
         found = config.registry.resolve(*pair)
         if isinstance(found, str):

@@ -97,6 +97,7 @@ FREE_KEYS = (
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.keep_every",
+    "warm_start.checkpoint_every",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -330,7 +331,9 @@ def warm_start(
     settings = config.warm_start
     optimizer = make_optimizer(settings.optimizer)
     state = init_train_state(params, optimizer, config.policy.freeze, mesh, settings.optimizer.offload)
-    store = CheckpointStore(workdir / "warm_start", keep=1, note=progress.note)
+    # One to fall back on.
+    directory, anew = workdir / "warm_start", "delete them: the warm start is made again, and comes out the same"
+    store = CheckpointStore(directory, keep=2, note=progress.note, anew=anew)
     done = 0
     if (restored := store.restore_newest(state)) is not None:
         state, done = restored.state, restored.run["steps"]
@@ -353,7 +356,6 @@ def warm_start(
     def save(done: int, state: TrainState) -> None:
         journal.sync()
         store.save(done, state, {"steps": done})
-        store.close()
 
     saved = done
     try:
@@ -363,14 +365,18 @@ def warm_start(
                 progress.update(done, values)
             else:
                 progress.tick(done)
+            if done % settings.checkpoint_every == 0 or done == settings.steps:
+                save(done, state)
+                saved = done
             failpoints.reach("in_warm_start")
             preemption.check()
     except preemption.Preempted as stop:
         if done > saved:
             save(done, state)
+        store.close()
         stop.saved = f"step {done} of the warm start is saved"
         raise
-    save(done, state)
+    store.close()
     return state.params
 
 

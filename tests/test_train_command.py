@@ -70,6 +70,7 @@ TINY = {
     # Prices differ between pairs: with a weight, the members of nearly every group differ in reward.
     "reward.cost_weight": 1e4,
     "warm_start.steps": 40,
+    "warm_start.checkpoint_every": 5,
     "warm_start.groups": 4,
     "warm_start.group_size": 2,
     "warm_start.optimizer.learning_rate": 1e-2,

@@ -4,7 +4,8 @@
     12/run/         JSON: format, versions, each array's shape, dtype and fingerprint, facts of the run (`contents`)
     12/MANIFEST     JSON: size of every file and hash of its end; the last to be written before the commit
 
-What Orbax writes when it commits (`_CHECKPOINT_METADATA`, `commit_success.txt`) is not read, so it may be damaged.
+What Orbax writes when it commits is not read, so it may be damaged: `_CHECKPOINT_METADATA`, and on Google's object
+store `commit_success.txt`, which only has to be there.
 
 Only files of arrays are longer than what is hashed of them. They are not read twice: the arrays' fingerprints vouch for
 the rest. (Behind the arrays, such a file ends with some hundred bytes of an index that the commit has replaced.)
@@ -15,6 +16,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,7 +34,8 @@ FORMAT = 2  # 1 had neither manifest nor fingerprints
 STATE, RUN, MANIFEST = "state", "run", "MANIFEST"
 RUN_FILE = "run.json"
 HASHED_BYTES = 2**20  # of each file, from its end
-_WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # by Orbax, when it commits
+_SUCCESS = "commit_success.txt"
+_WRITTEN_LATER = ("_CHECKPOINT_METADATA", _SUCCESS)  # by Orbax, when it commits
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 # How TensorStore says that a file system fails, in exceptions that are ValueErrors like those of damaged data.
 _FAILING = (
@@ -85,13 +88,32 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(directory: epath.Path) -> None:
-    """Describes all files in a checkpoint's directory."""
-    files = {}
+    """Describes all files in a checkpoint's directory. When it returns, they are on disk with all their content."""
+    files, directories = {}, {directory}
     for name, path in sorted(_files(directory)):
         if name not in (MANIFEST, *_WRITTEN_LATER):
             size = path.stat().length
             files[name] = [size, _hash(path, size)]
+            sync(path)
+            directories.add(path.parent)
     (directory / MANIFEST).write_text(_manifest_text(files))
+    for path in (directory / MANIFEST, *directories):
+        sync(path)
+
+
+def sync(path: epath.Path) -> None:
+    """Returns when a file, or what a directory lists, outlives a loss of power; object stores see to that."""
+    if _is_object(path):
+        return
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _is_object(path: epath.Path) -> bool:
+    return "://" in str(path)
 
 
 @contextlib.contextmanager
@@ -116,7 +138,10 @@ def committed_steps(directory: epath.Path) -> list[int]:
     """Steps with a committed checkpoint, damaged or not, the newest first."""
     if not directory.is_dir():
         return []
-    return sorted((int(path.name) for path in directory.iterdir() if path.name.isdigit()), reverse=True)
+    numbered = [path for path in directory.iterdir() if path.name.isdigit()]
+    if str(directory).startswith("gs://"):  # Orbax renames nothing there, and commits by a file
+        numbered = [path for path in numbered if (path / _SUCCESS).exists()]
+    return sorted((int(path.name) for path in numbered), reverse=True)
 
 
 class Committed:

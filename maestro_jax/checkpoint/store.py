@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import json
 import logging
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, TypeVar
@@ -31,8 +33,10 @@ from maestro_jax.checkpoint.committed import (
     contents,
     file_system,
     line_of,
+    sync,
     write_manifest,
 )
+from maestro_jax.parallel.cluster import LostError, is_loss
 
 T = TypeVar("T")
 _MESSAGE_BYTES = 512
@@ -62,21 +66,30 @@ class CheckpointStore:
       keep: so many of the newest stay; 0: all.
       keep_every: a checkpoint of a step that this divides stays for good; 0: none.
       note: receives a line for every damaged checkpoint.
+      anew: what the user can do where no checkpoint is whole.
 
     Raises:
       CheckpointError: of every method, when the file system fails.
+      LostError: of every method, when another process is gone.
     """
 
     def __init__(
-        self, directory: str | PathLike[str], keep: int, keep_every: int = 0, note: Callable[[str], None] = print
+        self,
+        directory: str | PathLike[str],
+        keep: int,
+        keep_every: int = 0,
+        note: Callable[[str], None] = print,
+        anew: str = "start again with a new --workdir",
     ):
         self.directory = absolute(directory)
-        self._note = note
-        self._saving = 0  # the step that is written in the background, if any
+        self._note, self._anew = note, anew
+        self._saving: int | None = None  # the step that was saved last, perhaps still in the background
         # Directories are made before `save` returns: what waits for one that cannot be made holds up the process's exit
         # for five minutes.
         in_background = ocp.options.AsyncOptions(
-            post_finalization_callback=self._before_commit, create_directories_asynchronously=False
+            post_finalization_callback=self._before_commit,
+            create_directories_asynchronously=False,
+            barrier_sync_fn=_barrier,
         )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep or None,
@@ -113,6 +126,8 @@ class CheckpointStore:
         """Returns when the checkpoint that was being saved is committed."""
         with self._writing():
             self._manager.wait_until_finished()
+            if self._saving is not None:
+                sync(self.directory)  # its new name
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -137,31 +152,37 @@ class CheckpointStore:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in named_leaves(state).items()
         }
-        damaged: dict[int, Damage] = {}
+        damaged: dict[int, str] = {}
         with file_system(self.directory):
             steps = _from_first_process(committed_steps(self.directory))
             for step in steps:
                 try:
-                    found = _in_all_processes(functools.partial(Committed, self.directory, step))
-                    found.check_target(target)
-                    jax.tree.map(lambda leaf: leaf.delete(), state)  # two states need not fit
-                    arrays = _in_all_processes(functools.partial(found.read_state, target))
-                    found.check_state(arrays)
+                    restored = self._restore(step, state, target)
                 except Damage as damage:
-                    damaged[step] = damage
+                    # Not the exception: its frames hold arrays, and those of the next checkpoint need their memory.
+                    damaged[step] = str(damage)
                     continue
                 self._set_aside(damaged, step)
-                leaves = [arrays[name] for name in target]
-                return Restored(step, jax.tree.unflatten(jax.tree.structure(state), leaves), found.run)
+                return restored
         if damaged:
             each = "; ".join(f"{step}: {damage}" for step, damage in damaged.items())
             raise CheckpointError(
-                f"{self.directory} has no checkpoint that is whole ({each}); bring one back from a backup, or start "
-                "again with a new --workdir"
+                f"{self.directory} has no checkpoint that is whole ({each}); bring one back from a backup, or "
+                f"{self._anew}"
             )
         return None
 
-    def _set_aside(self, damaged: Mapping[int, Damage], used: int) -> None:
+    def _restore(self, step: int, state: Any, target: Mapping[str, jax.ShapeDtypeStruct]) -> Restored:
+        """Raises Damage, in all processes where one finds it."""
+        found = _in_all_processes(functools.partial(Committed, self.directory, step))
+        found.check_target(target)
+        jax.tree.map(lambda leaf: leaf.delete(), state)  # two states need not fit
+        arrays = _in_all_processes(functools.partial(found.read_state, target))
+        found.check_state(arrays)
+        leaves = [arrays[name] for name in target]
+        return Restored(step, jax.tree.unflatten(jax.tree.structure(state), leaves), found.run)
+
+    def _set_aside(self, damaged: Mapping[int, str], used: int) -> None:
         for step, damage in damaged.items():
             name = _in_all_processes(functools.partial(self._rename, step))
             self._note(
@@ -193,10 +214,28 @@ class CheckpointStore:
         try:
             yield
         except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:  # TensorStore's are ValueErrors
+            if is_loss(error) or _is_missed(error):
+                raise LostError(f"another process was lost while step {self._saving} was being saved") from error
             raise CheckpointError(
                 f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({line_of(error)}); free "
                 "or mount its disk and start the run again: it goes on from the checkpoint before"
             ) from error
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes; not where this one's save has failed.
+
+    Orbax meets the others at the end of a save, failed or not. Where it failed in some processes only, those would be
+    waited for, and wait, for all of the 20 minutes that a save may take.
+    """
+    in_background = threading.current_thread() is not threading.main_thread()
+    if not (in_background and sys.exc_info()[1] is not None):
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+def _is_missed(error: BaseException) -> bool:
+    """Whether this is how Orbax says that a barrier failed."""
+    return isinstance(error, TimeoutError) and isinstance(error.__cause__, jax.errors.JaxRuntimeError)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

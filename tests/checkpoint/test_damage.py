@@ -6,14 +6,16 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from maestro_jax.checkpoint import committed
-from maestro_jax.checkpoint.committed import CheckpointError, Damage
+from maestro_jax.checkpoint.committed import CheckpointError, Damage, write_manifest
 from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.checkpoint.store import CheckpointStore, Restored
 from maestro_jax.errors import DataError
@@ -119,6 +121,26 @@ def test_an_untouched_copy_is_used(copy: Path) -> None:
     assert found.restored is not None and found.restored.step == NEWEST and found.notes == []
     for name, leaf in make_state().items():
         assert np.asarray(found.restored.state[name]).tobytes() == np.asarray(leaf).tobytes()
+
+
+def test_damaged_arrays_are_gone_when_the_next_are_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two states need not fit into memory."""
+    path = max((copy / str(NEWEST) / "state").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 4] ^= 1
+    path.write_bytes(raw)
+    write_manifest(epath.Path(copy / str(NEWEST)))  # so that only a fingerprint finds it
+    alive: list[int] = []
+    read_state = committed.Committed.read_state
+
+    def counted(self: committed.Committed, target: Any) -> Any:
+        alive.append(sum(array.nbytes for array in jax.live_arrays() if not array.is_deleted()))
+        return read_state(self, target)
+
+    monkeypatch.setattr(committed.Committed, "read_state", counted)
+    assert_the_one_before_is_used(copy)
+    first, second = alive
+    assert second <= first
 
 
 def test_100_damages_of_100_are_found(saved: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> epath.Path:
     for path in (tmp_path / str(STEP)).rglob("*"):
         if path.is_file():
             bucket.pipe_file(f"gs://bucket/run/{path.relative_to(tmp_path)}", path.read_bytes())
+    (directory / str(STEP) / "commit_success.txt").write_text("")  # as Orbax commits there
     shutil.rmtree(tmp_path)
     yield directory
     Bucket.store.clear()
@@ -84,6 +85,14 @@ def test_a_manifest_written_there_is_the_one_written_on_a_disk(run: epath.Path) 
         Committed(run, STEP)
     write_manifest(run / str(STEP))
     assert path.read_text() == text
+
+
+def test_what_was_never_committed_there_is_no_checkpoint(run: epath.Path) -> None:
+    """A save that a kill cut short has its final name already."""
+    (run / "4/state/_METADATA").write_text("{}")
+    assert committed_steps(run) == [STEP]
+    (run / "4/commit_success.txt").write_text("")
+    assert committed_steps(run) == [4, STEP]
 
 
 def test_a_damaged_one_can_be_renamed_there(run: epath.Path) -> None:

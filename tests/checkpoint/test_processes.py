@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etils import epath
 
+from maestro_jax.checkpoint.committed import committed_steps
 from maestro_jax.checkpoint.fingerprint import fingerprints
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
+from maestro_jax.errors import EXIT_CONFIG, EXIT_LOST
 from tests.checkpoint.process_worker import COUNT, DEVICES
 from tests.checkpoint.test_store import RUN, make_state, names, save
 from tests.conftest import FLAGS
+from tests.parallel.processes import started
 
 MOST_SECONDS = 240  # for both processes on a busy machine
 
@@ -64,3 +69,25 @@ def test_from_one_process_to_two_and_back(tmp_path: Path) -> None:
     store.close()
     assert restored is not None and (restored.step, restored.run) == (3, RUN)
     assert fingerprints(named_leaves(restored.state)) == expected
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_a_save_that_fails_in_one_process_ends_both(number: int, tmp_path: Path) -> None:
+    """Nobody waits for the twenty minutes that Orbax gives a save."""
+    directory = tmp_path / "checkpoints"
+    arguments = ["tests.checkpoint.failing_worker", f"--directory={directory}", f"--fails={number}"]
+    with started(arguments, tmp_path) as running:
+        codes = [process.wait(MOST_SECONDS) for process in running]
+    text = running[number].text
+    assert codes[number] == EXIT_CONFIG, text
+    assert f"the checkpoint of step 2 cannot be written to {directory}" in text and "File too large" in text
+    assert codes[1 - number] in (EXIT_LOST, -signal.SIGABRT), running[1 - number].text
+    assert committed_steps(epath.Path(directory)) == [1]
+
+
+def test_a_process_that_is_lost_in_a_save_is_no_failing_disk(tmp_path: Path) -> None:
+    arguments = ["tests.checkpoint.failing_worker", f"--directory={tmp_path / 'checkpoints'}", "--dies=1"]
+    with started(arguments, tmp_path) as running:
+        codes = [process.wait(MOST_SECONDS) for process in running]
+    assert codes[0] in (EXIT_LOST, -signal.SIGABRT) and codes[1] == -signal.SIGKILL, running[0].text
+    assert "cannot be written" not in running[0].text

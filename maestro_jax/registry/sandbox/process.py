@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 PROGRAM = "main.py"  # the program's name in its working directory
 
 # Limits are set by a shell: between fork and exec no Python may run in a process with threads. -f counts blocks of 512.
-# SIGTERM is ignored: a scheduler sends it to every process of a run that it stops, and no program is to be judged by it.
+# SIGTERM is ignored: a scheduler sends it to all processes of a run that it stops, and no program is judged by it.
 _LIMITED = 'trap "" TERM; ulimit -c 0; ulimit -n 64; ulimit -f "$1"; ulimit -t "$2"; ulimit -v "$3"; shift 3; exec "$@"'
 _BLOCK = 512
 _NO_LIMIT = "unlimited"
