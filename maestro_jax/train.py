@@ -247,17 +247,18 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Reinforcement ---------------------------------------------------------------------
         training = Training(
-            config,
-            learner,
-            supply,
-            store,
-            Files(journal, metrics, ledger),
-            lambda params: evaluate(params, True, "held-out (greedy)"),
-            report,
-            progress,
-            began,
+            config=config,
+            hashes=settings_hashes(settings),
+            learner=learner,
+            supply=supply,
+            store=store,
+            files=Files(journal, metrics, ledger),
+            evaluate=lambda params: evaluate(params, True, "held-out (greedy)"),
+            on_save=report,
+            progress=progress,
+            began=began,
         )
-        training.begin(state, before, answered, settings_hashes(settings))
+        training.begin(state, before, answered)
         training.run()
 
     if not cluster.is_main():

@@ -46,21 +46,28 @@ class Files:
 
 
 class Training:
-    """The policy after its last update, and all that the next ones need.
+    """The policy after its last update, and all that the next ones need: first `begin`, then `run`.
 
     Args:
+      hashes: of the settings; a checkpoint of others is refused.
       evaluate: a policy on the held-out tasks.
       on_save: called with every checkpoint.
       began: when the command did, as `time.monotonic` counts.
 
     Attributes:
+      state: the policy and its optimiser.
       step: updates made.
       last: the last evaluation of a policy of this run.
     """
 
+    state: TrainState
+    last: Evaluation
+
     def __init__(
         self,
+        *,
         config: Config,
+        hashes: Mapping[str, str],
         learner: Learner,
         supply: Supply,
         store: CheckpointStore,
@@ -72,6 +79,7 @@ class Training:
     ):
         self.config, self.learner, self.supply, self.store, self.files = config, learner, supply, store, files
         self.step = 0
+        self._hashes = hashes
         self._evaluate, self._on_save, self._progress, self._began = evaluate, on_save, progress, began
         self._seconds_before = 0.0  # of earlier processes
         self._evaluated: Evaluation | None = None  # the policy as it is now
@@ -84,15 +92,14 @@ class Training:
         """That the run has taken, with all its processes one after the other."""
         return self._seconds_before + time.monotonic() - self._began
 
-    def begin(self, state: TrainState, before: Evaluation, answered: Resumed, hashes: Mapping[str, str]) -> None:
+    def begin(self, state: TrainState, before: Evaluation, answered: Resumed) -> None:
         """Starts from `state`, or from the newest checkpoint, in the shape and shardings of `state`.
 
         Args:
           before: the evaluation of `state`.
           answered: told which calls were answered behind the checkpoint.
-          hashes: of the settings; a checkpoint of others is refused.
         """
-        self.hashes, self.last = hashes, before
+        self.last = before
         restored = self.store.restore_newest(state)
         if restored is None:
             self.state, self._behind = state, self._position()
@@ -108,7 +115,7 @@ class Training:
 
     def _take(self, run: Mapping[str, Any]) -> None:
         """What a checkpoint says of the run."""
-        check_same_settings(run.get("settings", self.hashes), self.hashes, str(self.store.directory))
+        check_same_settings(run.get("settings", self._hashes), self._hashes, str(self.store.directory))
         self.supply.set_state(run["supply"])
         self._behind = {"supply": run["supply"], "journal": run["journal"]}
         self._row, self._seconds_before, self._saved = run["row"], run["seconds"], self.step
@@ -178,7 +185,7 @@ class Training:
         facts = {
             **self._behind,
             "seed": self.config.seed,
-            "settings": dict(self.hashes),
+            "settings": dict(self._hashes),
             "evaluated": self._evaluated.to_json() if self._evaluated else None,
             "row": self._row,
             "seconds": self.seconds,

@@ -90,7 +90,8 @@ class Life:
 
     def saved(self, within: float = PROMISE) -> str:
         """What it says that it has saved, ended as it should after a signal."""
-        found = re.search(r"^stopped by SIGTERM in (\d+\.\d) s(.*); the same command goes on$", self.text, re.MULTILINE)
+        by = "(?:SIGTERM|a signal to another process)"
+        found = re.search(rf"^stopped by {by} in (\d+\.\d) s(.*); the same command goes on$", self.text, re.MULTILINE)
         assert self.code == EXIT_PREEMPTED and found, self.text
         seconds = float(found[1]) + EXIT_SECONDS  # it takes that at most to leave the interpreter
         assert seconds < within * self.load, self.text
