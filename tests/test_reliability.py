@@ -5,6 +5,7 @@ The run is the main job at a tiny size, from an empty directory: tokenizer, demo
 evaluations, and two epochs of training with calls to experts.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,29 +13,31 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
+from maestro_jax.checkpoint.committed import Committed
 from maestro_jax.command import EXIT_SECONDS
-from maestro_jax.errors import EXIT_LOST, EXIT_PREEMPTED
+from maestro_jax.errors import EXIT_INTERNAL, EXIT_LOST, EXIT_PREEMPTED
 from maestro_jax.observe.files import read_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.registry.replay import read_calls
 from tests import hanging
 from tests.parallel import processes
 from tests.test_train_command import TINY
-from tests.zygote import Zygote
+from tests.zygote import SECONDS, Zygote
 
 TASKS, STEPS, GROUPS = 10, 10, 2  # two epochs: every task is trained twice
 EVERY, EVALUATE = 2, 4  # steps between checkpoints, and between evaluations
+START = 3.0  # seconds, about, from the line about the policy to the first update of a run that goes on
 PROMISE = 5.0  # seconds from SIGTERM to the end at this size
-SECONDS = 300  # far above what is needed: a hang fails instead of hanging the suite
 RESULTS = ("baselines.json", "before.json", "before_sampled.json", "trained.jsonl")
 
 SETTINGS = TINY | {
@@ -51,21 +54,24 @@ SETTINGS = TINY | {
 ENDS = (
     "in_baselines:1:KILL",  # in the demonstrations
     "in_warm_start:8:KILL",
-    "in_warm_start:15:TERM",
+    "in_warm_start:14:TERM",
     "in_evaluation:1:KILL",  # before reinforcement
     "after_pull:1:KILL",
     "in_rollout:1:KILL",
     "after_rollout:1:TERM",  # in the update
     "after_update:2:KILL",
+    "before_save:1:KILL",
+    "after_pull:1:RAISE",
     "after_save:1:KILL",
     "in_truncate:1:KILL",
     "in_evaluation:1:TERM",
     "in_evaluation:1:KILL",
     "in_commit:1:KILL",
-    "after_save:1:TERM",
+    "after_save:1:INT",
     "after_metrics:1:KILL",
     "after_rollout:1:KILL",
 )
+WARM_SAVED = "step 19 of the warm start is saved"  # by TERM: 14 steps after the checkpoint that KILL has left
 # Places that every start comes to, until the run is over.
 PLACES = ("after_pull", "in_rollout", "after_rollout", "after_update", "after_metrics", "in_truncate")
 
@@ -75,12 +81,14 @@ class Life:
     """One start of a command, from its beginning to its end.
 
     Attributes:
-      load: how many others each core has had to do; what takes time takes so much longer.
+      load: how much each core has had to do; what takes time takes so much longer, twice as long at most.
     """
 
     code: int
     text: str
-    load: float = dataclasses.field(default_factory=lambda: max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+    load: float = dataclasses.field(
+        default_factory=lambda: min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), 2.0)
+    )
 
     @property
     def resumed_from(self) -> int:
@@ -90,12 +98,21 @@ class Life:
 
     def saved(self, within: float = PROMISE) -> str:
         """What it says that it has saved, ended as it should after a signal."""
-        by = "(?:SIGTERM|a signal to another process)"
+        by = "(?:SIGTERM|SIGINT|a signal to another process)"
         found = re.search(rf"^stopped by {by} in (\d+\.\d) s(.*); the same command goes on$", self.text, re.MULTILINE)
         assert self.code == EXIT_PREEMPTED and found, self.text
         seconds = float(found[1]) + EXIT_SECONDS  # it takes that at most to leave the interpreter
         assert seconds < within * self.load, self.text
         return found[2].removeprefix(": ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """A signal to a command that has written `text`, so many seconds later."""
+
+    number: signal.Signals
+    text: str = ""
+    seconds: float = 0.0
 
 
 class Machine:
@@ -114,9 +131,11 @@ class Machine:
         self._zygote = Zygote(self._environ)
         self._second: Zygote | None = None
 
-    def train(self, workdir: Path, failpoint: str = "", config: str = "configs/quickstart.py", **how: Any) -> Life:
+    def train(
+        self, workdir: Path, failpoint: str = "", told: Told | None = None, config: str = "configs/quickstart.py"
+    ) -> Life:
         own = ["--config.checkpoint.keep=0", f"--workdir={workdir}"]
-        return self.run("maestro_jax.train", [*self.flags(config), *own], failpoint, **how)
+        return self.run("maestro_jax.train", [*self.flags(config), *own], failpoint, told)
 
     def flags(self, config: str = "configs/quickstart.py") -> list[str]:
         settings = SETTINGS | {"data.suite_directory": self.directory / "suite"}
@@ -138,30 +157,16 @@ class Machine:
             self._second = Zygote(self._environ)
         return [self._zygote, self._second]
 
-    def run(
-        self,
-        module: str,
-        argv: Sequence[str],
-        failpoint: str,
-        killed_after: float | None = None,
-        stopped_at: str = "",
-    ) -> Life:
-        """Runs a command to its end.
-
-        Args:
-          failpoint: of its environment.
-          killed_after: seconds until it is killed.
-          stopped_at: what it has written when it is told to stop.
-        """
+    def run(self, module: str, argv: Sequence[str], failpoint: str = "", told: Told | None = None) -> Life:
+        """Runs a command to its end, with a fail-point in its environment, or a signal from here."""
         self.lives += 1
         log = self.directory / f"{self.lives}.log"
         process = self._zygote.start(module, argv, {"MAESTRO_FAILPOINT": failpoint}, log)
-        if killed_after is not None:
-            time.sleep(killed_after)
-            os.kill(process, signal.SIGKILL)
-        if stopped_at:
-            wait_for(stopped_at, log)
-            os.kill(process, signal.SIGTERM)
+        if told:
+            wait_for(told.text, log)
+            time.sleep(told.seconds)
+            with contextlib.suppress(ProcessLookupError):  # it is over; its code says so
+                os.kill(process, told.number)
         return Life(self._zygote.wait(), log.read_text(errors="replace"))
 
     def close(self) -> None:
@@ -198,6 +203,10 @@ def last_update(workdir: Path) -> int:
     return max((row["step"] for row in read_metrics(path)), default=0) if path.exists() else 0
 
 
+def newest_checkpoint(workdir: Path) -> int:
+    return max((int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
+
 def assert_same_run(workdir: Path, unbroken: Path) -> None:
     """Parameters, optimiser, metrics, trajectories and results, to the last bit."""
     for name in RESULTS:
@@ -218,32 +227,43 @@ def without_times(path: Path) -> list[dict[str, Any]]:
 
 def arrays(checkpoints: Path) -> dict[str, np.ndarray]:
     """Parameters and optimiser of the last checkpoint, by name."""
-    return ocp.PyTreeCheckpointer().restore(checkpoints / f"{STEPS}/state")
+    found = Committed(epath.Path(checkpoints), STEPS)
+    return {name: found.read_array(name) for name in found.leaves}
 
 
 def calls(workdir: Path) -> dict[Any, Any]:
     """What was asked in which section by whom, and what came back."""
-    return {key: (seen.status, seen.text) for key, seen in read_calls(str(workdir / "journal.jsonl"))}
+    journals = sorted(workdir.glob("journal*.jsonl"))  # every process has its own
+    return {(path.name, key): (seen.status, seen.text) for path in journals for key, seen in read_calls(str(path))}
 
 
 # ---- killed and stopped --------------------------------------------------------------------------------------
 
 
-def ended(machine: Machine, workdir: Path, ends: Sequence[str | float]) -> None:
-    """Starts the run again and again, each time ended at a place or killed after so many seconds; then lets it end.
+def ended(machine: Machine, workdir: Path, ends: Sequence[str | Told]) -> list[int]:
+    """Starts the run again and again, each time ended at a place or by a signal; then lets it end.
 
     What was stopped goes on where it was, and a kill costs one save interval at most.
+
+    Returns:
+      The last update that had been made at each end.
     """
+    updates = []
     for end in [*ends, ""]:
-        done = last_update(workdir)
-        life = machine.train(workdir, end) if isinstance(end, str) else machine.train(workdir, killed_after=end)
-        assert done - life.resumed_from <= EVERY, life.text
+        left = newest_checkpoint(workdir)
+        assert last_update(workdir) - left <= EVERY
+        life = machine.train(workdir, end) if isinstance(end, str) else machine.train(workdir, told=end)
+        assert life.resumed_from in (0, left), life.text  # 0: it did not live to say it
+        updates.append(last_update(workdir))
         if not end:
             assert life.code == 0, life.text
-        elif str(end).endswith(":TERM"):
-            assert f"step {last_update(workdir)} is saved" in life.saved() or "warm start is saved" in life.saved()
+        elif str(end).endswith((":TERM", ":INT")):
+            assert life.saved() in (f"step {updates[-1]} is saved", WARM_SAVED)
+        elif str(end).endswith(":RAISE"):
+            assert life.code == EXIT_INTERNAL and "FailPointError" in life.text, life.text
         else:
             assert life.code == -signal.SIGKILL, f"{end}: {life.text}"
+    return updates[:-1]
 
 
 def test_a_run_killed_and_stopped_wherever_it_can_be_equals_an_unbroken_one(
@@ -268,16 +288,30 @@ def test_the_comparison_is_not_empty(unbroken: Path) -> None:
     assert sum(row.get("grad_norm", 0) > 0 for row in rows) > STEPS / 2
 
 
-@pytest.mark.slow  # minutes: fifty kills
-@pytest.mark.parametrize("seed", range(5))
-def test_a_run_killed_at_ten_random_times_equals_an_unbroken_one(
-    seed: int, machine: Machine, unbroken: Path, tmp_path: Path
+@pytest.mark.slow
+def test_a_run_killed_ten_times_before_it_trains_equals_an_unbroken_one(
+    machine: Machine, unbroken: Path, tmp_path: Path
 ) -> None:
-    """At first by the clock, wherever that hits; then at places, which it comes to until it is over."""
-    rng = random.Random(seed)
-    times = [rng.uniform(0.5, 5.0) for _ in range(6)]
-    ended(machine, tmp_path, [*times, *(f"{place}:1:KILL" for place in rng.sample(PLACES, 4))])
+    rng = random.Random(0)
+    ended(machine, tmp_path, [Told(signal.SIGKILL, seconds=rng.uniform(0.5, 8.0)) for _ in range(10)])
     assert_same_run(tmp_path, unbroken)
+
+
+@pytest.mark.slow  # minutes: forty kills
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_killed_ten_times_while_it_trains_equals_an_unbroken_one(
+    seed: int, machine: Machine, unbroken: Path, warm: Path
+) -> None:
+    """By the clock, wherever that hits; and at places, which every start comes to until the run is over."""
+    rng = random.Random(seed)
+    step = statistics.median(row["seconds"] for row in read_metrics(unbroken / "metrics.jsonl")[1:])
+    starting = [Told(signal.SIGKILL, "policy: ", rng.uniform(0.0, START)) for _ in range(3)]
+    training = [Told(signal.SIGKILL, "\ntrain ", rng.uniform(0.0, 1.2 * step)) for _ in range(4)]  # an update is made
+    ends = [*starting, *training, *(f"{place}:1:KILL" for place in rng.sample(PLACES, 3))]
+    rng.shuffle(ends)
+    updates = ended(machine, warm, ends)
+    assert updates[-1] > EVERY, f"killed too early to prove anything: {updates}"
+    assert_same_run(warm, unbroken)
 
 
 @pytest.fixture
@@ -303,7 +337,7 @@ def test_a_run_is_stopped_while_it_compiles(machine: Machine, warm: Path) -> Non
     """XLA is not interrupted; the run hears at once, and what it has computed then is saved."""
     own = ["--config.grpo.logprob_chunk=16", f"--workdir={warm}"]  # another program than those that are compiled
     argv = [*machine.flags(), *own]
-    life = machine.run("maestro_jax.train", argv, "", stopped_at="new shape of the update")
+    life = machine.run("maestro_jax.train", argv, told=Told(signal.SIGTERM, "new shape of the update"))
     assert life.saved(SECONDS) == "step 1 is saved"
     life = machine.run("maestro_jax.train", argv, "after_pull:1:TERM")
     assert life.resumed_from == 1
@@ -316,7 +350,7 @@ def test_an_evaluation_is_stopped_and_goes_on(machine: Machine, unbroken: Path, 
     life = machine.run("maestro_jax.evaluate", argv, "in_baselines:2:TERM")
     assert life.saved() == ""
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) > 1
-    assert machine.run("maestro_jax.evaluate", argv, "").code == 0
+    assert machine.run("maestro_jax.evaluate", argv).code == 0
     assert read_json(tmp_path / "evaluation.json")["tasks"] == 5
 
 

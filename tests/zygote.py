@@ -5,15 +5,19 @@
 It writes the child's number, then, when it is over, its exit code (the negative number of the signal that killed it).
 """
 
+import contextlib
 import json
 import os
 import runpy
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+SECONDS = 300  # far above what any command needs: one that hangs fails instead of hanging the suite
 
 
 class Zygote:
@@ -31,10 +35,17 @@ class Zygote:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return self._read()
+        self._child, self._log = self._read(), log
+        return self._child
 
-    def wait(self) -> int:
-        """The exit code of what was started last."""
+    def wait(self, seconds: float = SECONDS) -> int:
+        """The exit code of what was started last; kills it and fails with what it wrote where that takes longer."""
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child, signal.SIGKILL)
+            self._read()
+            raise AssertionError(f"not over after {seconds} s:\n{self._log.read_text(errors='replace')}")
         return self._read()
 
     def close(self) -> None:
