@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +28,6 @@ from maestro_jax.policy.attention import suited_to
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
 from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
-from maestro_jax.registry.config import LimitsConfig, RegistryConfig
 from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
 
 T = TypeVar("T")
@@ -172,14 +170,6 @@ def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSo
     counts = data.train_per_domain, data.test_per_domain
     suite = cluster.from_main(lambda: str(build_suite(directory, *counts, config.seed, progress)))
     return TfdsSource(suite, "train") if train is None else train, TfdsSource(suite, "test")
-
-
-def share_of_limits(registry: RegistryConfig, processes: int) -> RegistryConfig:
-    """What one of several processes may spend on experts: caps are the run's, and nobody counts for all."""
-    caps = {name: cap / processes for name, cap in dataclasses.asdict(registry.limits).items()}
-    for name in ("calls", "tokens"):
-        caps[name] = math.ceil(caps[name])
-    return dataclasses.replace(registry, limits=LimitsConfig(**caps))
 
 
 def open_mixture(parts: Sequence[MixedConfig]) -> Mixture:

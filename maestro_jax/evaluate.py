@@ -29,7 +29,6 @@ from maestro_jax.assemble import (
     open_data,
     open_params,
     policy_factory,
-    share_of_limits,
 )
 from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.checkpoint.run import Run, find_run
@@ -115,8 +114,8 @@ def main(argv: Sequence[str]) -> None:
         closing.callback(journal.close)
         registry = None  # in a replay nobody is asked
         if not REPLAY.value:
-            own_registry = share_of_limits(config.registry, jax.process_count())
-            registry = Registry(own_registry, str(cluster.own_path(output / "expert_cache.jsonl")), journal)
+            cache = str(cluster.own_path(output / "expert_cache.jsonl"))
+            registry = Registry(config.registry, cache, journal, processes=jax.process_count())
         answered = Resumed(registry or Replay(REPLAY.value, journal), journal)
         answered.recall({})
         dispatcher = Dispatcher(answered, journal)

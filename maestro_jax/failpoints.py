@@ -22,7 +22,7 @@ NAMES: Mapping[str, str] = {
     "in_rollout": "a round of a training rollout in which calls are under way",
     "after_rollout": "all groups of a step are over and scored, the update is not made",
     "after_update": "the parameters are new, and nothing was written",
-    "in_evaluation": "a batch of held-out tasks was evaluated during training",
+    "in_evaluation": "a batch of held-out tasks was evaluated, before reinforcement or during it",
     "after_metrics": "the step's line of metrics.jsonl was written",
     "in_truncate": "files are about to lose the lines behind the checkpoint that the run goes on from",
     "before_save": "a checkpoint is due",

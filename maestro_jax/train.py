@@ -29,7 +29,6 @@ from maestro_jax.assemble import (
     open_data,
     open_params,
     settings_hashes,
-    share_of_limits,
     update_config,
 )
 from maestro_jax.checkpoint.hf_export import hf_config
@@ -134,8 +133,8 @@ def main(argv: Sequence[str]) -> None:
         closing.callback(journal.close)
         registry = None  # in a replay nobody is asked
         if not REPLAY.value:
-            own_registry = share_of_limits(config.registry, jax.process_count())
-            registry = Registry(own_registry, str(cluster.own_path(workdir / "expert_cache.jsonl")), journal)
+            cache = str(cluster.own_path(workdir / "expert_cache.jsonl"))
+            registry = Registry(config.registry, cache, journal, processes=jax.process_count())
         answered = Resumed(registry or Replay(REPLAY.value, journal), journal)
         dispatcher = Dispatcher(answered, journal)
         closing.callback(dispatcher.close)

@@ -168,7 +168,8 @@ class Training:
             self.files.journal.begin(f"held-out, step {self.step}")
             self.last = self._evaluated = self._evaluate(self.state.params)
             self._row |= {"held_out_accuracy": self.last.accuracy, "held_out_reward": self.last.reward}
-            self._progress.phase("train", self.config.grpo.steps, done=self.step)
+            if self.step < self.config.grpo.steps:
+                self._progress.phase("train", self.config.grpo.steps, done=self.step)
         self.files.metrics.write(self._row)
         self._row = None
         failpoints.reach("after_metrics")

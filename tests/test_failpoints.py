@@ -34,7 +34,7 @@ def test_nothing_happens_unless_asked_for() -> None:
         failpoints.reach(place)
 
 
-@pytest.mark.parametrize(("action", "code"), [("KILL", -9), ("TERM", -15), ("RAISE", 1)])
+@pytest.mark.parametrize(("action", "code"), [("KILL", -9), ("TERM", -15), ("INT", -2), ("RAISE", 1)])
 def test_actions_end_a_process(action: str, code: int) -> None:
     script = f"from maestro_jax import failpoints as f; f.arm('after_pull:1:{action}'); f.reach('after_pull')"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL).returncode == code

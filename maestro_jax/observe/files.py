@@ -1,20 +1,50 @@
 """Small JSON files of a run, written whole or not at all."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from maestro_jax.errors import DataError, UserError
+
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes JSON through a temporary name, so that a kill leaves the old file or the new one."""
+    """Writes JSON through a temporary name, so that a kill leaves the old file or the new one.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
-    temporary.replace(path)
+    with writing(path):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # else a loss of power may leave the new name without its content
+        temporary.replace(path)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any | None:
-    """The file's content, or None where there is no file."""
+    """The file's content, or None where there is no file.
+
+    Raises:
+      DataError: it is no JSON.
+    """
     path = Path(path)
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        cure = "remove it; the command that wrote it writes it again"
+        raise DataError(f"{path} is damaged, it is no JSON ({error}); {cure}") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in one line that a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        cure = "free or mount its disk, and start the same command again"
+        raise UserError(f"{path} cannot be written ({error.strerror}); {cure}") from error

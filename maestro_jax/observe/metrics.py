@@ -14,6 +14,7 @@ from typing import Any
 
 from maestro_jax import failpoints
 from maestro_jax.errors import DataError
+from maestro_jax.observe.files import writing
 
 
 class MetricsWriter:
@@ -23,6 +24,9 @@ class MetricsWriter:
 
     Args:
       path: of the file; None where another process writes it.
+
+    Raises:
+      UserError: of every method, when the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None):
@@ -31,10 +35,11 @@ class MetricsWriter:
         if not self.written:
             self._file = open(self.path, "a", encoding="utf-8")
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            _drop_torn_line(self.path)
-        self._file = open(self.path, "a", encoding="utf-8")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                _drop_torn_line(self.path)
+            self._file = open(self.path, "a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one row.
@@ -45,8 +50,10 @@ class MetricsWriter:
         """
         if not isinstance(row.get("step"), int):
             raise TypeError(f"a metrics row needs an integer 'step', found {row.get('step')!r}")
-        self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(_plain(row), allow_nan=False) + "\n"
+        with writing(self.path):
+            self._file.write(line)
+            self._file.flush()
 
     def truncate_after(self, step: int) -> None:
         """Forgets rows of later steps, so that a run resumed from `step` does not write them twice.
@@ -58,21 +65,24 @@ class MetricsWriter:
         self._file.close()
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        failpoints.reach("in_truncate")
-        temporary.replace(self.path)
-        self._file = open(self.path, "a", encoding="utf-8")
+        with writing(self.path):
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+            failpoints.reach("in_truncate")
+            temporary.replace(self.path)
+            self._file = open(self.path, "a", encoding="utf-8")
 
     def sync(self) -> None:
         """Returns when everything written so far is on disk."""
         if self.written:
-            os.fsync(self._file.fileno())
+            with writing(self.path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -26,7 +26,7 @@ from maestro_jax.registry.sandbox.choose import make_sandbox
 from maestro_jax.registry.sandbox.interface import Sandbox
 from maestro_jax.registry.served import ServedService
 from maestro_jax.registry.skills import Means, SkillInput, failure, run_called
-from maestro_jax.types import Call, Observation, Status
+from maestro_jax.types import Call, Observation, Status, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ class Registry:
       config: from `parse_registry`.
       cache_file: where replies of deterministic experts and services survive a restart; None keeps
         them in memory.
-      journal: records what experts and services answer. What it holds already counts against the run's caps.
+      journal: records what experts and services answer. What the run's journals hold already counts against its caps.
+      processes: that share the run's caps, each with a registry of its own; nobody counts for all.
       sandbox: where programs of "run" stages run; None makes the one that the config names, if a skill needs it.
 
     Raises:
@@ -75,11 +76,13 @@ class Registry:
         cache_file: str | None = None,
         journal: Journal | None = None,
         sandbox: Sandbox | None = None,
+        processes: int = 1,
     ):
         self.config = config
         self.cache = ReplyCache(cache_file)
         capped = config.limits != LimitsConfig()
-        self.spending = Spending(config.limits, *(journal.spent() if journal and capped else ()))
+        calls, usage = journal.spent() if journal and capped else (0, Usage())
+        self.spending = Spending(config.limits, calls, usage, processes)
         self._began = time.monotonic()
         self._retries = RetryBudget(time.monotonic)
         self._stacks = [self._stack(entry, journal) for entry in config.experts]

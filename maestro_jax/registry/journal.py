@@ -26,6 +26,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from maestro_jax.errors import UserError
@@ -82,15 +83,16 @@ class Journal:
         self._write({"kind": "request", **who, "request": key, **result, "at": time.time()})
 
     def spent(self) -> tuple[int, Usage]:
-        """How often experts have been asked, and what that cost, as far as the file tells.
+        """How often experts have been asked, and what that cost, as far as the journals of all processes tell.
 
         Nobody knows what requests cost that were under way when a process was killed.
         """
         calls, usage = 0, Usage()
-        for line in read_lines(self.path):
-            if line["kind"] == "request" and "images" not in line:  # a service of this process costs nothing
-                calls += 1
-                usage += Usage(**line["usage"])
+        for path in journals(self.path):
+            for line in read_lines(str(path)):
+                if line["kind"] == "request" and "images" not in line:  # a service of this process costs nothing
+                    calls += 1
+                    usage += Usage(**line["usage"])
         return calls, usage
 
     def size(self) -> int:
@@ -174,6 +176,11 @@ class JournaledService:
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
+
+
+def journals(path: str) -> list[Path]:
+    """Of all processes that the run has had, by that of one of them (`cluster.own_path`)."""
+    return sorted(Path(path).parent.glob("journal*.jsonl"))
 
 
 def read_lines(path: str, start: int = 0) -> Iterator[dict[str, Any]]:

@@ -81,15 +81,17 @@ class Spending:
     A cap is checked before a request; those that are under way then still add to it.
 
     Args:
-      calls, usage: before; a run that goes on has spent what it had.
+      calls, usage: before, by all processes; a run that goes on has spent what it had.
+      processes: that go on. Nobody counts for all: each takes it that the others spend what it does.
 
     Attributes:
-      calls, usage: so far.
+      calls, usage: so far; of those that go on, this process's only.
     """
 
-    def __init__(self, limits: LimitsConfig, calls: int = 0, usage: Usage | None = None):
+    def __init__(self, limits: LimitsConfig, calls: int = 0, usage: Usage | None = None, processes: int = 1):
         self.calls = calls
         self.usage = usage or Usage()
+        self._before, self._processes = self._spent(), processes
         self._limits = limits
         self._refused = ""  # the cap for which a request was refused
 
@@ -114,13 +116,16 @@ class Spending:
 
     def _reached(self) -> str:
         """The cap that is reached, as it stands in the config; empty if none is."""
-        tokens = self.usage.prompt_tokens + self.usage.completion_tokens
-        spent = {"calls": self.calls, "tokens": tokens, "price": self.usage.price}
-        for name, value in spent.items():
-            cap = getattr(self._limits, name)
-            if cap and value >= cap:
+        for name, value in self._spent().items():
+            cap, before = getattr(self._limits, name), self._before[name]
+            if cap and before + (value - before) * self._processes >= cap:
                 return f"config.registry.limits.{name}={cap}"
         return ""
+
+    def _spent(self) -> dict[str, float]:
+        """By the name of the cap."""
+        tokens = self.usage.prompt_tokens + self.usage.completion_tokens
+        return {"calls": self.calls, "tokens": tokens, "price": self.usage.price}
 
 
 class MeteredExpert:

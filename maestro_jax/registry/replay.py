@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from maestro_jax.errors import ConfigError, UserError
 from maestro_jax.registry.dispatch import CallRunner
-from maestro_jax.registry.journal import ASKER, Journal, call_key, read_lines
+from maestro_jax.registry.journal import ASKER, Journal, call_key, journals, read_lines
 from maestro_jax.types import Call, Observation, Status, Usage
 
 
@@ -138,7 +138,7 @@ class Resumed:
         Raises:
           ConfigError: a journal cannot be read.
         """
-        for path in sorted(Path(self._journal.path).parent.glob("journal*.jsonl")):
+        for path in journals(self._journal.path):
             try:
                 found = read_answered(str(path), since.get(path.name, 0))
             except OSError as error:

@@ -74,15 +74,18 @@ def is_cleared(directory: Path) -> bool:
     return [path.name for path in directory.iterdir()] == ["1"]
 
 
+def not_reached(store: CheckpointStore) -> None:
+    pytest.fail("the save itself fails")
+
+
 @pytest.mark.parametrize(
-    ("failure", "says"),
+    ("failure", "says", "noticed"),
     [
-        (files_kept_small, "File too large"),
-        (something_else_mounted, "Not a directory"),
+        (files_kept_small, "File too large", fail_by_checking),
+        (files_kept_small, "File too large", CheckpointStore.close),
+        (files_kept_small, "File too large", lambda store: store.save(3, make_state(), {})),
+        (something_else_mounted, "Not a directory", not_reached),
     ],
-)
-@pytest.mark.parametrize(
-    "noticed", [fail_by_checking, CheckpointStore.close, lambda store: store.save(3, make_state(), {})]
 )
 def test_a_failed_save_is_told(
     failure: Callable, says: str, noticed: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -1,6 +1,7 @@
 """Counters of experts, and the caps of a run."""
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -203,3 +204,25 @@ def test_tokens_and_prices_of_servers_count(raw: Raw) -> None:
     report = asyncio.run(scenario())
     assert (report["prompt_tokens"], report["completion_tokens"]) == (10, 2)
     assert report["price"] == pytest.approx(2e-5)
+
+
+def test_processes_share_what_is_left_of_a_cap(raw: Raw, tmp_path: Path) -> None:
+    """However many there have been, and are now."""
+    first, second = Journal(str(tmp_path / "journal.jsonl")), Journal(str(tmp_path / "journal.1.jsonl"))
+    config = parse_registry(raw(limits={"calls": 10}))
+
+    async def ask(registry: Registry) -> int:
+        """How often experts may be asked."""
+        for number in itertools.count():
+            try:
+                await registry.call(Call("Echo-One", "Plain_Solver", f"{number}"), "q", (), 30.0)
+            except LimitError as error:
+                assert "config.registry.limits.calls=" in str(error)
+                await registry.close()
+                return number
+
+    alone = Registry(parse_registry(raw(limits={"calls": 4})), journal=first)
+    assert asyncio.run(ask(alone)) == 4
+    pair = [Registry(config, journal=journal, processes=2) for journal in (first, second)]
+    assert [asyncio.run(ask(registry)) for registry in pair] == [3, 3]
+    assert asyncio.run(ask(Registry(config, journal=first))) == 0
