@@ -7,6 +7,7 @@ evaluations, and two epochs of training with calls to experts.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import shutil
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,7 @@ def calls(workdir: Path) -> dict[Any, Any]:
 # ---- killed and stopped --------------------------------------------------------------------------------------
 
 
-def ended(machine: Machine, workdir: Path, ends: Sequence[str | Told]) -> list[int]:
+def ended(machine: Machine, workdir: Path, ends: Iterable[str | Told]) -> list[int]:
     """Starts the run again and again, each time ended at a place or by a signal; then lets it end.
 
     What was stopped goes on where it was, and a kill costs one save interval at most.
@@ -249,7 +250,7 @@ def ended(machine: Machine, workdir: Path, ends: Sequence[str | Told]) -> list[i
       The last update that had been made at each end.
     """
     updates = []
-    for end in [*ends, ""]:
+    for end in itertools.chain(ends, [""]):
         left = newest_checkpoint(workdir)
         assert last_update(workdir) - left <= EVERY
         life = machine.train(workdir, end) if isinstance(end, str) else machine.train(workdir, told=end)
@@ -305,11 +306,17 @@ def test_a_run_killed_ten_times_while_it_trains_equals_an_unbroken_one(
     """By the clock, wherever that hits; and at places, which every start comes to until the run is over."""
     rng = random.Random(seed)
     step = statistics.median(row["seconds"] for row in read_metrics(unbroken / "metrics.jsonl")[1:])
-    starting = [Told(signal.SIGKILL, "policy: ", rng.uniform(0.0, START)) for _ in range(3)]
-    training = [Told(signal.SIGKILL, "\ntrain ", rng.uniform(0.0, 1.2 * step)) for _ in range(4)]  # an update is made
-    ends = [*starting, *training, *(f"{place}:1:KILL" for place in rng.sample(PLACES, 3))]
-    rng.shuffle(ends)
-    updates = ended(machine, warm, ends)
+
+    def ends() -> Iterator[str | Told]:
+        for _ in range(10):
+            if last_update(warm) < STEPS // 2 and rng.random() < 0.6:
+                yield Told(signal.SIGKILL, "\ntrain ", rng.uniform(0.0, 3.5 * step))  # behind its first update
+            elif rng.random() < 0.5:
+                yield Told(signal.SIGKILL, "policy: ", rng.uniform(0.0, START))
+            else:
+                yield f"{rng.choice(PLACES)}:1:KILL"
+
+    updates = ended(machine, warm, ends())
     assert updates[-1] > EVERY, f"killed too early to prove anything: {updates}"
     assert_same_run(warm, unbroken)
 
