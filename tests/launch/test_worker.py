@@ -40,7 +40,7 @@ def test_start_twice_starts_once(worker: Cloud) -> None:
     (started,) = worker.calls("systemd-run")
     assert started.endswith(".venv/bin/python -m maestro_jax.train")
     assert "--property=KillMode=mixed" in started and "--property=TimeoutStopSec=300" in started
-    assert "--property=UMask=0000" in started  # what a worker writes is open to the others, where users have other numbers
+    assert "--property=UMask=0000" in started  # users have other numbers elsewhere
     assert "EnvironmentFile" not in started
 
 
