@@ -154,8 +154,8 @@ def _gke_slice(environ: Mapping[str, str]) -> Cluster | None:
     needed = ["TPU_WORKER_ID"] + (["MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"] if slices > 1 else [])
     if missing := [name for name in needed if not environ.get(name)]:
         raise ConfigError(
-            f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts of {slices} slices, but {missing[0]} is not set; GKE sets "
-            "both for an indexed job with a subdomain, or set MAESTRO_COORDINATOR, MAESTRO_PROCESSES and MAESTRO_PROCESS"
+            f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts of {slices} slices, but {missing[0]} is not set; GKE does "
+            "so for the pods of a JobSet, or set MAESTRO_COORDINATOR, MAESTRO_PROCESSES and MAESTRO_PROCESS"
         )
     first = environ["MEGASCALE_COORDINATOR_ADDRESS"] if slices > 1 else hosts[0]
     process = int(environ["TPU_WORKER_ID"]) + len(hosts) * int(environ.get("MEGASCALE_SLICE_ID", "0"))

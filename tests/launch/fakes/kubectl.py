@@ -1,7 +1,8 @@
 """A kubectl that knows JobSets and queues, and keeps them in the directories $FAKE_CLOUD/jobset and clusterqueue.
 
-A file there holds a JobSet's terminal state: empty while it runs. `pods` holds names of pods, oldest first. Applied manifests go to `applied`, calls to `calls`;
-`failures/kubectl-VERB` holds lines of which each call takes one away and fails with it.
+A file there holds a JobSet's terminal state: empty while it runs. `pods` holds names of pods, oldest first. Applied
+manifests go to `applied`, calls to `calls`; `failures/kubectl-VERB` holds lines of which each call takes one away and
+fails with it.
 """
 
 import os
@@ -32,7 +33,8 @@ def main() -> None:
         case ["apply"] if "--filename=-" in sys.argv:
             text = sys.stdin.read()
             (HERE / "applied").write_text(text)
-            for kind, name in re.findall(r"^kind: (JobSet|ClusterQueue)\nmetadata:\n  name: (\S+)$", text, re.MULTILINE):
+            kinds = r"^kind: (JobSet|ClusterQueue)\nmetadata:\n  name: (\S+)$"
+            for kind, name in re.findall(kinds, text, re.MULTILINE):
                 (HERE / kind.lower() / name).touch()
         case ["apply"] | ["wait", "deployment"]:
             pass
