@@ -45,7 +45,7 @@ setup() {
     # The images come with an older Python than the package needs; uv brings one.
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --clear --python 3.11 .venv
-    python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt -e '.[tpu,suite,sandbox]'
+    python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt -e '.[tpu,gcs,suite,sandbox]'
     printf '%s\n' "$wanted" >.venv/made-of
   fi
   printf '%s is ready\n' "$(hostname)"
