@@ -37,6 +37,7 @@ setup(
     extras_require={
         "cuda12": [f"jax[cuda12]{JAX.removeprefix('jax')}"],
         "tpu": [f"jax[tpu]{JAX.removeprefix('jax')}"],
+        "gcs": ["gcsfs>=2025.3"],  # checkpoints on gs:// (docs/checkpoints.md)
         # The offline suite and its in-process experts.
         "suite": [
             "easy-vqa>=1.0",

@@ -146,8 +146,9 @@ ask() {
   rm -f "$errors"
 }
 
-# What Google Cloud says when it has no machines now (a quota does not grow by waiting), and ssh when nobody answers.
-readonly SHORTAGE='no more capacity|insufficient capacity|stockout|not enough resources|resource pool exhausted'
+# What Google Cloud says when it has no machines now or is out of order itself (a quota does not grow by waiting), and ssh
+# when nobody answers.
+readonly SHORTAGE='no more capacity|insufficient capacity|stockout|not enough resources|resource pool exhausted|unavailable:'
 readonly SILENCE='connection (refused|reset|timed out|closed)|port 22|\[255\]|broken pipe|no route to host'
 
 # despite shortage|silence COMMAND...: runs it, and again while it fails for that reason, at most $ATTEMPTS times, $PAUSE
@@ -174,7 +175,9 @@ despite() {
 
 # Does the mesh of the config divide over the slice? Asked before anything is created.
 check_slice() {
-  local python=${PYTHON:-python3} has='import importlib.util as i; exit(not (i.find_spec("jax") and i.find_spec("maestro_jax")))'
+  local python=${PYTHON:-python3}
+  local has='import importlib.util as i; exit(not (i.find_spec("jax") and i.find_spec("maestro_jax")))'
+  [[ $python != [!/]*/* ]] || python=$PWD/$python
   cd "$LAUNCH/.."
   if ! dry && ! "$python" -c "$has" 2>/dev/null; then
     note "warning: $python has no jax, so mesh and slice are not compared; set PYTHON to one that can"
@@ -182,6 +185,21 @@ check_slice() {
     fail "$CONFIGURATION" "nothing was created; change the setting named above, or --accelerator"
   fi
   cd - >/dev/null
+}
+
+# The last commit is what workers get: is the config in it? Asked before anything is created.
+check_commit() {
+  local root changed
+  root=$(dirname "$LAUNCH")
+  ! dry || return 0
+  git -C "$root" rev-parse --quiet --verify HEAD >/dev/null 2>&1 ||
+    fail "$CONFIGURATION" "$root has no commit to send; git init, git add and git commit there"
+  # A file elsewhere, such as on the share, goes its own way; behind a colon is what its get_config is told.
+  if [[ -n $CONFIG && $CONFIG != /* ]] && ! git -C "$root" cat-file -e "HEAD:${CONFIG%%:*}" 2>/dev/null; then
+    fail "$CONFIGURATION" "${CONFIG%%:*} is not in the last commit, which is what runs; git add and git commit it"
+  fi
+  changed=$(git -C "$root" status --porcelain)
+  [[ -z $changed ]] || note "warning: what is not committed does not run:"$'\n'"$changed"
 }
 
 # The chip of $ACCELERATOR, as the files in launch/env are named; nothing for one that has none.
@@ -194,6 +212,17 @@ chip() {
 }
 
 # ---- TPUs -----------------------------------------------------------------------------------------
+
+a_patient_command() {
+  optional attempts 10 "how often to try while workers do not answer"
+  optional pause 15 "seconds between two attempts"
+}
+
+# everywhere scp|ssh ARGUMENTS...: on all workers.
+everywhere() {
+  despite silence gcloud compute tpus tpu-vm "$@" "${PLACE[@]}" --worker=all ||
+    fail "$TRY_AGAIN" "the workers of $NAME do not answer; see launch/tpu_vm/status.sh, then run this again"
+}
 
 a_tpu_vm() {
   required name "name of the TPU VM"

@@ -15,7 +15,7 @@ WORKDIR /maestro
 COPY requirements.txt ./
 RUN pip install --requirement requirements.txt "jax[cuda12]"
 COPY . .
-RUN pip install --requirement requirements.txt --editable '.[cuda12,suite,sandbox]'
+RUN pip install --requirement requirements.txt --editable '.[cuda12,gcs,suite,sandbox]'
 
 # Which flags: MAESTRO_CHIP in the environment.
 ENTRYPOINT ["/maestro/launch/with_flags.sh"]

@@ -13,7 +13,7 @@ WORKDIR /maestro
 COPY requirements.txt ./
 RUN pip install --requirement requirements.txt "jax[tpu]"
 COPY . .
-RUN pip install --requirement requirements.txt --editable '.[tpu,suite,sandbox]'
+RUN pip install --requirement requirements.txt --editable '.[tpu,gcs,suite,sandbox]'
 
 # Which flags: MAESTRO_CHIP in the environment.
 ENTRYPOINT ["/maestro/launch/with_flags.sh"]

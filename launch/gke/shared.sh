@@ -8,16 +8,18 @@ a_namespace() {
 }
 
 # Sets what GKE calls the machines of $ACCELERATOR: MODEL (label of its nodes), SHAPE (of a TPU slice), MACHINE, HOSTS, CHIPS
-# (of a host). The shapes are those of maestro_jax/aot/slices.py.
+# (of a host). The shapes are those of maestro_jax/aot/slices.py, again: there need be no JAX where this runs.
 declare -A FLAT=([1]=1x1 [4]=2x2 [8]=2x4 [16]=4x4 [32]=4x8 [64]=8x8 [128]=8x16 [256]=16x16)
-declare -A CUBE=([4]=2x2x1 [8]=2x2x2 [16]=2x2x4 [32]=2x4x4 [64]=4x4x4 [128]=4x4x8 [256]=4x8x8 [512]=8x8x8)
+# Of v5p the number is of cores, two a chip.
+declare -A CUBE=([8]=2x2x1 [16]=2x2x2 [32]=2x2x4 [64]=2x4x4 [128]=4x4x4 [256]=4x4x8 [512]=4x8x8 [1024]=8x8x8 [2048]=8x8x16
+  [4096]=8x16x16)
 machines_of() {
   local kind=${ACCELERATOR%%[-x]*} count=${ACCELERATOR#*[-x]}
   [[ $count =~ ^[0-9]+(x[0-9]+)?$ ]] || unknown_accelerator
   SHAPE=""
   case $kind in
     v5litepod | v6e) SHAPE=${FLAT[$count]-} HOSTS=$((count > 8 ? count / 4 : 1)) CHIPS=$((count > 8 ? 4 : count)) ;;
-    v5p) SHAPE=${CUBE[$((count / 2))]-} HOSTS=$((count / 8)) CHIPS=4 ;; # the number is of cores, two a chip
+    v5p) SHAPE=${CUBE[$count]-} HOSTS=$((count / 8)) CHIPS=4 ;;
     *) HOSTS=$([[ $count != *x* ]] && echo 1 || echo "${count#*x}") CHIPS=${count%x*} ;;
   esac
   case $kind in

@@ -19,7 +19,8 @@ optional experts "" "NAME=MODEL,NAME=MODEL,...: names as in --name, models as vL
 optional expert-image "" "image of launch/docker/experts.Dockerfile"
 optional expert-gpu nvidia-l4 "GPU of an expert"
 optional expert-gpus 1 "and how many of them"
-optional faults 10 "end after so many faults of one host (exit code 70, a lost process)"
+switch spot "machines may be taken away at any time: more faults before the run ends"
+optional faults "" "end after so many faults of one host (exit code 70, a signal); empty: 10, with --spot 100"
 a_namespace
 settings_from "$@"
 machines_of
@@ -68,6 +69,8 @@ for server in "${servers[@]}"; do
   note "expert $model: http://$NAME-$EXPERT-0-0.$NAME:8000/v1"
 done
 DEPENDS_ON=$(after "${names[@]: -$((${#names[@]} < 5 ? ${#names[@]} : 5))}")
+# JAX ends a host that has lost another with a signal, and nothing tells that from a fault of its own.
+: "${FAULTS:=$([[ -n $SPOT ]] && echo 100 || echo 10)}"
 RETRIES=$((FAULTS - 1)) CHIP=$(chip) IMAGE=$(yaml_string "$IMAGE")
 COMMAND=$(yaml_command python -m maestro_jax.train "--config=$CONFIG" "--workdir=${WORKDIR:-/mnt/maestro/$NAME}" "${REST[@]}")
 if is_tpu; then apply run-tpu.yaml; else apply run-gpu.yaml; fi

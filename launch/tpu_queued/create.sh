@@ -10,6 +10,7 @@ optional attempts 10 "how often to ask while there is no answer"
 optional pause 30 "seconds between two attempts"
 settings_from "$@"
 
+check_commit
 check_slice
 runtime=$(runtime_version)
 state=$(ask "" gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" '--format=value(state.state)')

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Keeps a run going on TPUs that may be taken away: asks for them, sets them up, starts the run, watches, and asks again when
-# they are gone. Ends with the run: 0 done, 78 something to correct, 70 after too many faults in a row. It may be interrupted and
-# started again; the run does not notice.
+# they are gone. Ends with the run: 0 done, 78 something to correct, 70 after too many faults in a row, of the run or of a command
+# of this folder. It may be interrupted and started again; the run does not notice.
 #
 #   launch/tpu_queued/loop.sh --name=run1 --zone=us-west4-a --accelerator=v5litepod-64 --spot --share=10.0.0.2:/maestro \
 #     --config=configs/qwen3_vl_4b.py --workdir=/mnt/maestro/run1 [-- --config.mesh.tensor=2]
@@ -16,11 +16,11 @@ optional keys "" "file of NAME=VALUE lines: the experts' API keys"
 optional valid-until "" "a request gives up after this time, such as 6h; empty: never"
 optional attempts 10 "how often to try a command that finds no answer"
 optional pause 30 "seconds between two looks"
-optional faults 3 "end after so many faults in a row (exit code 70, a lost process, a failed request), none an hour after a start"
+optional faults 3 "end after so many faults in a row (exit code 70, a lost process, a failed request or command), none an hour after a start"
 switch delete-when-done "after exit code 0, delete TPUs and request"
 settings_from "$@"
 
-began=$SECONDS started=$SECONDS faults=0 last=""
+began=$SECONDS started="" faults=0 last="" state=""
 
 # Says what is new, and every ten minutes what is not.
 report() {
@@ -28,36 +28,67 @@ report() {
   last=$1
 }
 
+# TPUs that nobody watches any more cost money all the same.
+warn_of_tpus() {
+  local command
+  command=$(quoted launch/tpu_queued/delete.sh "--name=$NAME" "--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
+  [[ $state != ACTIVE ]] || note "the TPUs are still there and cost money; $command deletes them"
+}
+
+# leave CODE MESSAGE: ends the loop.
+leave() {
+  warn_of_tpus
+  fail "$@"
+}
+
 fault() {
-  ((SECONDS - started < 3600)) || faults=0 # it had been going well
+  [[ -z $started ]] || ((SECONDS - started < 3600)) || faults=0 # it had been going well
+  started=""                                                    # a second fault without a start between is one in a row
   faults=$((faults + 1))
   report "$1; fault $faults of $FAULTS"
-  ((faults < FAULTS)) || fail "$INTERNAL" "$FAULTS faults in a row, the last: $1; see launch/tpu_vm/logs.sh, then start this again"
+  ((faults < FAULTS)) ||
+    leave "$INTERNAL" "$FAULTS faults in a row, the last: $1; see above and launch/tpu_vm/logs.sh, then start this again"
 }
 
-# A command of ours that may fail because the TPUs went away meanwhile: the next look tells. What has to be corrected ends it.
+# A command of ours, and its exit code. One that wants something corrected ends the loop, one that says "try again" is for the
+# next look. Any other failure is a fault, unless its TPUs are being taken away.
 attempt() {
-  local code=0
+  local code=0 name
+  name=$(basename "$1")
   "$@" || code=$?
-  ((code != CONFIGURATION)) || exit "$CONFIGURATION"
-  ((code == 0)) || report "$(basename "$1") ended with $code; looking again in $PAUSE s"
+  case $code in
+    0) ;;
+    "$CONFIGURATION") leave "$CONFIGURATION" "$name wants something corrected, as said above" ;;
+    "$TRY_AGAIN") report "$name ended with $code; looking again in $PAUSE s" ;;
+    *) if are_leaving; then report "$name ended with $code as the TPUs went away"; else fault "$name ended with $code"; fi ;;
+  esac
+  return "$code"
 }
 
+# Are the TPUs, there at the last look, being taken away?
+are_leaving() {
+  [[ $state == ACTIVE ]] || return
+  [[ $(node) == @(PREEMPTED|TERMINATED) || $("$LAUNCH/tpu_queued/status.sh") == @(SUSPENDING|SUSPENDED|FAILED|missing) ]]
+}
+
+# Only workers that are all set up are told to start.
 start() {
   started=$SECONDS
-  attempt "$LAUNCH/tpu_vm/setup.sh"
-  attempt "$LAUNCH/tpu_vm/run.sh" -- "${REST[@]}"
+  if attempt "$LAUNCH/tpu_vm/setup.sh"; then attempt "$LAUNCH/tpu_vm/run.sh" -- "${REST[@]}" || true; fi
 }
 
-delete() { attempt "$LAUNCH/tpu_queued/delete.sh"; }
+ask_for_tpus() { attempt "$LAUNCH/tpu_queued/create.sh" -- "${REST[@]}" || true; }
+delete() { attempt "$LAUNCH/tpu_queued/delete.sh" || true; }
+
+node() { gcloud compute tpus tpu-vm describe "$NAME" "${PLACE[@]}" '--format=value(state)' 2>/dev/null || echo unknown; }
 
 # Workers that do not answer may be gone before the request says so.
 look_closer() {
-  local node
-  node=$(gcloud compute tpus tpu-vm describe "$NAME" "${PLACE[@]}" '--format=value(state)' 2>/dev/null) || node=unknown
-  case $node in
-    PREEMPTED | TERMINATED) report "the TPUs are $node; asking anew" && delete ;;
-    *) report "the workers do not answer; the TPUs are $node" ;;
+  local found
+  found=$(node)
+  case $found in
+    PREEMPTED | TERMINATED) report "the TPUs are $found; asking anew" && delete ;;
+    *) report "the workers do not answer; the TPUs are $found" ;;
   esac
 }
 
@@ -71,11 +102,11 @@ attend() {
     idle) report "starting the run" && start ;;
     0)
       report "the run is done"
-      [[ -z $DELETE_WHEN_DONE ]] || delete
+      if [[ -z $DELETE_WHEN_DONE ]] || ! attempt "$LAUNCH/tpu_queued/delete.sh"; then warn_of_tpus; fi
       exit
       ;;
     75) faults=0 && report "preempted and saved; going on" && start ;;
-    78) fail "$CONFIGURATION" "the run wants something corrected; see launch/tpu_vm/logs.sh" ;;
+    78) leave "$CONFIGURATION" "the run wants something corrected; see launch/tpu_vm/logs.sh" ;;
     *) fault "the run ended with $run" && start ;;
   esac
 }
@@ -92,7 +123,7 @@ fi
 state=$("$LAUNCH/tpu_queued/status.sh") # without an answer to the first question, something is wrong with gcloud's settings
 while true; do
   case $state in
-    missing) report "asking for $ACCELERATOR" && attempt "$LAUNCH/tpu_queued/create.sh" -- "${REST[@]}" ;;
+    missing) report "asking for $ACCELERATOR" && ask_for_tpus ;;
     ACTIVE) attend ;;
     SUSPENDED) report "the TPUs were taken away; asking anew" && delete ;;
     FAILED) fault "the request failed" && delete ;;

@@ -11,6 +11,7 @@ settings_from "$@"
 
 state() { ask "" gcloud compute tpus tpu-vm describe "$NAME" "${PLACE[@]}" '--format=value(state)'; }
 
+check_commit
 check_slice
 runtime=$(runtime_version)
 found=$(state)

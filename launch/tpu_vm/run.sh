@@ -8,9 +8,9 @@ a_tpu_vm
 required config "config file of the run, below the repository"
 required workdir "directory of the run, the same for all workers: below /mnt/maestro"
 optional accelerator "" "such as v5litepod-64, for the flags of its chip in launch/env; empty: none"
+a_patient_command
 settings_from "$@"
 
 job=(env "MAESTRO_CHIP=$(chip)" launch/with_flags.sh
   .venv/bin/python -m maestro_jax.train "--config=$CONFIG" "--workdir=$WORKDIR" "${REST[@]}")
-run gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --worker=all \
-  "--command=$(quoted bash maestro/launch/tpu_vm/worker.sh start "${job[@]}")"
+everywhere ssh "$NAME" "--command=$(quoted bash maestro/launch/tpu_vm/worker.sh start "${job[@]}")"

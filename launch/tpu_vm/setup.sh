@@ -6,17 +6,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 a_tpu_vm
 optional share "" "SERVER:/SHARE (NFS, such as Filestore) that every worker mounts at /mnt/maestro"
 optional keys "" "file of NAME=VALUE lines: the experts' API keys"
-optional attempts 10 "how often to try while workers do not answer"
-optional pause 15 "seconds between two attempts"
+optional config "" "config file of the run, which has to be committed; empty: not looked at"
+a_patient_command
 settings_from "$@"
-
-everywhere() {
-  despite silence gcloud compute tpus tpu-vm "$@" "${PLACE[@]}" --worker=all ||
-    fail "$TRY_AGAIN" "the workers of $NAME do not answer; see launch/tpu_vm/status.sh, then run this again"
-}
 
 [[ -z $KEYS || -r $KEYS ]] || fail "$CONFIGURATION" "--keys=$KEYS cannot be read; name a file of NAME=VALUE lines"
 [[ -n $SHARE ]] || note "warning: without --share, work directories are on the workers' own disks and are deleted with them"
+check_commit
 bundle=${TMPDIR:-/tmp}/maestro-$NAME.tar.gz
 run git -C "$(dirname "$LAUNCH")" archive --format=tar.gz "--output=$bundle" HEAD
 everywhere scp "$bundle" "$NAME:maestro.tar.gz"

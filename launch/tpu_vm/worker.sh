@@ -10,15 +10,33 @@ set -euo pipefail
 
 readonly UNIT=maestro.service HOUSE=$HOME/maestro MOUNT=/mnt/maestro
 readonly TIME_TO_SAVE=300 # seconds
+readonly PACKAGES=(nfs-common libgl1 libglib2.0-0) # what mounts the share, and what opencv loads
 
-setup() {
-  if (($#)) && ! mountpoint -q "$MOUNT"; then
-    command -v mount.nfs >/dev/null || { sudo apt-get update -q && sudo apt-get install -qy nfs-common; }
+# A fresh machine updates itself and holds apt's locks for minutes; apt waits for one of them, not for the other.
+install_packages() {
+  local attempt apt=(sudo env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=600)
+  ! dpkg --status "${PACKAGES[@]}" >/dev/null 2>&1 || return 0
+  for ((attempt = 0; attempt < 60; attempt++)); do
+    if "${apt[@]}" update && "${apt[@]}" install --yes "${PACKAGES[@]}"; then return; fi
+    sleep 10
+  done
+  echo "error: ${PACKAGES[*]} could not be installed on $(hostname), as said above" >&2
+  return 70
+}
+
+# A user has another number on each worker, and NFS compares numbers: what one of them writes has to be open to all.
+mount_share() {
+  if ! mountpoint -q "$MOUNT"; then
     sudo mkdir -p "$MOUNT"
     sudo mount -t nfs -o hard "$1" "$MOUNT"
-    sudo chown "$USER" "$MOUNT"
   fi
+  [[ $(stat --format=%a "$MOUNT") == *777 ]] || sudo chmod 777 "$MOUNT"
+}
+
+setup() {
   [[ ! -e $HOME/maestro.env ]] || chmod 600 "$HOME/maestro.env"
+  install_packages
+  ((!$#)) || mount_share "$1"
   cd "$HOUSE"
   local wanted
   wanted=$(cat requirements.txt setup.py | sha256sum)
@@ -27,7 +45,7 @@ setup() {
     # The images come with an older Python than the package needs; uv brings one.
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --clear --python 3.11 .venv
-    python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt -e '.[tpu,suite,sandbox]'
+    python3 -m uv pip install --quiet --python .venv/bin/python -r requirements.txt -e '.[tpu,gcs,suite,sandbox]'
     printf '%s\n' "$wanted" >.venv/made-of
   fi
   printf '%s is ready\n' "$(hostname)"
@@ -59,7 +77,8 @@ start() {
   [[ ! -e $HOME/maestro.env ]] || keys=(--property="EnvironmentFile=$HOME/maestro.env")
   sudo systemd-run --unit="$UNIT" --uid="$USER" --working-directory="$HOUSE" --remain-after-exit \
     --property=KillMode=mixed --property="TimeoutStopSec=$TIME_TO_SAVE" --property="RequiresMountsFor=$MOUNT" \
-    --property=After=network-online.target --property=LimitMEMLOCK=infinity --setenv=PYTHONUNBUFFERED=1 "${keys[@]}" "$@"
+    --property=After=network-online.target --property=LimitMEMLOCK=infinity --property=UMask=0000 \
+    --setenv=PYTHONUNBUFFERED=1 "${keys[@]}" "$@"
 }
 
 logs() { sudo journalctl --unit="$UNIT" --output=cat --lines=200 "$@"; }

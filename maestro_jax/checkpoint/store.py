@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any, TypeVar
 
+import fsspec
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -36,6 +37,7 @@ from maestro_jax.checkpoint.committed import (
     sync,
     write_manifest,
 )
+from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.cluster import LostError, is_loss
 
 T = TypeVar("T")
@@ -244,9 +246,21 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def absolute(directory: str | PathLike[str]) -> epath.Path:
-    """Orbax wants absolute paths."""
+    """The path as Orbax wants it: absolute.
+
+    Raises:
+      ConfigError: it is on an object store, and the package that reads that one is not installed.
+    """
     path = epath.Path(directory)
-    return path if "://" in str(path) else epath.Path(path.absolute())
+    scheme, separator, _ = str(path).partition("://")
+    if not separator:
+        return epath.Path(path.absolute())
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        cure = "pip install 'maestro_jax[gcs]'" if scheme == "gs" else str(error)
+        raise ConfigError(f"{path} cannot be read, for the package of {scheme}:// is not installed; {cure}") from error
+    return path
 
 
 def named_leaves(tree: Any) -> dict[str, jax.Array]:

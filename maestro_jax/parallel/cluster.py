@@ -4,8 +4,8 @@ A run is one process unless this room is told otherwise, in this order:
 
 1. MAESTRO_PROCESSES=n in the environment, with MAESTRO_COORDINATOR=host:port (of process 0) and MAESTRO_PROCESS=i;
    MAESTRO_PROCESSES=1 says that this process is alone, whatever is detected below.
-2. A Cloud TPU slice: this machine has TPU chips, and GKE (TPU_WORKER_HOSTNAMES) or the metadata server (TPU VMs) names
-   its hosts.
+2. A Cloud TPU slice: this machine has TPU chips, and GKE (TPU_WORKER_HOSTNAMES and TPU_WORKER_ID) or the metadata
+   server (TPU VMs) names its hosts.
 3. A Slurm step of several tasks (`srun`). A batch script, a login shell or `srun --ntasks=1` is one process.
 
 What passes between processes here is small and travels over the coordinator, from host to host: no device takes part,
@@ -40,6 +40,7 @@ HEARTBEAT_SECONDS = 10
 START_SECONDS = 300  # for all processes to come: hosts are made and images pulled at their own pace
 _POLL_MS = 1000
 _PORT = 61440  # and the 4096 above it, by Slurm's number of the job
+_TPU_PORT = 8482  # of the coordinator on a TPU host; JAX's own choice there
 
 _LOSS = re.compile(r"Gloo \S+ failed|NCCL|UNAVAILABLE")
 _STOP = "maestro/stop"
@@ -133,14 +134,33 @@ def _told(coordinator: str, processes: str, process: str) -> Cluster:
 
 
 def _tpu_slice(environ: Mapping[str, str]) -> Cluster | None:
-    """JAX reads the slice itself; asked only where there can be other hosts."""
-    hosts = environ.get("TPU_WORKER_HOSTNAMES", "")
-    if hosts:
-        several = "," in hosts or environ.get("MEGASCALE_NUM_SLICES", "1") != "1"
-        return Cluster("a TPU slice on GKE", method="gketpu") if several else None
+    """The hosts that GKE names; on TPU VMs JAX asks the metadata server, where there can be other hosts."""
+    if environ.get("TPU_WORKER_HOSTNAMES"):
+        return _gke_slice(environ)
     if "TPU_SKIP_MDS_QUERY" in environ:
         return None
     return Cluster("a Cloud TPU slice", method="gcetpu")
+
+
+def _gke_slice(environ: Mapping[str, str]) -> Cluster | None:
+    """Not left to JAX's "gketpu": on a single slice that asks the metadata server, which a pod may not reach.
+
+    (jax-ml/jax#40854: whatever TPU_SKIP_MDS_QUERY says.)
+    """
+    hosts = environ["TPU_WORKER_HOSTNAMES"].split(",")
+    slices = int(environ.get("MEGASCALE_NUM_SLICES", "1"))
+    if len(hosts) * slices == 1:
+        return None
+    needed = ["TPU_WORKER_ID"] + (["MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"] if slices > 1 else [])
+    if missing := [name for name in needed if not environ.get(name)]:
+        raise ConfigError(
+            f"TPU_WORKER_HOSTNAMES names {len(hosts)} hosts of {slices} slices, but {missing[0]} is not set; GKE does "
+            "so for the pods of a JobSet, or set MAESTRO_COORDINATOR, MAESTRO_PROCESSES and MAESTRO_PROCESS"
+        )
+    first = environ["MEGASCALE_COORDINATOR_ADDRESS"] if slices > 1 else hosts[0]
+    process = int(environ["TPU_WORKER_ID"]) + len(hosts) * int(environ.get("MEGASCALE_SLICE_ID", "0"))
+    address = f"{first.partition(':')[0]}:{_TPU_PORT}"
+    return Cluster("a TPU slice on GKE", address, len(hosts) * slices, process)
 
 
 def _slurm_step(environ: Mapping[str, str]) -> Cluster:

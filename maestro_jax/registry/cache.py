@@ -272,7 +272,7 @@ def _load(path: str, kept: _Recent) -> None:
 def open_for_append(path: str) -> int:
     """A descriptor of a file of lines, at the start of a new line."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     size = os.fstat(descriptor).st_size
     if size and os.pread(descriptor, 1, size - 1) != b"\n":
         os.write(descriptor, b"\n")  # a torn last line must not swallow the next one

@@ -4,6 +4,7 @@ Arrays are TensorStore's, which has drivers of its own.
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import fsspec
@@ -19,6 +20,7 @@ from maestro_jax.checkpoint.committed import (
     write_manifest,
 )
 from maestro_jax.checkpoint.store import CheckpointStore, absolute
+from maestro_jax.errors import ConfigError
 
 STEP = 3
 
@@ -44,6 +46,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> epath.Path:
     """The directory of a run's checkpoints in a bucket: one that was saved on a disk, object by object."""
     bucket = Bucket()
     monkeypatch.setattr(fsspec, "filesystem", lambda name, **options: bucket)
+    monkeypatch.setattr(fsspec, "get_filesystem_class", lambda name: Bucket)
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
     store = CheckpointStore(tmp_path, keep=1)
     store.save(STEP, {"w": jnp.arange(8.0)}, {"seed": 4})
@@ -99,3 +102,9 @@ def test_a_damaged_one_can_be_renamed_there(run: epath.Path) -> None:
     (run / str(STEP)).rename(run / f"{STEP}.damaged")
     assert committed_steps(run) == []
     assert {path.name for path in (run / f"{STEP}.damaged").iterdir()} >= {"MANIFEST", "run", "state"}
+
+
+def test_a_store_whose_package_is_missing_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"maestro_jax\[gcs\]"):
+        absolute("gs://bucket/run")

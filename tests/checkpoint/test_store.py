@@ -1,6 +1,7 @@
 """Checkpoints come back bit for bit, on any mesh, or say why not."""
 
 import json
+import pwd
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,19 @@ def test_a_new_process_gets_every_bit_back_on_any_mesh(axes: tuple[int, int, int
     for (name, leaf), place in zip(named_leaves(found).items(), jax.tree.leaves(target), strict=True):
         assert np.asarray(leaf).tobytes() == np.asarray(wanted[name]).tobytes(), name
         assert leaf.dtype == wanted[name].dtype and leaf.sharding == place.sharding, name
+
+
+def test_files_of_a_user_who_has_no_name_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a share that other machines write to, and in a container with a number for a user."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    state = make_state((1, 1, 1))
+    save(tmp_path, state, 3)
+    restored = restore(tmp_path, state)
+    assert restored is not None and restored.step == 3
 
 
 def test_latest_and_how_many_are_kept(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ class Cloud:
 
     def launch(self, command: str, seconds: int = 60, **settings: str) -> subprocess.CompletedProcess[str]:
         """Runs "tpu_vm/create.sh --name=a ..." as a shell would; settings are environment variables."""
+        return self.run(f"launch/{command}", seconds, **settings)
+
+    def run(self, command: str, seconds: int = 60, **settings: str) -> subprocess.CompletedProcess[str]:
+        """What a shell in the root of the repository says to a command."""
         environment = {
             "PATH": f"{self.directory / 'bin'}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.directory),
@@ -40,7 +44,7 @@ class Cloud:
             **settings,
         }
         return subprocess.run(
-            ["bash", "-c", f"launch/{command}"],
+            ["bash", "-c", command],
             cwd=REPOSITORY,
             env=environment,
             capture_output=True,

@@ -5,6 +5,7 @@ import re
 import pytest
 import yaml
 
+from maestro_jax.aot import slices
 from maestro_jax.aot.slices import parse_accelerator
 from tests.launch.conftest import Cloud
 from tests.launch.golden import REPOSITORY
@@ -22,8 +23,44 @@ def test_a_cluster_is_made_once(cloud: Cloud) -> None:
     assert cloud.launch(CLUSTER).returncode == 0
     assert len(cloud.calls("create")) == 3
     result = cloud.launch(CLUSTER)
-    assert result.returncode == 0 and "node pool experts exists" in result.stderr
+    assert result.returncode == 0 and "node pool experts-v5litepod-64 exists" in result.stderr
     assert len(cloud.calls("create")) == 3
+
+
+def made(cloud: Cloud, flags: str) -> dict[tuple[str, str], dict]:
+    """What cluster.sh applies, by kind and name."""
+    assert cloud.launch(f"{CLUSTER.removesuffix(' --experts=2')} {flags}").returncode == 0
+    applied = yaml.safe_load_all((cloud.directory / "applied").read_text())
+    return {(manifest["kind"], manifest["metadata"]["name"]): manifest for manifest in applied}
+
+
+def test_another_accelerator_or_namespace_changes_no_queue_of_the_first(cloud: Cloud) -> None:
+    first = made(cloud, "--experts=2")
+    second = made(cloud, "--accelerator=v6e-16 --experts=1")
+    third = made(cloud, "--namespace=others --experts=2")
+    queues = {key for key in first if key[0] in ("ClusterQueue", "LocalQueue")}
+    assert len(queues) == 2 and not queues & second.keys()
+    for key in first.keys() & second.keys():
+        assert second[key] == first[key]
+    assert third["ClusterQueue", "v5litepod-64"] == first["ClusterQueue", "v5litepod-64"]
+    assert third["LocalQueue", "v5litepod-64"]["metadata"]["namespace"] == "others"
+
+
+def test_without_experts_those_that_a_queue_has_stay(cloud: Cloud) -> None:
+    assert ("ClusterQueue", "v5litepod-64") in made(cloud, "--experts=2")
+    again = made(cloud, "")
+    assert ("ClusterQueue", "v5litepod-64") not in again and ("LocalQueue", "v5litepod-64") in again
+    assert ("ClusterQueue", "v6e-16") in made(cloud, "--accelerator=v6e-16")
+
+
+def test_logs_are_those_of_the_newest_pod(cloud: Cloud) -> None:
+    cloud.lines("pods", "run1-trainer-0-0-old", "run1-trainer-0-0-new")
+    assert cloud.launch("gke/logs.sh --name=run1 --follow").returncode == 0
+    (call,) = cloud.calls("logs")
+    assert "pod/run1-trainer-0-0-new" in call and call.endswith("--follow")
+    cloud.lines("pods")
+    result = cloud.launch("gke/logs.sh --name=run1 --host=3")
+    assert result.returncode == 75 and "no pod of host 3" in result.stderr
 
 
 def test_a_shortage_is_waited_out_and_what_was_made_stays(cloud: Cloud) -> None:
@@ -95,6 +132,7 @@ def test_the_trainer_waits_for_any_number_of_experts(cloud: Cloud) -> None:
         (f"--experts={','.join(f'e{i}=m' for i in range(18))} --expert-image=i", "at most 17"),
         ("--accelerator=v5litepod-48", "v5litepod-48"),
         ("--accelerator=v5p-10", "v5p-10"),
+        ("--accelerator=v5p-9", "v5p-9"),
         ("--accelerator=b300x8", "b300x8"),
     ],
 )
@@ -109,7 +147,17 @@ def test_templates_name_nothing_that_is_not_set() -> None:
     used = "".join(script.read_text() for script in (REPOSITORY / "launch/gke").glob("*.sh"))
     for template in (REPOSITORY / "launch/gke/manifests").glob("*.yaml"):
         name = template.name.replace("queue-tpu", "queue-$(is_tpu").replace("queue-gpu", "queue-$(is_tpu")
-        assert name.removesuffix(".yaml") in used or template.name == "hosted.yaml"
+        assert name.removesuffix(".yaml") in used or template.name in ("hosted.yaml", "fill.yaml")
+
+
+def test_shapes_are_those_of_the_slice_check() -> None:
+    text = (REPOSITORY / "launch/gke/shared.sh").read_text()
+    flat, cube = [
+        {int(count): shape for count, shape in re.findall(r"\[(\d+)\]=(\S+?)[\s)]", table)}
+        for table in re.findall(r"^declare -A (?:FLAT|CUBE)=(.*?\))$", text, re.MULTILINE | re.DOTALL)
+    ]
+    assert flat == {**slices._ONE_MACHINE, 1: "1x1", **slices._FLAT}  # GKE has a name for one chip
+    assert cube == {2 * chips: shape for chips, shape in slices._CUBES.items()}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from maestro_jax.errors import EXIT_CONFIG, EXIT_PREEMPTED
+from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_LOST, EXIT_PREEMPTED
 from tests.launch.golden import REPOSITORY
 from tests.launch.schemas import check
 
@@ -19,8 +19,8 @@ GOLDEN = (REPOSITORY / "tests/launch/golden/gke.txt").read_text()
 @functools.cache
 def everything() -> list[dict[str, Any]]:
     texts = re.findall(r"<<'MANIFESTS'\n(.*?)^MANIFESTS$", GOLDEN, re.MULTILINE | re.DOTALL)
-    hosted = (REPOSITORY / "launch/gke/manifests/hosted.yaml").read_text()
-    return [manifest for text in [*texts, hosted] for manifest in yaml.safe_load_all(text)]
+    by_hand = [(REPOSITORY / f"launch/gke/manifests/{name}.yaml").read_text() for name in ("hosted", "fill")]
+    return [manifest for text in [*texts, *by_hand] for manifest in yaml.safe_load_all(text)]
 
 
 def manifests(kind: str = "") -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def test_a_manifest_is_known_field_by_field(number: int) -> None:
     ("kind", "path"),
     [
         ("JobSet", ("spec",)),
-        ("JobSet", ("spec", "failurePolicy", "rules", 0)),
+        ("JobSet", ("spec", "failurePolicy")),
         ("JobSet", ("spec", "replicatedJobs", 0, "template", "spec")),
         ("JobSet", ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0)),
         ("NetworkPolicy", ("spec", "egress", 0)),
@@ -68,11 +68,27 @@ def test_exit_codes_decide_what_is_tried_again() -> None:
     assert len(jobsets) == 3
     for jobset in jobsets:
         rules = role(jobset, "trainer")["podFailurePolicy"]["rules"]
-        by_code = {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules if "onExitCodes" in rule}
-        assert by_code == {EXIT_CONFIG: "FailJob", EXIT_PREEMPTED: "Ignore"}
+        by_code = {
+            code: rule["action"] for rule in rules if "onExitCodes" in rule for code in rule["onExitCodes"]["values"]
+        }
+        assert by_code == {EXIT_CONFIG: "FailJob", EXIT_PREEMPTED: "Ignore", EXIT_LOST: "Ignore"}
+        assert EXIT_INTERNAL not in by_code  # counts
         assert {rule["onExitCodes"]["containerName"] for rule in rules if "onExitCodes" in rule} == {
             container["name"] for container in pod(role(jobset, "trainer"))["containers"]
         }
+
+
+def test_a_server_of_an_expert_has_weights_of_the_volume_and_nothing_else() -> None:
+    """It reaches the internet, so what it could read there could leave."""
+    (chart, _, _) = manifests("JobSet")[1]["spec"]["replicatedJobs"]
+    container = pod(chart["template"]["spec"])["containers"][0]
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"] if mount["name"] == "runs"}
+    assert {path: mount["subPath"] for path, mount in mounts.items()} == {
+        "/mnt/maestro/huggingface": "huggingface",
+        "/mnt/maestro/models": "models",
+    }
+    assert mounts["/mnt/maestro/models"]["readOnly"]
+    assert {"name": "HF_HOME", "value": "/mnt/maestro/huggingface"} in container["env"]
 
 
 def test_hosts_are_those_of_the_slice() -> None:
@@ -109,6 +125,11 @@ def test_the_first_job_depends_on_none() -> None:
 def test_quotas_admit_the_run() -> None:
     """Kueue admits nothing that asks for a resource which no group covers."""
     (queue, *_), jobset = manifests("ClusterQueue"), manifests("JobSet")[0]
+    local = manifests("LocalQueue")[0]
+    assert jobset["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
+    assert local["spec"]["clusterQueue"] == queue["metadata"]["name"]
+    namespace = manifests("Namespace")[0]
+    assert namespace["metadata"]["labels"].items() >= queue["spec"]["namespaceSelector"]["matchLabels"].items()
     quotas = {
         resource["name"]: resource["nominalQuota"]
         for group in queue["spec"]["resourceGroups"]

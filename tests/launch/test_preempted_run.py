@@ -31,7 +31,9 @@ def machine(cloud: Cloud) -> Cloud:
     for name in ("systemctl", "systemd-run", "journalctl"):
         cloud.program(name, f'exec {FAST_PYTHON} {FAKES}/machine.py {name} "$@"')
     cloud.program("sudo", 'exec "$@"')
-    cloud.program("mountpoint", "exit 0")
+    for name in ("mountpoint", "dpkg"):
+        cloud.program(name, "exit 0")
+    cloud.program("stat", "echo 777")
     cloud.program("this-python", f'exec {sys.executable} "$@"')  # with its packages, unlike a link
     venv = f"mkdir -p .venv/bin && ln -sf {cloud.directory}/bin/this-python .venv/bin/python"
     cloud.program("python3", f'case "$*" in *"uv venv"*) {venv} ;; esac')

@@ -37,6 +37,11 @@ def test_exit_codes_are_those_of_the_package() -> None:
     assert line == f"TRY_AGAIN={EXIT_PREEMPTED} CONFIGURATION={EXIT_CONFIG} INTERNAL={EXIT_INTERNAL}"
 
 
+def test_keys_are_not_committed_with_the_rest() -> None:
+    ignored = ["git", "check-ignore", "keys.env"]
+    assert subprocess.run(ignored, cwd=REPOSITORY, capture_output=True, text=True).stdout == "keys.env\n"
+
+
 def test_base_images_have_a_version() -> None:
     for file in DOCKERFILES:
         (base,) = re.findall(r"^FROM (\S+)$", file.read_text(), re.MULTILINE)

@@ -76,7 +76,11 @@ def test_a_job_goes_on_after_preemption_and_faults_until_it_is_done(slurm: Slurm
     assert job.ends() == [("70", "1"), ("75", "0"), ("69", "1"), ("70", "2"), ("0", "")]
 
 
-@pytest.mark.parametrize(("plan", "runs"), [("78", 1), ("70 70 70", 3)], ids=["a mistake", "three faults in a row"])
+@pytest.mark.parametrize(
+    ("plan", "runs"),
+    [("78", 1), ("78/134", 1), ("70 70 70", 3)],
+    ids=["a mistake", "a mistake of one that the other aborts for", "three faults in a row"],
+)
 def test_a_job_ends_where_another_start_would_not_help(slurm: Slurm, tmp_path: Path, plan: str, runs: int) -> None:
     job = planned(slurm, tmp_path, plan)
     assert job.wait_for_end(200) == "FAILED"

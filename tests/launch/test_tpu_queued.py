@@ -97,6 +97,34 @@ def test_a_request_that_fails_is_not_repeated_forever(cloud: Cloud) -> None:
     assert len(cloud.calls("queued-resources create")) == 3
 
 
+def test_a_request_that_is_refused_is_not_repeated_forever(cloud: Cloud) -> None:
+    refused = "PERMISSION_DENIED: Permission 'tpu.nodes.create' denied"
+    cloud.lines("failures/compute-tpus-queued-resources-create", refused, refused, refused)
+    result = loop(cloud, ["idle", "0"])
+    assert result.returncode == 70 and "create.sh ended with 70; fault 3 of 3" in result.stderr
+    assert "cost money" not in result.stderr  # there are no TPUs
+
+
+def test_a_setup_that_fails_starts_nothing_and_is_a_fault(cloud: Cloud) -> None:
+    cloud.lines("failures/compute-tpus-tpu-vm-scp", *["maestro.tar.gz: No space left on device"] * 3)
+    result = loop(cloud, ["idle"])
+    assert result.returncode == 70 and "setup.sh ended with 70; fault 3 of 3" in result.stderr
+    assert "launch/tpu_queued/delete.sh --name=run1 --zone=us-west4-a deletes them" in result.stderr
+    assert not cloud.calls("worker.sh start")
+
+
+def test_a_worker_that_is_not_set_up_is_set_up_before_the_start(cloud: Cloud) -> None:
+    cloud.lines("failures/compute-tpus-tpu-vm-ssh", "", "E: Unable to locate package")  # status, then setup
+    assert loop(cloud, ["idle", "idle", "0"]).returncode == 0
+    assert len(cloud.calls("worker.sh setup")) == 2 and len(cloud.calls("worker.sh start")) == 1
+
+
+def test_a_setup_whose_tpus_are_taken_away_is_no_fault(cloud: Cloud) -> None:
+    cloud.lines("failures/compute-tpus-tpu-vm-scp", *["is not in state READY"] * 3)
+    result = loop(cloud, ["idle", "idle", "idle", "idle", "0"], ("ACTIVE SUSPENDED",) * 3 + ("ACTIVE",))
+    assert result.returncode == 0 and "setup.sh ended with 70 as the TPUs went away" in result.stderr
+
+
 def test_it_may_be_interrupted_and_started_again(cloud: Cloud) -> None:
     cloud.launch(f"tpu_queued/create.sh {ASK}")
     cloud.lines("workers", "running", "0")

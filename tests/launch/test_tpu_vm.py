@@ -1,8 +1,10 @@
 """TPU VMs: created once, despite shortages; deleted only when told."""
 
+import shutil
 import sys
+from pathlib import Path
 
-from tests.launch.conftest import Cloud
+from tests.launch.conftest import REPOSITORY, Cloud
 
 WHERE = "--name=run1 --zone=us-west4-a"
 CREATE = f"tpu_vm/create.sh {WHERE} --accelerator=v5litepod-64 --config=configs/qwen3_vl_4b.py"
@@ -90,6 +92,39 @@ def test_a_mesh_that_does_not_fit_creates_nothing(cloud: Cloud) -> None:
 
 def test_an_unchecked_mesh_is_warned_of(cloud: Cloud) -> None:
     assert "mesh and slice are not compared" in cloud.launch(CREATE).stderr
+
+
+def test_a_python_below_the_directory_it_is_named_from(cloud: Cloud, tmp_path: Path) -> None:
+    cloud.program("python", 'case "$*" in *slice_check*) exit 1 ;; esac')
+    here = f"cd {tmp_path} && {REPOSITORY}/launch/{CREATE}"
+    result = cloud.run(here, PYTHON="bin/python")
+    assert result.returncode == 78 and "nothing was created" in result.stderr
+
+
+def test_a_config_that_is_not_committed_creates_nothing(cloud: Cloud) -> None:
+    result = cloud.launch(f"{CREATE} --config=configs/forgotten.py:large")
+    assert result.returncode == 78 and "configs/forgotten.py is not in the last commit" in result.stderr
+    assert not cloud.calls()
+
+
+def test_what_is_not_committed_is_warned_of(cloud: Cloud, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(REPOSITORY / "launch", copy / "launch")
+    setup = f"cd {copy} && launch/tpu_vm/setup.sh {WHERE} --config=config.py"
+    result = cloud.run(setup)
+    assert result.returncode == 78 and "has no commit" in result.stderr
+    (copy / "config.py").touch()
+    git = "git -c user.name=a -c user.email=a@localhost"
+    assert cloud.run(f"cd {copy} && git init -q && git add -A && {git} commit -qm a && {setup}").returncode == 0
+    (copy / "config.py").write_text("changed")
+    result = cloud.run(setup)
+    assert result.returncode == 0 and "what is not committed does not run:\n M config.py" in result.stderr
+
+
+def test_the_start_waits_for_workers(cloud: Cloud) -> None:
+    cloud.lines("failures/compute-tpus-tpu-vm-ssh", "ssh: connect to host 10.1.2.3 port 22: Connection refused")
+    result = cloud.launch(f"tpu_vm/run.sh {WHERE} --config=configs/qwen3_vl_4b.py --workdir=/mnt/maestro/run1")
+    assert result.returncode == 0 and len(cloud.calls("worker.sh start")) == 2
 
 
 def test_setup_waits_for_workers(cloud: Cloud) -> None:

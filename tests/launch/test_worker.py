@@ -13,6 +13,8 @@ def worker(cloud: Cloud) -> Cloud:
     for name in ("systemctl", "systemd-run"):
         cloud.program(name, f'exec {FAST_PYTHON} {FAKES}/systemd.py {name} "$@"')
     cloud.program("sudo", 'exec "$@"')
+    for name in ("dpkg", "sleep"):
+        cloud.program(name, "exit 0")
     return cloud
 
 
@@ -38,6 +40,7 @@ def test_start_twice_starts_once(worker: Cloud) -> None:
     (started,) = worker.calls("systemd-run")
     assert started.endswith(".venv/bin/python -m maestro_jax.train")
     assert "--property=KillMode=mixed" in started and "--property=TimeoutStopSec=300" in started
+    assert "--property=UMask=0000" in started  # users have other numbers elsewhere
     assert "EnvironmentFile" not in started
 
 
@@ -72,13 +75,26 @@ def test_setup_installs_once_and_again_when_requirements_change(worker: Cloud) -
 def test_setup_mounts_the_share_once(worker: Cloud) -> None:
     worker.program("mount", 'echo mount "$@" >>"$FAKE_CLOUD/calls"')
     worker.program("mountpoint", 'test -e "$FAKE_CLOUD/mounted"')
-    for name in ("mount.nfs", "mkdir", "chown"):
-        worker.program(name, "exit 0")
+    worker.program("chmod", 'echo chmod "$@" >>"$FAKE_CLOUD/calls"')
+    worker.program("stat", "echo 755")
+    worker.program("mkdir", "exit 0")
     say(worker, "setup 10.0.0.2:/maestro")
-    assert worker.calls("mount") == ["mount -t nfs -o hard 10.0.0.2:/maestro /mnt/maestro"]
+    assert worker.calls("mount -t") == ["mount -t nfs -o hard 10.0.0.2:/maestro /mnt/maestro"]
     worker.lines("mounted")
+    worker.program("stat", "echo 777")
     say(worker, "setup 10.0.0.2:/maestro")
-    assert len(worker.calls("mount")) == 1
+    assert len(worker.calls("mount -t")) == 1
+    assert worker.calls("chmod") == ["chmod 777 /mnt/maestro"]  # not of one user, who has another number elsewhere
+
+
+def test_setup_outlasts_a_machine_that_updates_itself(worker: Cloud) -> None:
+    worker.program("dpkg", "exit 1")
+    worker.program("apt-get", 'echo apt-get "$@" >>"$FAKE_CLOUD/calls"', f"exec {FAST_PYTHON} {FAKES}/held.py")
+    worker.lines("holds", *["E: Could not get lock /var/lib/apt/lists/lock."] * 3)
+    say(worker, "setup")  # it ends at the environment, of which nothing is here
+    assert len(worker.calls("apt-get", " update")) == 4
+    (installed,) = worker.calls("apt-get", " install ")
+    assert installed.endswith("nfs-common libgl1 libglib2.0-0")
 
 
 def test_an_unknown_command_is_refused(worker: Cloud) -> None:

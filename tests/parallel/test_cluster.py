@@ -82,15 +82,33 @@ def test_gpus_of_slurm_tasks(change: dict[str, str], device: int | None) -> None
     assert found is not None and found.device == device
 
 
+GKE = {"TPU_WORKER_HOSTNAMES": "a.run1,b.run1", "TPU_WORKER_ID": "1", "TPU_SKIP_MDS_QUERY": "true"}
+SLICES = {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2", "MEGASCALE_COORDINATOR_ADDRESS": "c.run1:8080"}
+
+
 @pytest.mark.parametrize(
-    ("hosts", "slices", "method"),
-    [("a,b", "1", "gketpu"), ("a", "2", "gketpu"), ("a", "1", None)],
-    ids=["two hosts", "two slices", "one host"],
+    ("environ", "found"),
+    [
+        (GKE, ("a.run1:8482", 2, 1)),
+        (GKE | SLICES, ("c.run1:8482", 6, 5)),
+        (GKE | {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+    ],
+    ids=["two hosts", "three slices", "one host"],
 )
-def test_tpu_slices_on_gke(hosts: str, slices: str, method: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tpu_slices_on_gke_need_no_metadata_server(
+    environ: dict[str, str], found: tuple[str, int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JAX's own detection would ask it for what is not set, and pods may not reach it."""
     monkeypatch.setattr(cluster, "running_in_cloud_tpu_vm", True)
-    found = find_cluster({"TPU_WORKER_HOSTNAMES": hosts, "MEGASCALE_NUM_SLICES": slices})
-    assert (found and found.method) == method
+    assert find_cluster(environ) == (found and Cluster("a TPU slice on GKE", *found))
+
+
+@pytest.mark.parametrize("missing", ["TPU_WORKER_ID", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"])
+def test_half_of_what_gke_tells_is_an_error(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "running_in_cloud_tpu_vm", True)
+    environ = {name: value for name, value in (GKE | SLICES).items() if name != missing}
+    with pytest.raises(ConfigError, match=f"{missing} is not set"):
+        find_cluster(environ)
 
 
 def test_a_tpu_host_that_computes_on_its_cpu_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
