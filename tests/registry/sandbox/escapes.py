@@ -99,7 +99,7 @@ ENDED: dict[str, tuple[str, tuple[RanStatus, ...]]] = {
         (RanStatus.ERROR, RanStatus.TIMEOUT, RanStatus.MEMORY),
     ),
     "a crash of the interpreter": ("import ctypes; ctypes.string_at(0)", (RanStatus.ERROR,)),
-    "killing itself": ("import os; os.kill(os.getpid(), 15)", (RanStatus.ERROR,)),
+    "killing itself": ("import os; os.kill(os.getpid(), 6)", (RanStatus.ERROR,)),
     "killing everybody": ("import os; os.kill(-1, 9)", (RanStatus.ERROR,)),
     "leaving at once": ("import os; os._exit(7)", (RanStatus.ERROR,)),
     "a marshalled bomb": ("import marshal; marshal.loads(b'\\xfb' * 99)", (RanStatus.ERROR,)),
