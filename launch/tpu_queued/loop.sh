@@ -21,6 +21,7 @@ switch delete-when-done "after exit code 0, delete TPUs and request"
 settings_from "$@"
 
 began=$SECONDS started="" faults=0 last="" state=""
+began_anew=1 # is how the run ended news? Not where the last attempt to start it failed.
 
 # Says what is new, and every ten minutes what is not.
 report() {
@@ -73,8 +74,8 @@ are_leaving() {
 
 # Only workers that are all set up are told to start.
 start() {
-  started=$SECONDS
-  if attempt "$LAUNCH/tpu_vm/setup.sh"; then attempt "$LAUNCH/tpu_vm/run.sh" -- "${REST[@]}" || true; fi
+  started=$SECONDS began_anew=""
+  if attempt "$LAUNCH/tpu_vm/setup.sh" && attempt "$LAUNCH/tpu_vm/run.sh" -- "${REST[@]}"; then began_anew=1; fi
 }
 
 ask_for_tpus() { attempt "$LAUNCH/tpu_queued/create.sh" -- "${REST[@]}" || true; }
@@ -105,9 +106,15 @@ attend() {
       if [[ -z $DELETE_WHEN_DONE ]] || ! attempt "$LAUNCH/tpu_queued/delete.sh"; then warn_of_tpus; fi
       exit
       ;;
-    75) faults=0 && report "preempted and saved; going on" && start ;;
+    75)
+      [[ -z $began_anew ]] || faults=0
+      report "preempted and saved; going on" && start
+      ;;
     78) leave "$CONFIGURATION" "the run wants something corrected; see launch/tpu_vm/logs.sh" ;;
-    *) fault "the run ended with $run" && start ;;
+    *)
+      [[ -z $began_anew ]] || fault "the run ended with $run"
+      start
+      ;;
   esac
 }
 

@@ -113,6 +113,12 @@ def test_a_setup_that_fails_starts_nothing_and_is_a_fault(cloud: Cloud) -> None:
     assert not cloud.calls("worker.sh start")
 
 
+def test_a_setup_that_fails_after_a_preemption_is_not_repeated_forever(cloud: Cloud) -> None:
+    cloud.lines("failures/compute-tpus-tpu-vm-scp", "", *["maestro.tar.gz: No space left on device"] * 3)
+    result = loop(cloud, ["idle", "75", "75", "75", "0"])  # how the last run ended, as long as none is started
+    assert result.returncode == 70 and "setup.sh ended with 70; fault 3 of 3" in result.stderr
+
+
 def test_a_worker_that_is_not_set_up_is_set_up_before_the_start(cloud: Cloud) -> None:
     cloud.lines("failures/compute-tpus-tpu-vm-ssh", "", "E: Unable to locate package")  # status, then setup
     assert loop(cloud, ["idle", "idle", "0"]).returncode == 0
