@@ -21,7 +21,7 @@ switch delete-when-done "after exit code 0, delete TPUs and request"
 settings_from "$@"
 
 began=$SECONDS started="" faults=0 last="" state=""
-began_anew=1 # is how the run ended news? Not where the last attempt to start it failed.
+began_anew="" # is how the run ended news? Not where it ended before this loop began, or could not be started since.
 
 # Says what is new, and every ten minutes what is not.
 report() {
@@ -98,7 +98,7 @@ attend() {
   local run
   run=$("$LAUNCH/tpu_vm/status.sh")
   case $run in
-    running) report "running" ;;
+    running) began_anew=1 && report "running" ;;
     unreachable) look_closer ;;
     idle) report "starting the run" && start ;;
     0)
@@ -110,7 +110,10 @@ attend() {
       [[ -z $began_anew ]] || faults=0
       report "preempted and saved; going on" && start
       ;;
-    78) leave "$CONFIGURATION" "the run wants something corrected; see launch/tpu_vm/logs.sh" ;;
+    78)
+      [[ -z $began_anew ]] || leave "$CONFIGURATION" "the run wants something corrected; see launch/tpu_vm/logs.sh"
+      report "what the run wanted is taken as corrected" && start
+      ;;
     *)
       [[ -z $began_anew ]] || fault "the run ended with $run"
       start

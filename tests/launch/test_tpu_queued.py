@@ -53,6 +53,12 @@ def test_a_configuration_error_ends_it(cloud: Cloud) -> None:
     assert len(cloud.calls("worker.sh start")) == 1
 
 
+def test_after_a_correction_the_same_command_goes_on(cloud: Cloud) -> None:
+    assert loop(cloud, ["idle", "78"]).returncode == 78
+    assert loop(cloud, ["78", "running", "0"]).returncode == 0
+    assert len(cloud.calls("worker.sh start")) == 2
+
+
 def test_faults_in_a_row_end_it(cloud: Cloud) -> None:
     result = loop(cloud, ["idle", "70", "75", "70", "134 75", "70"])
     assert result.returncode == 70 and "3 faults in a row" in result.stderr
