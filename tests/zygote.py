@@ -74,6 +74,7 @@ def become(module: str, argv: list[str], environ: dict[str, str], log: str) -> N
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     os.environ |= environ
     sys.argv = [module, *argv]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -26,6 +26,7 @@ def make_router(registry: RegistryConfig) -> Callable[..., WeakRouter]:
     def make(**changes: Any) -> WeakRouter:
         settings: dict[str, Any] = {
             "steps": 1,
+            "checkpoint_every": 1,
             "groups": 2,
             "group_size": 2,
             "claims": {"charts": ("Chart-Lens", "Chart_Solver")},
