@@ -34,7 +34,17 @@ T = TypeVar("T")
 
 # Settings of experts and services that say how they are reached, not what they answer: these may change, too, and it
 # is told. Not prices: they enter the reward.
-REACHED_BY = ("endpoints", "key", "concurrency", "attempt_timeout", "timeout", "serve", "workers", "processes")
+REACHED_BY = (
+    "endpoints",
+    "key",
+    "key_hosts",
+    "concurrency",
+    "attempt_timeout",
+    "timeout",
+    "serve",
+    "workers",
+    "processes",
+)
 
 
 def fields(cls: type[T], section: Any) -> T:

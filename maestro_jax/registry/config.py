@@ -38,6 +38,7 @@ class ExpertConfig:
       endpoints: base URLs of OpenAI-compatible servers of the same model, such as "http://127.0.0.1:8000/v1".
       model: its name there.
       key: name of the environment variable with the API key; empty sends none.
+      key_hosts: where the key may go besides the hosts of `endpoints`, if others publish endpoints (`hosts.py`).
       temperature, max_tokens, top_p: how it decodes.
       concurrency: requests that each endpoint gets at a time.
       attempt_timeout: seconds a single attempt of a request may take; all of them end with the episode's deadline.
@@ -65,6 +66,7 @@ class ExpertConfig:
     endpoints: tuple[str, ...] = ()
     model: str = ""
     key: str = ""
+    key_hosts: tuple[str, ...] = ()
     temperature: float = 0.0
     max_tokens: int = 1024
     top_p: float = 1.0

@@ -1,6 +1,9 @@
 """Where experts are whose machines are not known beforehand: `experts up --publish` says, a run's registry reads.
 
 A directory, the same for all machines, with a file of each that serves: HOST.json, {expert: [URL, ...]}.
+
+Who can write to that directory decides where experts are. It does not decide where a key goes: that is the config's
+(`hosts.py`).
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ from pathlib import Path
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import write_json
 from maestro_jax.registry.config import ExpertConfig
+from maestro_jax.registry.hosts import check_key_goes, check_url
 from maestro_jax.registry.names import nearest
 
 EVERYWHERE = "0.0.0.0"  # as the address of a server: it listens to other machines, too
@@ -43,23 +47,27 @@ def reached(experts: Iterable[ExpertConfig], directory: Path) -> tuple[ExpertCon
     """The experts, those that are published at the URLs they are published with, on all machines together.
 
     Raises:
-      ConfigError: nobody has published anything, or an expert that is not among these.
+      ConfigError: nobody has published anything, or an expert that is not among these, or an endpoint that is none or
+        is where the expert's key may not go.
     """
+    known = {expert.name: expert for expert in experts}
     found: dict[str, list[str]] = {}
     for path in sorted(directory.glob("*.json")):
         for name, urls in _read(path).items():
+            if name not in known:
+                raise ConfigError(
+                    f"{path}: {name!r} is published, and no expert of this registry; {nearest(name, list(known))}"
+                )
+            for url in urls:
+                check_url(url, f'{path}: expert "{name}"')
+                check_key_goes(known[name], url, str(path))
             found.setdefault(name, []).extend(urls)
-    where = f"registry.endpoints_from={str(directory)!r}"
     if not found:
         cure = "start them with `python -m maestro_jax.experts up --publish=` this directory, or leave it empty"
-        raise ConfigError(f"{where}: no expert is published there; {cure}")
-    known = [expert.name for expert in experts]
-    for name in found:
-        if name not in known:
-            raise ConfigError(f"{where}: {name!r} is published, and no expert of this registry; {nearest(name, known)}")
+        raise ConfigError(f"registry.endpoints_from={str(directory)!r}: no expert is published there; {cure}")
     return tuple(
         dataclasses.replace(expert, endpoints=tuple(found[expert.name]), serve=()) if expert.name in found else expert
-        for expert in experts
+        for expert in known.values()
     )
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import re
-import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -17,13 +16,24 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.registry.chat import OWN_FIELDS
 from maestro_jax.registry.checks import problems
 from maestro_jax.registry.config import ExpertConfig, LimitsConfig, RegistryConfig, ServiceConfig, SkillConfig
+from maestro_jax.registry.hosts import check_key_hosts, check_url
 from maestro_jax.registry.names import nearest
 from maestro_jax.registry.published import reached
 from maestro_jax.registry.stages import NO_IMAGES, STAGES, Stage
 
 # Settings that only one kind of expert has.
 _OF_CLASSES = ("latency_mean", "latency_seed", "timeout", "workers", "processes")
-_OF_SERVERS = ("model", "key", "temperature", "max_tokens", "top_p", "concurrency", "attempt_timeout", "serve")
+_OF_SERVERS = (
+    "model",
+    "key",
+    "key_hosts",
+    "temperature",
+    "max_tokens",
+    "top_p",
+    "concurrency",
+    "attempt_timeout",
+    "serve",
+)
 
 T = TypeVar("T")
 
@@ -150,7 +160,7 @@ def _check_served(expert: ExpertConfig, where: str) -> None:
     if not expert.model:
         raise ConfigError(f'{where} lacks "model"; add the name that its servers know it by')
     for url in expert.endpoints:
-        _check_url(url, where)
+        check_url(url, where)
     if len(set(expert.endpoints)) < len(expert.endpoints):
         raise ConfigError(f"{where}: an endpoint is there twice; name each once")
     for key in ("max_tokens", "concurrency", "attempt_timeout", "top_p"):
@@ -159,6 +169,7 @@ def _check_served(expert: ExpertConfig, where: str) -> None:
     if expert.key and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", expert.key):
         # Not quoted: it may be the key itself.
         raise ConfigError(f"{where}: key must be the NAME of an environment variable, such as OPENAI_API_KEY")
+    check_key_hosts(expert)
     for name in OWN_FIELDS:
         if name in expert.options:
             raise ConfigError(f'{where}: options must not set "{name}"; the expert\'s own settings do')
@@ -168,18 +179,6 @@ def _check_served(expert: ExpertConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: options go into each request as JSON, and do not ({error}); correct them"
         ) from error
-
-
-def _check_url(url: str, where: str) -> None:
-    if "@" in url:  # not quoted: what stands before it is a password
-        raise ConfigError(f"{where}: an endpoint holds a password; name an environment variable in `key` instead")
-    try:
-        parts = urllib.parse.urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # such as a port that is no number
-        good = False
-    if not good or parts.query or parts.fragment or any(c.isspace() for c in url):
-        raise ConfigError(f'{where}: endpoint "{url}" is no base URL; write it as "http://127.0.0.1:8000/v1"')
 
 
 def _read_skill(raw: Any, where: str) -> SkillConfig:
