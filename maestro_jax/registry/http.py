@@ -23,6 +23,8 @@ from maestro_jax.registry.chat import (
     BadImageError,
     BadReplyError,
     Completion,
+    Quirk,
+    estimate_tokens,
     read_completion,
     read_models,
     request_body,
@@ -127,7 +129,7 @@ class HttpExpert:
         seconds = time.monotonic() - start
         if outcome.completion is None:
             return Reply("", outcome.status, seconds=seconds)
-        return Reply(outcome.completion.text, Status.OK, self._usage(outcome.completion), seconds)
+        return Reply(outcome.completion.text, Status.OK, self._usage(outcome.completion, request), seconds)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -232,8 +234,12 @@ class HttpExpert:
         sampling = request.sampling or self._sampling
         return request_body(self._config.model, request.messages, sampling, self._config.options)
 
-    def _usage(self, completion: Completion) -> Usage:
-        return priced(self._config, completion.prompt_tokens, completion.completion_tokens)
+    def _usage(self, completion: Completion, request: Request) -> Usage:
+        for quirk in completion.quirks:
+            self._log(Outcome(Status.OK, why=quirk))
+        is_estimated = Quirk.NO_USAGE in completion.quirks
+        prompt = estimate_tokens(request.messages) if is_estimated else completion.prompt_tokens
+        return priced(self._config, prompt, completion.completion_tokens)
 
     def _log(self, outcome: Outcome) -> None:
         """Says what went wrong; each kind of it once."""

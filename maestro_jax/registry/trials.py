@@ -12,6 +12,7 @@ import time
 
 from PIL import Image, ImageDraw, ImageFont
 
+from maestro_jax.registry.chat import Quirk, estimate_tokens
 from maestro_jax.registry.config import ExpertConfig, RegistryConfig
 from maestro_jax.registry.http import HttpExpert, Outcome, Trial
 from maestro_jax.registry.interface import Message, Request
@@ -97,7 +98,10 @@ def _praise(trial: Trial, with_picture: bool) -> str:
     assert reply is not None  # the outcome is OK
     seen = ", with a picture" if with_picture else ""
     tokens = f"{reply.prompt_tokens} + {reply.completion_tokens} tokens"
-    return f"{trial.url} answered in {trial.seconds:.2f} s ({tokens}{seen})"
+    if Quirk.NO_USAGE in reply.quirks:
+        tokens = f"about {estimate_tokens(_request(with_picture, 0.0).messages)} + {reply.completion_tokens} tokens"
+    quirks = "".join(f"; {quirk}" for quirk in reply.quirks)
+    return f"{trial.url} answered in {trial.seconds:.2f} s ({tokens}{seen}){quirks}"
 
 
 # ---- problems and their cures ------------------------------------------------------------------------------
@@ -109,6 +113,9 @@ def _problem(expert: ExpertConfig, trial: Trial, words_only: Outcome | None, sec
     if outcome.completion is not None:
         if said(outcome.completion.text):
             return None
+        if Quirk.TOOL_CALLS in outcome.completion.quirks:
+            cure = "start its server without a parser of tool calls (vLLM: without --enable-auto-tool-choice)"
+            return f'{Quirk.TOOL_CALLS}; {cure}, or set options={{"tool_choice": "none"}}'
         spent = outcome.completion.completion_tokens
         cure = f"raise max_tokens ({expert.max_tokens}), or turn its thinking off by options"
         return f"its reply is empty, of {spent} tokens; {cure}"
@@ -131,6 +138,10 @@ def _cure_of_absence(expert: ExpertConfig, why: str) -> str:
         return "it has too much to do or a quota is used up; lower concurrency or wait"
     if why.startswith("HTTP"):
         return "look into its server's log"
+    if why.startswith("usage"):
+        return "let its server (or what stands before it) report them, or leave usage out"
+    if "no valid text" in why:
+        return "let its server (or what stands before it) send a text"
     return "correct endpoints: what answers there is no OpenAI-compatible server"
 
 

@@ -256,7 +256,7 @@ FAULTS: dict[str, Callable[[], Behaviour]] = {
     "HTML": lambda: send(b"<html>502 Bad Gateway</html>"),
     "no choices": lambda: send(b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}'),
     "a number for a text": lambda: send(completion("42").replace(b'"42"', b"42")),
-    "no usage": lambda: send(b'{"choices": [{"message": {"content": "42"}}]}'),
+    "half a usage": lambda: send(completion("42").replace(b'"completion_tokens"', b'"completion"')),
     "negative usage": lambda: send(completion("42", prompt_tokens=-5)),
     "compressed": lambda: send(completion("42"), Content_Encoding="gzip"),
     "no HTTP": lambda: _not_http,

@@ -13,7 +13,9 @@ from maestro_jax.registry.chat import (
     BadImageError,
     BadReplyError,
     Completion,
+    Quirk,
     data_url,
+    estimate_tokens,
     read_completion,
     read_models,
     request_body,
@@ -76,7 +78,7 @@ def test_tokens_are_numbers_that_can_be(tokens: object) -> None:
         read_completion(json.dumps(body).encode())
 
 
-@pytest.mark.parametrize("text", [42, ["42"], {"text": "42"}])
+@pytest.mark.parametrize("text", [42, ["42"], {"text": "42"}, [{"type": "text", "text": 42}], [{"type": "text"}]])
 def test_the_text_is_a_text(text: object) -> None:
     with pytest.raises(BadReplyError, match="no valid text"):
         read_completion(completion(text))
@@ -85,6 +87,45 @@ def test_the_text_is_a_text(text: object) -> None:
 def test_no_content_is_an_empty_text() -> None:
     """Servers say null of a refusal, and where thoughts have used up the tokens: that is no fault of theirs."""
     assert read_completion(completion(None)).text == ""
+
+
+def message(**fields: object) -> bytes:
+    """A completion whose message has these fields."""
+    body = json.loads(completion(None))
+    body["choices"][0]["message"] = {"role": "assistant", **fields}
+    return json.dumps(body).encode()
+
+
+def test_the_texts_of_parts_are_joined() -> None:
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    parts = [thought, {"type": "text", "text": "forty"}, {"type": "text", "text": "-two"}]
+    found = read_completion(completion(parts))
+    assert (found.text, found.quirks) == ("forty-two", (Quirk.PARTS,))
+    assert read_completion(completion([])).text == ""
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_tool_calls_without_content_are_an_empty_text_that_says_so(content: dict[str, object]) -> None:
+    call = {"type": "function", "function": {"name": "answer", "arguments": "{}"}}
+    found = read_completion(message(tool_calls=[call], **content))
+    assert (found.text, found.quirks) == ("", (Quirk.TOOL_CALLS,))
+    assert read_completion(message(tool_calls=[call], content="42")).quirks == ()
+    with pytest.raises(BadReplyError, match="content"):
+        read_completion(message(tool_calls=[]))  # neither
+
+
+@pytest.mark.parametrize("usage", [None, {}])
+def test_tokens_without_usage_are_estimated(usage: object) -> None:
+    body = json.loads(completion("\u2014" * 3))
+    body["usage"] = usage
+    estimated = Completion("\u2014" * 3, 0, 3, (Quirk.NO_USAGE,))  # 9 bytes
+    assert read_completion(json.dumps(body).encode()) == estimated
+    del body["usage"]
+    assert read_completion(json.dumps(body).encode()) == estimated
+
+
+def test_tokens_of_a_request_are_estimated_by_its_bytes_and_images() -> None:
+    assert estimate_tokens((Message("system", "be brief"), Message("user", "how many?", (b"", b"")))) == 2 + 3 + 2000
 
 
 JSON = st.recursive(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import pathlib
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,7 +19,7 @@ from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.retries import RetryBudget
 from maestro_jax.types import Call, Status, Usage
-from tests.registry.servers import FORGED, ChatServer, Seen, answer, completion, response
+from tests.registry.servers import FORGED, ChatServer, Seen, answer, completion, response, send
 from tests.registry.test_chat import picture
 
 Raw = Callable[..., dict[str, Any]]
@@ -50,6 +51,22 @@ def test_a_reply_has_text_usage_and_seconds() -> None:
         assert 0.05 <= reply.seconds < 5.0
 
     run(scenario())
+
+
+def test_a_reply_without_usage_is_priced_by_estimated_tokens_and_that_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    body = json.loads(completion("forty-two"))
+    del body["usage"]
+
+    async def scenario() -> None:
+        async with ChatServer(send(json.dumps(body).encode())) as server:
+            async with asking(server.url, price_prompt=1.0, price_completion=5.0) as made:
+                replies = [await made.ask(REQUEST), await made.ask(REQUEST)]
+        assert [reply.usage for reply in replies] == [Usage(3, 3, (3 * 1.0 + 3 * 5.0) / 1e6)] * 2
+
+    run(scenario())
+    assert caplog.text.count("tokens are estimated, 1 for every 4 bytes of text") == 1
 
 
 def test_the_request_is_that_of_the_config() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -99,6 +100,14 @@ def test_only_who_is_shown_pictures_gets_one() -> None:
     assert not is_shown_pictures(config.experts_by_name["glm_ocr"], registry("http://127.0.0.1:9/v1"))
 
 
+def called_tools(*empty: str) -> bytes:
+    """A reply that calls a tool; these fields of its message are null."""
+    body = json.loads(completion(None, completion_tokens=30))
+    calls = [{"id": "1", "type": "function", "function": {"name": "answer", "arguments": "{}"}}]
+    body["choices"][0]["message"] = dict.fromkeys(empty) | {"role": "assistant", "tool_calls": calls}
+    return json.dumps(body).encode()
+
+
 PROBLEMS: dict[str, tuple[Behaviour, str]] = {
     "another model": (
         other_model,
@@ -127,6 +136,20 @@ PROBLEMS: dict[str, tuple[Behaviour, str]] = {
         "its reply is empty, of 1024 tokens; raise max_tokens (1024), or turn its thinking off by options",
     ),
     "nothing but thoughts": (send(completion("<think>hm</think>\n")), "its reply is empty, of 2 tokens; "),
+    "calls of tools": (
+        send(called_tools("content")),
+        "its reply holds tool_calls and no content; start its server without a parser of tool calls (vLLM: without "
+        '--enable-auto-tool-choice), or set options={"tool_choice": "none"}',
+    ),
+    "calls of tools without the field": (send(called_tools()), "its reply holds tool_calls and no content; start its"),
+    "tokens that are no numbers": (
+        send(completion("ready", prompt_tokens=-1)),
+        "usage holds no numbers of tokens; let its server (or what stands before it) report them, or leave usage out",
+    ),
+    "a number for a text": (
+        send(completion(42)),
+        "choices[0].message.content is int, no valid text; let its server (or what stands before it) send a text",
+    ),
     "a fault of the server": (send(b"oops", 500), "HTTP 500; look into its server's log"),
     "too much to do": (
         send(b"", 429),
@@ -137,6 +160,17 @@ PROBLEMS: dict[str, tuple[Behaviour, str]] = {
         "the body is no JSON (JSONDecodeError); correct endpoints: what answers there is no OpenAI-compatible server",
     ),
 }
+
+
+def test_a_reply_without_usage_or_in_parts_is_ready_and_the_line_says_what_is_done() -> None:
+    body = json.loads(completion([{"type": "text", "text": "rea"}, {"type": "text", "text": "dy."}]))
+    del body["usage"]
+    found, _ = tried(send(json.dumps(body).encode()), skill=READ)
+    (line,) = (one.line for one in found if not one.is_problem)
+    assert line.endswith(
+        " s (about 7 + 2 tokens); its content is a list of parts, of which the texts are joined; it tells no usage: "
+        "tokens are estimated, 1 for every 4 bytes of text and 1000 for an image"
+    )
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
