@@ -436,6 +436,9 @@ class NoExperts:
     async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation:
         raise AssertionError(f"{call} was resolved, though no name resolves")
 
+    def shunned(self) -> dict[str, str]:
+        return {}
+
     async def close(self) -> None:
         pass
 

@@ -165,6 +165,9 @@ class LoopbackExperts:
         text = await self._client.ask(call.query)
         return Observation(text, Status.OK, time.monotonic() - start)
 
+    def shunned(self) -> dict[str, str]:
+        return {}
+
     async def close(self) -> None:
         self._client.close()
 

@@ -52,6 +52,7 @@ class ExpertStack(NamedTuple):
                 ]
                 for endpoint in self.bare.endpoints.all
             }
+            found["probes"] = {endpoint.url: endpoint.probes for endpoint in self.bare.endpoints.all}
         return found
 
 
@@ -135,6 +136,20 @@ class Registry:
         """By expert: requests, success, latencies, tokens, price, cache hits, and what each endpoint's breaker did."""
         return {stack.bare.name: stack.report(self._began) for stack in self._stacks}
 
+    def shunned(self) -> dict[str, str]:
+        """Experts and services that cannot be asked right now, with the reason; for any thread.
+
+        Those whose every endpoint is left alone (`breaker.py`). What asks them meanwhile ends as UNAVAILABLE. They are
+        probed without anybody's doing. Classes of this process are never shunned: their processes are started again.
+        """
+        found = {}
+        for stack in self._stacks:
+            if isinstance(stack.bare, HttpExpert) and (why := stack.bare.endpoints.shunned):
+                found[normalise_name(stack.bare.name)] = why
+        names = {entry.name: entry.name for entry in self.config.experts}
+        names |= {entry.name: entry.expert for entry in self.config.services if entry.expert}
+        return {name: found[model] for name, asked in names.items() if (model := normalise_name(asked)) in found}
+
     async def close(self) -> None:
         self.cache.close()
         await asyncio.gather(*(expert.close() for expert in self._experts.values()))
@@ -147,6 +162,8 @@ class CallRunner(Protocol):
     """What the dispatcher needs of a registry."""
 
     async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation: ...
+
+    def shunned(self) -> dict[str, str]: ...
 
     async def close(self) -> None: ...
 
@@ -216,6 +233,10 @@ class Dispatcher:
         """Blocks until an observation is ready or `timeout` seconds have passed; says whether one is ready."""
         with self._arrived:
             return self._arrived.wait_for(lambda: bool(self._ready), timeout)
+
+    def shunned(self) -> dict[str, str]:
+        """Experts and services that cannot be asked right now, with the reason (see `Registry.shunned`)."""
+        return self._registry.shunned()
 
     def check(self) -> None:
         """Raises what a call ended with that only the user can mend, such as a cap that is reached.

@@ -8,7 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
-from maestro_jax.registry.breaker import Breaker, BreakerConfig
+from maestro_jax.registry.breaker import Breaker, BreakerConfig, BreakerState, Permit
 from maestro_jax.registry.pressure import Pressure
 from maestro_jax.registry.retries import RetryConfig
 
@@ -20,12 +20,18 @@ class Endpoint:
 
     Args:
       url: base URL, such as "http://127.0.0.1:8000/v1".
+
+    Attributes:
+      fault: of the latest attempt that failed, a few words.
+      probes: how many have been sent.
     """
 
     def __init__(self, url: str, breaker: Breaker, pressure: Pressure):
         self.url = url.rstrip("/")
         self.breaker = breaker
         self.pressure = pressure
+        self.fault = ""
+        self.probes = 0
 
 
 class NoEndpointError(Exception):
@@ -37,9 +43,7 @@ class Lease:
     it was abandoned.
     """
 
-    def __init__(self, endpoint: Endpoint, give_back: Callable[[Endpoint], None]):
-        permit = endpoint.breaker.acquire()
-        assert permit is not None  # asked for only where the breaker admits
+    def __init__(self, endpoint: Endpoint, permit: Permit, give_back: Callable[[Endpoint], None]):
         self.endpoint = endpoint
         self._permit, self._give_back = permit, give_back
         self._round = endpoint.pressure.rounds
@@ -56,14 +60,20 @@ class Lease:
         self.endpoint.pressure.served()
         self.endpoint.breaker.succeeded(self._permit)
 
-    def failed(self) -> None:
+    def failed(self, fault: str) -> None:
+        self.endpoint.fault = fault
         self.endpoint.breaker.failed(self._permit)
+
+    def faulted(self, fault: str) -> None:
+        """The server answered a probe, but not well (see `Breaker.faulted`)."""
+        self.endpoint.fault = fault
+        self.endpoint.breaker.faulted(self._permit)
 
     def refused(self, retry_after: float) -> bool:
         """The server is too busy; says whether that is a failure (see `Pressure.refused`)."""
         is_failure = self.endpoint.pressure.refused(self._round, retry_after)
         if is_failure:
-            self.failed()
+            self.failed("too busy to serve anybody")
         return is_failure
 
 
@@ -87,6 +97,13 @@ class Endpoints:
         """Whether any of them may be asked now."""
         return any(endpoint.breaker.admits for endpoint in self.all)
 
+    @property
+    def shunned(self) -> str:
+        """Why none of them is asked as usual; empty where one is. May be called from any thread."""
+        if any(endpoint.breaker.state is BreakerState.CLOSED for endpoint in self.all):
+            return ""
+        return "every endpoint is left alone: " + ", ".join(f"{one.url} ({one.fault})" for one in self.all)
+
     async def lease(self, end: float, tried: Collection[Endpoint] = ()) -> Lease:
         """An endpoint and leave for one attempt on it, once it is its turn.
 
@@ -100,7 +117,20 @@ class Endpoints:
           TimeoutError: there was no turn until `end`.
         """
         endpoint = None if self._line else self._with_room(end, tried)
-        return Lease(endpoint or await self._turn(end, tried), self._take_back)
+        endpoint = endpoint or await self._turn(end, tried)
+        permit = endpoint.breaker.acquire()
+        assert permit is not None  # `_with_room` gives those whose breaker admits
+        return Lease(endpoint, permit, self._take_back)
+
+    async def probe(self, endpoint: Endpoint) -> Lease | None:
+        """Leave for a probe, once it is time for one; None as soon as the endpoint is asked as usual."""
+        while endpoint.breaker.state is not BreakerState.CLOSED:
+            held = endpoint.pressure.held_until - self._clock()
+            await asyncio.sleep(max(held, endpoint.breaker.probe_in) + _TICK)
+            if permit := endpoint.breaker.probe():
+                endpoint.probes += 1
+                return Lease(endpoint, permit, self._take_back)
+        return None
 
     async def _turn(self, end: float, tried: Collection[Endpoint]) -> Endpoint:
         """Waits in line."""

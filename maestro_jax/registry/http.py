@@ -2,7 +2,8 @@
 
 In: requests. Out: replies; every fault ends in a status (`Outcome`), within the request's deadline. One request is up
 to three attempts (`retries.py`), each on the endpoint that has least to do (`endpoints.py`) and is not left alone
-(`breaker.py`). Connections are kept; what runs when the deadline passes is cancelled and its connection closed.
+(`breaker.py`). Connections are kept; what runs when the deadline passes is cancelled and its connection closed. An
+endpoint that is left alone is asked for one token now and then, so that it is used again soon after it is back.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from maestro_jax.registry.chat import (
 )
 from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.endpoints import Endpoint, Endpoints, NoEndpointError
-from maestro_jax.registry.interface import Reply, Request, Sampling
+from maestro_jax.registry.interface import Message, Reply, Request, Sampling
 from maestro_jax.registry.metering import priced
 from maestro_jax.registry.retries import RetryBudget, RetryConfig, parse_retry_after
 from maestro_jax.types import Status, Usage
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 MAX_BODY = 2**20  # bytes of a reply; more are not read
 CONNECT_SECONDS = 5.0
 LIST_SECONDS = 5.0  # to hear which models there are
+PROBE_SECONDS = 15.0  # for one token
+PROBE = Message("user", "Reply with one word: ready.")
 IDLE_SECONDS = 4.0  # a kept connection; uvicorn closes after 5, and a request must not meet that
 QUOTE_SECONDS = 1.0  # to hear why a server refuses
 QUOTE = 300  # characters of it
@@ -72,6 +75,7 @@ class Outcome(NamedTuple):
       retry_after: seconds that the server asked to be left alone.
       why: what went wrong; one of few texts, so that each is logged once.
       said: what the server said to it.
+      is_fault: the server answered, with a fault of its own.
     """
 
     status: Status
@@ -80,6 +84,7 @@ class Outcome(NamedTuple):
     retry_after: float = 0.0
     why: str = ""
     said: str = ""
+    is_fault: bool = False
 
     @property
     def is_worth_another(self) -> bool:
@@ -116,6 +121,7 @@ class HttpExpert:
         self._key = _read_key(config)
         self._session: aiohttp.ClientSession | None = None  # made on the event loop
         self._seen: set[str] = set()  # what has been logged
+        self._probing: dict[Endpoint, asyncio.Task[None]] = {}
 
     async def ask(self, request: Request) -> Reply:
         start = time.monotonic()
@@ -132,6 +138,10 @@ class HttpExpert:
         return Reply(outcome.completion.text, Status.OK, self._usage(outcome.completion, request), seconds)
 
     async def close(self) -> None:
+        probing = list(self._probing.values())
+        for task in probing:
+            task.cancel()
+        await asyncio.gather(*probing, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -168,9 +178,12 @@ class HttpExpert:
                 if outcome.status is Status.TIMEOUT and left < whole:
                     return outcome  # cut short by its caller: says nothing about the endpoint
                 if outcome.is_busy:
-                    return outcome._replace(is_busy=not lease.refused(outcome.retry_after))
+                    is_failure = lease.refused(outcome.retry_after)
+                    self._watch(lease.endpoint)
+                    return outcome._replace(is_busy=not is_failure)
                 if outcome.is_worth_another:
-                    lease.failed()
+                    lease.failed(outcome.why)
+                    self._watch(lease.endpoint)
                 else:
                     lease.succeeded()
                 return outcome
@@ -191,7 +204,7 @@ class HttpExpert:
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no reply in time")
         except BadReplyError as error:
-            return Outcome(Status.UNAVAILABLE, why=str(error))
+            return Outcome(Status.UNAVAILABLE, why=str(error), is_fault=True)
         except (aiohttp.ClientError, OSError) as error:
             return Outcome(Status.UNAVAILABLE, why=f"no connection ({type(error).__name__})")
 
@@ -210,7 +223,7 @@ class HttpExpert:
             if is_busy:
                 await _quote(response)  # a connection is kept only if its reply was read
             seconds = parse_retry_after(asked, datetime.datetime.now(datetime.UTC))
-            return Outcome(Status.UNAVAILABLE, is_busy=is_busy, retry_after=seconds, why=why)
+            return Outcome(Status.UNAVAILABLE, is_busy=is_busy, retry_after=seconds, why=why, is_fault=not is_busy)
         cure = _CURES.get(code, _OTHER_CURE)
         return Outcome(Status.CONFIG_ERROR, why=f"{why}; {cure}", said=self._redacted(await _quote(response)))
 
@@ -227,6 +240,40 @@ class HttpExpert:
                 auto_decompress=False,  # a small body could hold a huge one
             )
         return self._session
+
+    # ---- probes --------------------------------------------------------------------------------------------
+
+    def _watch(self, endpoint: Endpoint) -> None:
+        """Sees to it that an endpoint that is left alone is probed until it is back."""
+        if not endpoint.breaker.admits and endpoint not in self._probing:
+            logger.warning(
+                'expert "%s": %s is left alone until it is back (%s)', self.name, endpoint.url, endpoint.fault
+            )
+            self._probing[endpoint] = asyncio.create_task(self._probe(endpoint))
+
+    async def _probe(self, endpoint: Endpoint) -> None:
+        """Asks for one token, in words only, until the endpoint is asked as usual.
+
+        Not for the list of models: servers whose engine is dead still have it.
+        """
+        sampling = dataclasses.replace(self._sampling, max_tokens=1)
+        body = request_body(self._config.model, (PROBE,), sampling, self._config.options)
+        seconds = min(PROBE_SECONDS, self._config.attempt_timeout)
+        try:
+            while lease := await self.endpoints.probe(endpoint):
+                with lease:
+                    outcome = await self._post(endpoint, body, seconds)
+                    if outcome.is_busy:
+                        lease.refused(outcome.retry_after)
+                    if outcome.is_fault:
+                        lease.faulted(outcome.why)
+                    elif outcome.is_worth_another:
+                        lease.failed(outcome.why)
+                    else:
+                        lease.succeeded()
+            logger.warning('expert "%s": %s is back', self.name, endpoint.url)
+        finally:
+            del self._probing[endpoint]
 
     # ---- requests, usage, words ----------------------------------------------------------------------------
 

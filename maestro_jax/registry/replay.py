@@ -78,6 +78,9 @@ class Replay:
             )
         return found.popleft()
 
+    def shunned(self) -> dict[str, str]:
+        return {}  # nobody is asked
+
     async def close(self) -> None:
         pass
 
@@ -153,6 +156,9 @@ class Resumed:
             if found := self._answered.get(key):
                 return found.popleft()
         return await self._runner.call(call, question, images, deadline)
+
+    def shunned(self) -> dict[str, str]:
+        return self._runner.shunned()
 
     async def close(self) -> None:
         await self._runner.close()

@@ -38,14 +38,18 @@ Behaviour = Callable[[Seen, asyncio.StreamWriter], Awaitable[None]]
 class ChatServer:
     """A server that treats every request as `behaviour` says; a test may set another one at any time.
 
+    Args:
+      port: 0 takes any that is free.
+
     Attributes:
       requests: all that arrived, in their order.
       connections: how many were made.
       most_at_once: most requests that were under way at a time.
     """
 
-    def __init__(self, behaviour: Behaviour):
+    def __init__(self, behaviour: Behaviour, port: int = 0):
         self.behaviour = behaviour
+        self._port = port
         self.requests: list[Seen] = []
         self.connections = 0
         self.most_at_once = 0
@@ -53,7 +57,7 @@ class ChatServer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> "ChatServer":
-        self._server = await asyncio.start_server(self._converse, "127.0.0.1", 0, backlog=1024)
+        self._server = await asyncio.start_server(self._converse, "127.0.0.1", self._port, backlog=1024)
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/v1"
         return self
 
