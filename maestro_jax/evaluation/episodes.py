@@ -42,6 +42,8 @@ class Episode:
       executed_calls: calls that ran; `calls` has the others as well.
       written, told: tokens of the policy, and of what it was told.
       seconds: from submission to its end, waiting for a lane included.
+      malformed, unresolved, cut: turns without a well-formed call or an answer, calls of unknown names, turns that the
+        token budget ended.
     """
 
     task: str
@@ -58,6 +60,9 @@ class Episode:
     told: int
     price: float
     seconds: float
+    malformed: int
+    unresolved: int
+    cut: int
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -114,6 +119,9 @@ def graded(trajectory: Trajectory, parts: RewardParts) -> Episode:
         told=len(trajectory.authored) - written,
         price=trajectory.price,
         seconds=trajectory.seconds,
+        malformed=trajectory.malformed,
+        unresolved=trajectory.unresolved,
+        cut=trajectory.cut,
     )
 
 

@@ -90,7 +90,7 @@ def grader_for(source: str) -> Grader:
       ConfigError: there is none.
     """
     try:
-        return _BY_NAME[_plain_name(source)]
+        return _BY_NAME[plain_name(source)]
     except KeyError:
         known = ", ".join(GRADERS)
         raise ConfigError(f'no grader for source "{source}"; known: {known}; add one to GRADERS') from None
@@ -117,8 +117,9 @@ def _read(task: Task, answer: str) -> Verdict:
     return grader(task, answer)
 
 
-def _plain_name(source: str) -> str:
+def plain_name(source: str) -> str:
+    """A source's name as far as it counts."""
     return re.sub(r"[-_ ]", "", source.casefold())
 
 
-_BY_NAME = {_plain_name(source): grader for source, grader in GRADERS.items()}
+_BY_NAME = {plain_name(source): grader for source, grader in GRADERS.items()}

@@ -238,6 +238,9 @@ class Exchange:
         trajectory.turns += 1
         trajectory.well_formed &= parsed.well_formed
         trajectory.closed_turn = stop is StopReason.END_OF_TURN
+        trajectory.cut += stop is StopReason.BUDGET
+        trajectory.malformed += parsed.status is Status.MALFORMED and stop is not StopReason.BUDGET
+        trajectory.unresolved += parsed.status is Status.UNKNOWN
         if parsed.kind is protocol.TurnKind.ANSWER:
             trajectory.answer = parsed.answer
             scheduler.finish(trajectory)

@@ -66,6 +66,9 @@ class Trajectory:
     turns: int = 0
     answer: str | None = None
     well_formed: bool = True
+    malformed: int = 0  # turns that held neither a well-formed call nor an answer, those that were cut left out
+    unresolved: int = 0  # calls of names that the registry does not show
+    cut: int = 0  # turns that ended where the token budget did
     marked: bool = False  # an infrastructure failure: leaves baseline and loss
     timing: Timing = dataclasses.field(default_factory=Timing)
 

@@ -360,6 +360,26 @@ def test_a_bad_turn_is_told_so_and_costs_the_format(
     assert not bench.desk.submitted
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "counted"),
+    [
+        ("seven", StopReason.END_OF_TURN, (1, 0, 0)),
+        ("<search> Glyph Reading look </search>", StopReason.CALL, (1, 0, 0)),
+        ("<search> Nobody@@Reading: look </search>", StopReason.CALL, (0, 1, 0)),
+        ("<search> Glyph@@Reading: look", StopReason.BUDGET, (0, 0, 1)),
+        (CALL_TEXT, StopReason.CALL, (0, 0, 0)),
+        ("<answer> a </answer>", StopReason.ANSWER, (0, 0, 0)),
+    ],
+)
+def test_a_bad_turn_is_counted_by_what_is_wrong_with_it(
+    text: str, stop: StopReason, counted: tuple[int, int, int], toy_tokens: Tokens, one_device: Mesh
+) -> None:
+    bench = quick(toy_tokens, one_device, says("seven"))
+    bench.run({(0, 1): text}, stop)
+    trajectory = bench.trajectory((0, 1))
+    assert (trajectory.malformed, trajectory.unresolved, trajectory.cut) == counted
+
+
 def test_after_the_last_call_the_policy_is_told_to_answer_and_may_only_answer(
     toy_tokens: Tokens, one_device: Mesh
 ) -> None:
