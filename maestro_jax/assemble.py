@@ -19,7 +19,6 @@ from maestro_jax.data.suite.build import build_suite
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.update import UpdateConfig
-from maestro_jax.observe.files import read_json
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel import cluster
 from maestro_jax.parallel.mesh import batch_shards
@@ -29,6 +28,7 @@ from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, 
 from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
 from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
+from maestro_jax.settings import Settings, read_settings
 
 T = TypeVar("T")
 
@@ -99,17 +99,21 @@ def check_batches(config: Config, mesh: Mesh | AbstractMesh) -> None:
     rollout_sizes(episodes, shards, config.evaluate.batch, 1, prefix)
 
 
-def check_same_run(path: Path, mine: Mapping[str, str]) -> list[str]:
+def check_same_run(path: Path, mine: Settings, is_free: Callable[[str], bool]) -> list[str]:
     """Refuses to go on in a work directory that holds a run with other settings.
+
+    Args:
+      path: the run's config.json; without it, all is well.
+      is_free: which keys may differ.
 
     Returns:
       A line for each expert and service that is reached in another way than before.
     """
     changes: list[str] = []
-    theirs = read_json(path) or mine
-    for key in sorted(mine.keys() | theirs.keys()):
-        before, now = (settings.get(key, "(not set)") for settings in (theirs, mine))
-        if before == now:
+    theirs, own = (read_settings(path) or mine).flat, mine.flat
+    for key in sorted(own.keys() | theirs.keys()):
+        before, now = (settings.get(key, "(not set)") for settings in (theirs, own))
+        if before == now or is_free(key):
             continue
         if _only_reaches(key):
             changes.append(f"config.{key} was {before} so far and is now {now}")
@@ -149,22 +153,6 @@ def _only_reaches(key: str) -> bool:
 
 def _hash(settings: Mapping[str, str]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted keys and printed values; entries of a registry by their names."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, Sequence) and value and all(isinstance(x, Mapping) and "name" in x for x in value):
-            flat[prefix + key] = repr([entry["name"] for entry in value])
-            for entry in value:  # not deeper: an option may have the name of a setting
-                own = {name: repr(x) for name, x in entry.items() if name != "name"}
-                flat |= {f"{prefix}{key}.{entry['name']}.{name}": x for name, x in own.items()}
-        else:
-            flat[prefix + key] = repr(value)
-    return flat
 
 
 def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:

@@ -13,16 +13,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import absl
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from maestro_jax import failpoints
 from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_LOST, EXIT_PREEMPTED, ConfigError, UserError
 from maestro_jax.parallel import preemption
+from maestro_jax.settings import read_settings
 
+flags.disclaim_key_flags()  # --config is a flag of the command that asks for it
 # Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
 _PARSER = os.path.dirname(config_flags.__file__)
 _LIBRARY = (os.path.dirname(_PARSER), os.path.dirname(absl.__file__), "<frozen")
@@ -125,6 +128,25 @@ def _unknown_key(argv: Sequence[str], reason: str) -> str:
     guilty = [name for name in names if repr(name.rsplit(".", 1)[-1]).strip("'") in reason]
     hint = f"did you mean {reason.split('Did you mean')[1].split()[0]}?" if "Did you mean" in reason else ""
     return f"unknown key {', '.join(guilty or names)}; {hint or 'its group in the config file lists the right ones'}"
+
+
+class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
+    """Reads the config.json of a run, too."""
+
+    def parse(self, path: str) -> Any:
+        if not path.endswith(".json"):
+            return super().parse(path)
+        settings = read_settings(Path(path))
+        if settings is None:
+            raise ConfigError(f"cannot load the config file: there is no {path}; check --config")
+        return ConfigDict(settings.config).lock()
+
+
+def config_flag() -> flags.FlagHolder:
+    """Defines --config: a file with `get_config()`, or the config.json of a run. --config.KEY=VALUE changes it."""
+    holder = config_flags.DEFINE_config_file("config", None, "File with get_config(), or config.json of a run.")
+    flags.FLAGS["config"].parser = _ConfigParser("config")
+    return holder
 
 
 def load_config(flag: flags.FlagHolder) -> Any:

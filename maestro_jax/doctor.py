@@ -28,7 +28,7 @@ from maestro_jax.registry.reading import read_registry
 from maestro_jax.registry.serving import servers_of
 from maestro_jax.registry.trials import try_experts
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+CONFIG = command.config_flag()
 SECONDS = flags.DEFINE_float(
     "seconds", 60.0, "How long each request may take; no longer than the expert's attempt_timeout.", lower_bound=0.1
 )

@@ -19,13 +19,11 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
 from maestro_jax import command
 from maestro_jax.assemble import (
     check_same_run,
     fields,
-    flatten,
     open_data,
     open_params,
     policy_factory,
@@ -56,9 +54,10 @@ from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.registry.replay import Replay, Resumed
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
+from maestro_jax.settings import Settings
 from maestro_jax.types import Task
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+CONFIG = command.config_flag()
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "Work directory of a run, its checkpoints/, or one checkpoint; else config.policy.init_from."
 )
@@ -95,11 +94,11 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("there is no policy to evaluate; give --checkpoint, or set config.policy.init_from")
     output = Path(OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in flatten(raw.to_dict()).items() if not key.startswith(FREE_KEYS)}
-    settings |= {"--checkpoint": policy, "--benchmarks": repr(sorted(BENCHMARKS.value)), "--tasks": repr(TASKS.value)}
+    own = {"--checkpoint": policy, "--benchmarks": repr(sorted(BENCHMARKS.value)), "--tasks": repr(TASKS.value)}
+    settings = Settings.of(raw, own)
     cluster.check_shared(output)
-    cluster.check_same(settings)
-    changes = check_same_run(output / "config.json", settings)
+    cluster.check_same(settings.flat)
+    changes = check_same_run(output / "config.json", settings, lambda key: key.startswith(FREE_KEYS))
 
     with Progress(curve="accuracy", quiet=not cluster.is_main()) as progress, contextlib.ExitStack() as closing:
         for line in changes:
@@ -131,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
         engine = Engine(graph, mesh, prompts, exchange, fields(EngineConfig, config.rollout))
         progress.note(f"policy: {policy}, on {mesh.size} {jax.devices()[0].platform} device(s)")
         if cluster.is_main():
-            write_json(output / "config.json", settings)
+            settings.write(output / "config.json")
         closing.enter_context(preemption.at_boundaries())
 
         # ---- Episodes and baselines, a batch of tasks at a time --------------------------------

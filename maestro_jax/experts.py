@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from maestro_jax import command
 from maestro_jax.errors import ConfigError
@@ -29,7 +28,7 @@ from maestro_jax.registry.published import heard_by_all, publish, withdraw
 from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.serving import Server, Supervisor, problem_of, servers_of
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+CONFIG = command.config_flag()
 LOGS = flags.DEFINE_string("logs", "experts_logs", "Directory for what the servers print.")
 PUBLISH = flags.DEFINE_string("publish", "", "Directory to write the servers' URLs to, for runs on other machines.")
 HOST = flags.DEFINE_string("host", socket.gethostname(), "What other machines call this one.")

@@ -30,6 +30,7 @@ from maestro_jax.observe.files import read_json
 from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, read_config_json
 from maestro_jax.policy.huggingface import counterparts
+from maestro_jax.settings import flatten
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Work directory of a run, its checkpoints/, or one checkpoint.")
 OUTPUT = flags.DEFINE_string("output", "", "Directory to write; must not exist.")
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
             write_config_files(architecture, run.tokenizer, DTYPE.value, run.pixels, partial)
         else:
             copy_base(base, partial)
-        write_model_card(partial, reader.step, run.settings, read_json(run.workdir / "summary.json"))
+        write_model_card(partial, reader.step, flatten(run.config), read_json(run.workdir / "summary.json"))
 
         # ---- Verify, then the real name --------------------------------------------------------
         if VERIFY.value:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from maestro_jax import command
 from maestro_jax.aot.estimate import estimate_update, gpu_target
@@ -37,7 +37,7 @@ from maestro_jax.policy.tokens import load_tokens
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.rollout.exchange import observation_frames
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+CONFIG = command.config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:8x8, v5p:2x2x2, v6e:4x4, ..., or h100:8; empty: devices at hand.")
 JSON = flags.DEFINE_string("json", "", "File to write the plan to, besides the table.")
 ROOT = flags.DEFINE_integer("root_tokens", 0, "Tokens of the registry's prompt; 0: counted, or estimated.")

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from maestro_jax import command
 from maestro_jax.aot.fit import fit
 from maestro_jax.aot.slices import parse_accelerator
 from maestro_jax.config import parse_config
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+CONFIG = command.config_flag()
 ACCELERATOR = flags.DEFINE_string("accelerator", "", "v5litepod-64, v5p-128, v6e-256, h100x8x2, ...")
 
 

@@ -18,14 +18,12 @@ import jax
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
 from maestro_jax import command, failpoints
 from maestro_jax.assemble import (
     check_batches,
     check_same_run,
     fields,
-    flatten,
     open_data,
     open_params,
     settings_hashes,
@@ -70,13 +68,14 @@ from maestro_jax.rewards.graders import check_sources
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.rollout.supply import Supply, SupplyConfig
+from maestro_jax.settings import Settings
 from maestro_jax.training import Files, Training, recall
 from maestro_jax.types import Task
 from maestro_jax.warm_start.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
 from maestro_jax.warm_start.finetune import finetune
 
 T = TypeVar("T")
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file with get_config().", lock_config=True)
+CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
 REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are answered from there, nobody is asked.")
 
@@ -113,10 +112,9 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(WORKDIR.value)
     workdir.mkdir(parents=True, exist_ok=True)
     cluster.check_shared(workdir)
-    every = flatten(raw.to_dict())
-    cluster.check_same(every)
-    settings = {key: value for key, value in every.items() if key not in FREE_KEYS}
-    changes = check_same_run(workdir / "config.json", settings)
+    settings = Settings.of(raw)
+    cluster.check_same(settings.flat)
+    changes = check_same_run(workdir / "config.json", settings, FREE_KEYS.__contains__)
 
     with Progress(quiet=not cluster.is_main()) as progress, contextlib.ExitStack() as closing:
         for line in changes:
@@ -160,7 +158,7 @@ def main(argv: Sequence[str]) -> None:
         # From here on the directory belongs to this run, and a signal waits for a boundary.
         closing.enter_context(preemption.at_boundaries())
         if cluster.is_main():
-            write_json(workdir / "config.json", settings)
+            settings.write(workdir / "config.json")
             write_json(workdir / "architecture.json", hf_config(architecture, config.policy.param_dtype, None))
 
         # ---- Warm start (cached in the work directory) -----------------------------------------
@@ -247,7 +245,7 @@ def main(argv: Sequence[str]) -> None:
         # ---- Reinforcement ---------------------------------------------------------------------
         training = Training(
             config=config,
-            hashes=settings_hashes(settings),
+            hashes=settings_hashes({k: value for k, value in settings.flat.items() if k not in FREE_KEYS}),
             learner=learner,
             supply=supply,
             store=store,

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from configs import quickstart
-from maestro_jax.assemble import flatten, open_params
+from maestro_jax.assemble import open_params
 from maestro_jax.checkpoint import hf_export
 from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
 from maestro_jax.checkpoint.hf_verify import verify_logits
@@ -36,6 +36,7 @@ from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.preprocess import prepare_image
 from maestro_jax.policy.tokens import train_tokens
+from maestro_jax.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 STEPS = (2, 5)
@@ -62,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
     """What a run leaves behind: settings, tokenizer, two checkpoints of different weights, a summary."""
     directory, raw = tmp_path_factory.mktemp("run"), small_config()
     config = parse_config(raw)
-    write_json(directory / "config.json", flatten(raw.to_dict()))
+    Settings.of(raw).write(directory / "config.json")
     architecture = architecture_from_hf(raw.policy.architecture.to_dict(), "config")
     write_json(directory / "architecture.json", hf_config(architecture, "float32", None))
     write_json(directory / "summary.json", {"held_out_tasks": 7, "steps": 5, "accuracy": {"trained": 0.5}})

@@ -17,7 +17,6 @@ import pytest
 from flax import nnx
 
 from configs import quickstart
-from maestro_jax.assemble import flatten
 from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.observe.files import write_json
@@ -26,6 +25,7 @@ from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
 from maestro_jax.policy.huggingface import TensorFiles, counterparts, import_params
 from maestro_jax.policy.model import Policy
+from maestro_jax.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 TEXT = TextConfig(151_936, 2560, 9728, 36, 32, 8, 128, 1e-6, 5e6, (24, 20, 20))
@@ -72,7 +72,7 @@ def test_four_billion_parameters_come_in_and_go_out_bit_for_bit(tmp_path: Path) 
     del params
     raw = quickstart.get_config()
     raw.policy.init_from, raw.policy.architecture = str(tmp_path / "hf"), {}
-    write_json(tmp_path / "run/config.json", flatten(raw.to_dict()))
+    Settings.of(raw).write(tmp_path / "run/config.json")
     write_json(tmp_path / "run/architecture.json", hf_config(ARCHITECTURE, "bfloat16", None))
 
     flags = [f"--checkpoint={tmp_path}/run", f"--output={tmp_path}/out", f"--base={tmp_path}/hf"]

@@ -22,16 +22,16 @@ import pytest
 from PIL import Image
 
 from configs import quickstart
-from maestro_jax.assemble import check_same_run, flatten, open_data
+from maestro_jax.assemble import check_same_run, open_data
 from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.config import parse_config
 from maestro_jax.data.benchmarks.catalogue import BENCHMARKS
 from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.prepare import prepare
 from maestro_jax.errors import EXIT_CONFIG, ConfigError
-from maestro_jax.observe.files import write_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
+from maestro_jax.settings import Settings, read_settings
 from maestro_jax.train import note_shape
 from tests.data import verl_rows
 from tests.data.benchmarks import layouts
@@ -255,12 +255,16 @@ def test_figures_are_drawn(name: str, interrupted: Interrupted) -> None:
 
 
 def test_a_killed_run_equals_a_straight_one(interrupted: Interrupted, job: Job, tmp_path: Path) -> None:
-    """Same start (warm start and tokenizer are copied), no kill: the same samples, rewards and gradients."""
-    workdir = tmp_path / "straight"
-    later = ("checkpoints", "metrics.jsonl", "summary.json", "*.png")
+    """Same start (warm start and tokenizer are copied), no kill: the same samples, rewards and gradients.
+
+    It is started by nothing but what the killed one wrote down, and writes that down again.
+    """
+    workdir, written = tmp_path / "straight", interrupted.workdir / "config.json"
+    later = ("checkpoints", "metrics.jsonl", "summary.json", "*.png", "config.json")
     shutil.copytree(interrupted.workdir, workdir, ignore=shutil.ignore_patterns(*later))
-    result = job.run(workdir)
+    result = job.finish([*job.bare(), f"--config={written}", f"--workdir={workdir}"])
     assert result.returncode == 0, result.stderr
+    assert (workdir / "config.json").read_bytes() == written.read_bytes()
     assert "resumed" not in result.stdout
     straight, killed = (read_metrics(where / "metrics.jsonl") for where in (workdir, interrupted.workdir))
     assert without_times(straight) == without_times(killed)
@@ -327,7 +331,8 @@ def test_a_finished_run_that_starts_again_asks_nobody(job: Job, interrupted: Int
     result = job.finish(command)
     assert result.returncode == 0, result.stderr
     assert "config.registry.experts.Tally.timeout was (not set) so far and is now 7.0" in result.stdout
-    assert json.loads((workdir / "config.json").read_text())["registry.experts.Tally.timeout"] == "7.0"
+    written = read_settings(workdir / "config.json")
+    assert written is not None and written.flat["registry.experts.Tally.timeout"] == "7.0"
     assert_same_results(interrupted.workdir, workdir)
     assert (workdir / "journal.jsonl").read_text() == (interrupted.workdir / "journal.jsonl").read_text()
 
@@ -410,10 +415,15 @@ def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
         assert_refused(job.run(tmp_path, **verl(tmp_path / name, tmp_path / name)), f"{tmp_path / name}: no such file")
 
 
-def settings_of(expert: dict[str, Any], **others: Any) -> dict[str, str]:
+def settings_of(expert: dict[str, Any], **others: Any) -> Settings:
     names = {"name": "Chart-R1.5", "description": "charts"}
     skill = {"name": "S", "stages": ({"kind": "ask", "output": "a", "prompt": "{question}"},)} | others
-    return flatten({"seed": 0, "registry": {"experts": (names | expert, {"name": "Other"}), "skills": (skill,)}})
+    return Settings.of({"seed": 0, "registry": {"experts": (names | expert, {"name": "Other"}), "skills": (skill,)}})
+
+
+def nothing(key: str) -> bool:
+    """No setting may change."""
+    return False
 
 
 SERVED = {"endpoints": ("http://127.0.0.1:1/v1",), "model": "m", "options": {"timeout": 1}, "price_prompt": 1.0}
@@ -431,12 +441,12 @@ SERVED = {"endpoints": ("http://127.0.0.1:1/v1",), "model": "m", "options": {"ti
 )
 def test_servers_may_move_between_a_run_and_its_continuation(moved: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    write_json(path, settings_of(SERVED))
+    settings_of(SERVED).write(path)
     (name, value), before = *moved.items(), SERVED.get(*moved)
     was = "(not set)" if before is None else repr(before)
     told = f"config.registry.experts.Chart-R1.5.{name} was {was} so far and is now {value!r}"
-    assert check_same_run(path, settings_of(SERVED | moved)) == [told]
-    assert check_same_run(path, settings_of(SERVED)) == []
+    assert check_same_run(path, settings_of(SERVED | moved), nothing) == [told]
+    assert check_same_run(path, settings_of(SERVED), nothing) == []
 
 
 @pytest.mark.parametrize(
@@ -455,9 +465,9 @@ def test_what_experts_answer_may_not_change(
     expert: dict[str, Any], others: dict[str, Any], names: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.json"
-    write_json(path, settings_of(SERVED))
+    settings_of(SERVED).write(path)
     with pytest.raises(ConfigError, match=re.escape(f"holds a run with config.registry.{names}")):
-        check_same_run(path, settings_of(SERVED | expert, **others))
+        check_same_run(path, settings_of(SERVED | expert, **others), nothing)
 
 
 # ---- tasks from verl parquet files -------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """A run of `maestro_jax.train` on disk, for commands that use what it has trained."""
 
-import ast
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import read_json
+from maestro_jax.settings import read_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,14 +16,17 @@ class Run:
     workdir: Path
     checkpoints: str  # a local directory, or one of an object store
     step: int | None  # None: the newest
-    settings: dict[str, str]  # as the run wrote them: dotted key → printed value
+    config: dict[str, Any]  # its settings, nested
     architecture: dict[str, Any]  # the content of a config.json
 
     def value(self, key: str) -> Any:
         """A setting, as the config had it."""
-        if key not in self.settings:
-            raise ConfigError(f"{self.workdir}/config.json lacks {key}; use the version that made the run")
-        return ast.literal_eval(self.settings[key])
+        found: Any = self.config
+        for part in key.split("."):
+            if not isinstance(found, dict) or part not in found:
+                raise ConfigError(f"{self.workdir}/config.json lacks {key}; use the version that made the run")
+            found = found[part]
+        return found
 
     @property
     def tokenizer(self) -> Path:
@@ -46,12 +49,13 @@ def find_run(path: Path) -> Run:
     if path.name.isdigit() and path.parent.name == "checkpoints":
         step, path = int(path.name), path.parent
     workdir = path.parent if path.name == "checkpoints" else path
-    settings, architecture = read_json(workdir / "config.json"), read_json(workdir / "architecture.json")
+    settings, architecture = read_settings(workdir / "config.json"), read_json(workdir / "architecture.json")
     if settings is None or architecture is None:
         lacks = "config.json" if settings is None else "architecture.json"
         raise ConfigError(
             f"{workdir} has no {lacks}, so it is no run's work directory; give --checkpoint the "
             "--workdir of a run of maestro_jax.train"
         )
-    directory = ast.literal_eval(settings.get("checkpoint.directory", "''"))
-    return Run(workdir, directory or str(workdir / "checkpoints"), step, settings, architecture)
+    run = Run(workdir, str(workdir / "checkpoints"), step, settings.config, architecture)
+    elsewhere = run.value("checkpoint.directory")
+    return dataclasses.replace(run, checkpoints=elsewhere) if elsewhere else run

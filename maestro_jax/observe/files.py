@@ -10,8 +10,11 @@ from typing import Any
 from maestro_jax.errors import DataError, UserError
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
+def write_json(path: str | os.PathLike[str], value: Any, *, sort: bool = True) -> None:
     """Writes JSON through a temporary name, so that a kill leaves the old file or the new one.
+
+    Args:
+      sort: whether keys stand in alphabetical order, or in their own.
 
     Raises:
       UserError: the file cannot be written.
@@ -20,7 +23,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+            file.write(json.dumps(value, indent=1, sort_keys=sort, default=str) + "\n")
             file.flush()
             os.fsync(file.fileno())  # else a loss of power may leave the new name without its content
         temporary.replace(path)

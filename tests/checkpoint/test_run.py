@@ -8,27 +8,23 @@ from maestro_jax.assemble import check_same_settings, settings_hashes
 from maestro_jax.checkpoint.run import find_run
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import write_json
+from maestro_jax.settings import Settings
 
 SETTINGS = {"seed": "0", "registry.experts.Tally.timeout": "5.0", "registry.experts.Tally.price": "1.0"}
 
 
-def write_run(workdir: Path, settings: dict[str, str]) -> Path:
+def write_run(workdir: Path, directory: str) -> Path:
     workdir.mkdir()
-    write_json(workdir / "config.json", settings)
+    Settings.of({"checkpoint": {"directory": directory}}).write(workdir / "config.json")
     write_json(workdir / "architecture.json", {})
     return workdir
 
 
 @pytest.mark.parametrize(
-    ("settings", "where"),
-    [
-        ({}, "{workdir}/checkpoints"),  # of a version that had no such setting
-        ({"checkpoint.directory": "''"}, "{workdir}/checkpoints"),
-        ({"checkpoint.directory": "'gs://bucket/run'"}, "gs://bucket/run"),
-    ],
+    ("directory", "where"), [("", "{workdir}/checkpoints"), ("gs://bucket/run", "gs://bucket/run")]
 )
-def test_checkpoints_are_where_the_run_put_them(settings: dict[str, str], where: str, tmp_path: Path) -> None:
-    workdir = write_run(tmp_path / "run", settings)
+def test_checkpoints_are_where_the_run_put_them(directory: str, where: str, tmp_path: Path) -> None:
+    workdir = write_run(tmp_path / "run", directory)
     for given, step in ((workdir, None), (workdir / "checkpoints", None), (workdir / "checkpoints/12", 12)):
         found = find_run(given)
         assert (found.checkpoints, found.step, found.workdir) == (where.format(workdir=workdir), step, workdir)
