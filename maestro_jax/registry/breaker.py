@@ -77,6 +77,11 @@ class Breaker:
         return self.state in (BreakerState.CLOSED, BreakerState.HALF_OPEN)
 
     @property
+    def failures_left(self) -> int:
+        """How many more failures in a row it takes to open it."""
+        return self._config.in_a_row - self._in_a_row
+
+    @property
     def probe_in(self) -> float:
         """Seconds until it is worth looking whether `probe` gives a permit."""
         if self.state is BreakerState.PROBING:

@@ -1,7 +1,9 @@
 """The endpoints of an expert: which one gets the next attempt, and how many it has at a time.
 
 In: attempts. Out: a lease on the endpoint with the fewest attempts under way among those whose breaker admits one and
-which have room. Where none has room, attempts wait in line. Of one event loop; nothing is locked.
+which have room. Where none has room, attempts wait in line. An endpoint has no room while as many attempts wait for
+their connections as would open its breaker: whatever a dead one costs, it costs so many. Of one event loop; nothing is
+locked.
 """
 
 import asyncio
@@ -22,6 +24,7 @@ class Endpoint:
       url: base URL, such as "http://127.0.0.1:8000/v1".
 
     Attributes:
+      connecting: attempts under way that have no connection yet.
       fault: of the latest attempt that failed, a few words.
       probes: how many have been sent.
     """
@@ -30,8 +33,13 @@ class Endpoint:
         self.url = url.rstrip("/")
         self.breaker = breaker
         self.pressure = pressure
+        self.connecting = 0
         self.fault = ""
         self.probes = 0
+
+    @property
+    def has_room(self) -> bool:
+        return self.pressure.has_room and self.connecting < self.breaker.failures_left
 
 
 class NoEndpointError(Exception):
@@ -39,22 +47,33 @@ class NoEndpointError(Exception):
 
 
 class Lease:
-    """Leave for one attempt on `endpoint`, until the block ends. The holder says how the attempt ended; unless it does,
-    it was abandoned.
+    """Leave for one attempt on `endpoint`, until the block ends. The holder says when it has a connection, and how it
+    ended; unless it does, it was abandoned.
     """
 
-    def __init__(self, endpoint: Endpoint, permit: Permit, give_back: Callable[[Endpoint], None]):
+    def __init__(self, endpoint: Endpoint, permit: Permit, wake: Callable[[Endpoint], None]):
         self.endpoint = endpoint
-        self._permit, self._give_back = permit, give_back
+        self.is_connected = False
+        self._permit, self._wake = permit, wake
         self._round = endpoint.pressure.rounds
         endpoint.pressure.running += 1
+        endpoint.connecting += 1
 
     def __enter__(self) -> "Lease":
         return self
 
     def __exit__(self, *raised: object) -> None:
         self.endpoint.breaker.abandoned(self._permit)
-        self._give_back(self.endpoint)
+        self.endpoint.pressure.running -= 1
+        self.endpoint.connecting -= not self.is_connected
+        self._wake(self.endpoint)
+
+    def connected(self) -> None:
+        """The attempt has a connection."""
+        if not self.is_connected:
+            self.is_connected = True
+            self.endpoint.connecting -= 1
+            self._wake(self.endpoint)
 
     def succeeded(self) -> None:
         self.endpoint.pressure.served()
@@ -120,7 +139,7 @@ class Endpoints:
         endpoint = endpoint or await self._turn(end, tried)
         permit = endpoint.breaker.acquire()
         assert permit is not None  # `_with_room` gives those whose breaker admits
-        return Lease(endpoint, permit, self._take_back)
+        return Lease(endpoint, permit, self._wake_for)
 
     async def probe(self, endpoint: Endpoint) -> Lease | None:
         """Leave for a probe, once it is time for one; None as soon as the endpoint is asked as usual."""
@@ -129,7 +148,7 @@ class Endpoints:
             await asyncio.sleep(max(held, endpoint.breaker.probe_in) + _TICK)
             if permit := endpoint.breaker.probe():
                 endpoint.probes += 1
-                return Lease(endpoint, permit, self._take_back)
+                return Lease(endpoint, permit, self._wake_for)
         return None
 
     async def _turn(self, end: float, tried: Collection[Endpoint]) -> Endpoint:
@@ -150,7 +169,7 @@ class Endpoints:
     def _with_room(self, end: float, tried: Collection[Endpoint]) -> Endpoint | None:
         """The one for the next attempt; None if it has to wait."""
         admitting = [endpoint for endpoint in self.all if endpoint.breaker.admits]
-        roomy = [endpoint for endpoint in admitting if endpoint.pressure.has_room]
+        roomy = [endpoint for endpoint in admitting if endpoint.has_room]
         if len(roomy) > 1:
             return min(roomy, key=lambda endpoint: (endpoint in tried, endpoint.pressure.running))
         if roomy:
@@ -161,8 +180,8 @@ class Endpoints:
             raise NoEndpointError("its endpoints are busy and ask to be left alone until after the deadline")
         return None
 
-    def _take_back(self, endpoint: Endpoint) -> None:
-        endpoint.pressure.running -= 1
+    def _wake_for(self, endpoint: Endpoint) -> None:
+        """It may have room now, or has it once it is held no longer."""
         if endpoint.pressure.held_until:
             self._wake_after(endpoint.pressure.held_until)
         self._wake()

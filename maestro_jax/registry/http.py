@@ -15,7 +15,7 @@ import logging
 import os
 import random
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -31,7 +31,7 @@ from maestro_jax.registry.chat import (
     request_body,
 )
 from maestro_jax.registry.config import ExpertConfig
-from maestro_jax.registry.endpoints import Endpoint, Endpoints, NoEndpointError
+from maestro_jax.registry.endpoints import Endpoint, Endpoints, Lease, NoEndpointError
 from maestro_jax.registry.interface import Message, Reply, Request, Sampling
 from maestro_jax.registry.metering import priced
 from maestro_jax.registry.retries import RetryBudget, RetryConfig, parse_retry_after
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY = 2**20  # bytes of a reply; more are not read
 CONNECT_SECONDS = 5.0
+FAIR_SHARE = 0.5  # of what an attempt may take; a server that is silent for so long has failed, whoever gave up on it
 LIST_SECONDS = 5.0  # to hear which models there are
 PROBE_SECONDS = 15.0  # for one token
 PROBE = Message("user", "Reply with one word: ready.")
@@ -173,9 +174,9 @@ class HttpExpert:
         try:
             with await self.endpoints.lease(end, tried) as lease:
                 tried.add(lease.endpoint)
-                left, whole = end - time.monotonic(), self._config.attempt_timeout
-                outcome = await self._post(lease.endpoint, body, min(left, whole))
-                if outcome.status is Status.TIMEOUT and left < whole:
+                seconds = min(end - time.monotonic(), self._config.attempt_timeout)
+                outcome = await self._post(lease.endpoint, body, seconds, lease)
+                if outcome.status is Status.TIMEOUT and seconds < FAIR_SHARE * self._limit(lease):
                     return outcome  # cut short by its caller: says nothing about the endpoint
                 if outcome.is_busy:
                     is_failure = lease.refused(outcome.retry_after)
@@ -192,15 +193,25 @@ class HttpExpert:
         except NoEndpointError as error:
             return Outcome(Status.UNAVAILABLE, why=str(error))
 
-    async def _post(self, endpoint: Endpoint, body: bytes, seconds: float) -> Outcome:
-        """Sends a request and reads its reply, in so many seconds."""
+    def _limit(self, lease: Lease) -> float:
+        """Seconds that the attempt may take for what it is about: its connection, or its reply."""
+        whole = self._config.attempt_timeout
+        return whole if lease.is_connected else min(whole, CONNECT_SECONDS)
+
+    async def _post(self, endpoint: Endpoint, body: bytes, seconds: float, lease: Lease | None = None) -> Outcome:
+        """Sends a request and reads its reply, in so many seconds; `lease` hears of its connection."""
         data = body if len(body) < LARGE else io.BytesIO(body)
         url = f"{endpoint.url}/chat/completions"
         try:
-            async with asyncio.timeout(seconds), self._client().post(url, data=data, allow_redirects=False) as response:
+            async with (
+                asyncio.timeout(seconds),
+                self._client().post(url, data=data, allow_redirects=False, trace_request_ctx=lease) as response,
+            ):
                 if response.status != 200:
                     return await self._refusal(response)
                 return Outcome(Status.OK, self._read(await read_body(response)))
+        except aiohttp.ConnectionTimeoutError:
+            return Outcome(Status.UNAVAILABLE, why=f"no connection within {CONNECT_SECONDS:g} s")
         except TimeoutError:
             return Outcome(Status.TIMEOUT, why="no reply in time")
         except BadReplyError as error:
@@ -238,6 +249,7 @@ class HttpExpert:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=headers,
                 auto_decompress=False,  # a small body could hold a huge one
+                trace_configs=[_tell_of_connections()],
             )
         return self._session
 
@@ -262,7 +274,7 @@ class HttpExpert:
         try:
             while lease := await self.endpoints.probe(endpoint):
                 with lease:
-                    outcome = await self._post(endpoint, body, seconds)
+                    outcome = await self._post(endpoint, body, seconds, lease)
                     if outcome.is_busy:
                         lease.refused(outcome.retry_after)
                     if outcome.is_fault:
@@ -326,6 +338,19 @@ class HttpExpert:
         except (TimeoutError, BadReplyError, aiohttp.ClientError, OSError):
             return ""
         return self._redacted(", ".join(names))
+
+
+def _tell_of_connections() -> aiohttp.TraceConfig:
+    """Tells the lease of an attempt that it has a connection, a new one or one that was kept."""
+
+    async def tell(session: aiohttp.ClientSession, context: Any, what: object) -> None:
+        if context.trace_request_ctx is not None:
+            context.trace_request_ctx.connected()
+
+    tracing = aiohttp.TraceConfig()
+    tracing.on_connection_create_end.append(tell)
+    tracing.on_connection_reuseconn.append(tell)
+    return tracing
 
 
 def http_identity(config: ExpertConfig) -> str:

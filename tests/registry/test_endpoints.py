@@ -195,6 +195,33 @@ def test_a_cancelled_wait_gives_up_its_place() -> None:
     run(scenario())
 
 
+def test_no_more_wait_for_connections_than_would_open_the_breaker() -> None:
+    """Whoever comes meanwhile goes to another one, or waits: the cost of an endpoint that is gone is bounded."""
+
+    async def scenario() -> None:
+        endpoints = make(64, URLS[:2])
+        first, second = endpoints.all
+        leases = [await endpoints.lease(end()) for _ in range(10)]
+        assert running(endpoints) == [5, 5]
+        waiting = [asyncio.create_task(endpoints.lease(end())) for _ in range(10)]
+        await settle()
+        assert running(endpoints) == [5, 5]
+        for lease in leases:
+            if lease.endpoint is second:
+                lease.connected()
+        await settle()
+        assert running(endpoints) == [5, 10]
+        (failing, *_) = [lease for lease in leases if lease.endpoint is first]
+        with failing:
+            failing.failed("no connection")
+        await settle()
+        assert running(endpoints) == [4, 10]  # one more failure in a row: one place less
+        for task in waiting:
+            task.cancel()
+
+    run(scenario())
+
+
 # ---- back-pressure -------------------------------------------------------------------------------------------
 
 

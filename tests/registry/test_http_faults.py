@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from maestro_jax.grpo.advantages import group_advantages
+from maestro_jax.registry import http
 from maestro_jax.registry.breaker import BreakerState
 from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.dispatch import Registry
@@ -34,6 +35,7 @@ from tests.registry.servers import (
     limited,
     refused,
     send,
+    unreachable,
 )
 
 DEADLINE = 0.6
@@ -151,12 +153,32 @@ def test_the_breaker_opens_within_five_failures(name: str) -> None:
     run(scenario)
 
 
-def test_an_attempt_that_its_caller_cut_short_says_nothing_of_the_endpoint() -> None:
+@pytest.mark.parametrize(("attempt_timeout", "expected"), [(0.25, BreakerState.CLOSED), (0.15, BreakerState.OPEN)])
+def test_an_attempt_that_its_caller_cut_short_counts_if_it_had_half_its_time(
+    attempt_timeout: float, expected: BreakerState
+) -> None:
+    """A caller in a hurry says nothing of the endpoint. But callers may never have a whole attempt's time left: an
+    episode's deadline is often no longer. Then no hang would ever count, and no breaker open."""
+
     async def scenario() -> None:
-        async with ChatServer(FAULTS["hang"]()) as server, asking(server.url, attempt_timeout=60.0) as made:
-            for _ in range(6):
-                assert (await made.ask(request(0.05))).status is Status.TIMEOUT
-            assert made.endpoints.all[0].breaker.state is BreakerState.CLOSED
+        async with ChatServer(FAULTS["hang"]()) as server, asking(server.url, attempt_timeout=attempt_timeout) as made:
+            for _ in range(5):
+                assert (await made.ask(request(0.1))).status is Status.TIMEOUT
+            assert made.endpoints.all[0].breaker.state is expected
+
+    run(scenario)
+
+
+def test_a_connection_that_is_not_made_in_time_is_the_endpoint_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "CONNECT_SECONDS", 0.02)
+
+    async def scenario() -> None:
+        with unreachable() as url:
+            async with asking(url, attempt_timeout=60.0) as made:
+                for _ in range(2):
+                    assert (await made.ask(request(0.2))).status is Status.UNAVAILABLE
+                assert made.endpoints.all[0].breaker.state is BreakerState.OPEN
+                assert made.endpoints.shunned.endswith("(no connection within 0.02 s)")
 
     run(scenario)
 
