@@ -21,9 +21,10 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from maestro_jax.registry.interface import Expert, Reply, Request, Sampling, Service, ServiceResult
 from maestro_jax.registry.strict_json import encode
@@ -34,7 +35,51 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R", Reply, ServiceResult)
 
 MOST_BYTES = 2**28  # of memory for replies: 230,000 of 500 characters
+MOST_IMAGE_BYTES = 2**26  # of images whose digests are known; one of 2 MB is hashed anew in 2 ms
 _ENTRY_BYTES = 600  # of a reply and its key, without text and images (tracemalloc, CPython 3.11: 516)
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class _Recent(Generic[K, V]):
+    """What was put or got last, as much as fits into so many bytes.
+
+    Args:
+      size: bytes of memory that a key and its value take.
+    """
+
+    def __init__(self, most_bytes: int, size: Callable[[K, V], int]):
+        self._most, self._size = most_bytes, size
+        self._bytes = 0
+        self._kept: collections.OrderedDict[K, V] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: K) -> V | None:
+        value = self._kept.get(key)
+        if value is not None:
+            self._kept.move_to_end(key)
+        return value
+
+    def put(self, key: K, value: V) -> None:
+        if (before := self._kept.pop(key, None)) is not None:
+            self._bytes -= self._size(key, before)
+        self._kept[key] = value
+        self._bytes += self._size(key, value)
+        while self._bytes > self._most:
+            self._bytes -= self._size(*self._kept.popitem(last=False))
+
+
+def _reply_size(key: str, reply: Reply | ServiceResult) -> int:
+    images = reply.images if isinstance(reply, ServiceResult) else ()
+    return _ENTRY_BYTES + sys.getsizeof(reply.text) + sum(map(len, images))
+
+
+_digests: _Recent[bytes, str] = _Recent(MOST_IMAGE_BYTES, lambda image, digest: _ENTRY_BYTES + len(image))
+_digests_lock = threading.Lock()
 
 
 def content_key(parts: Iterable[str | bytes]) -> str:
@@ -62,9 +107,15 @@ def request_key(identity: str, request: Request) -> str:
     return hashlib.sha256(_asked(identity, request.sampling or Sampling()) + _joined(parts)).hexdigest()
 
 
-@functools.lru_cache(maxsize=256)  # the members of a group show the same images, turn after turn
 def image_digest(image: bytes) -> str:
-    return hashlib.sha256(image).hexdigest()
+    """sha256 of an image. The members of a group show the same ones, turn after turn: it is kept. For any thread."""
+    with _digests_lock:
+        known = _digests.get(image)
+    if known is None:
+        known = hashlib.sha256(image).hexdigest()
+        with _digests_lock:
+            _digests.put(image, known)
+    return known
 
 
 @functools.lru_cache(maxsize=256)  # experts and how they are asked are few
@@ -82,7 +133,7 @@ class ReplyCache:
     """
 
     def __init__(self, path: str | None = None, most_bytes: int = MOST_BYTES):
-        self._kept = _Recent(most_bytes)
+        self._kept: _Recent[str, Reply | ServiceResult] = _Recent(most_bytes, _reply_size)
         self._running: dict[str, asyncio.Future[Any]] = {}
         self._file: int | None = None
         if path is not None:
@@ -143,39 +194,6 @@ class ReplyCache:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-
-
-class _Recent:
-    """The replies that were put or got last, as many as fit into so many bytes."""
-
-    def __init__(self, most_bytes: int):
-        self._most = most_bytes
-        self._bytes = 0
-        self._replies: collections.OrderedDict[str, Reply | ServiceResult] = collections.OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._replies)
-
-    def get(self, key: str) -> Reply | ServiceResult | None:
-        reply = self._replies.get(key)
-        if reply is not None:
-            self._replies.move_to_end(key)
-        return reply
-
-    def put(self, key: str, reply: Reply | ServiceResult) -> None:
-        if (before := self._replies.pop(key, None)) is not None:
-            self._bytes -= _size(before)
-        self._replies[key] = reply
-        self._bytes += _size(reply)
-        while self._bytes > self._most:
-            _, oldest = self._replies.popitem(last=False)
-            self._bytes -= _size(oldest)
-
-
-def _size(reply: Reply | ServiceResult) -> int:
-    """Bytes of memory, with the key."""
-    images = reply.images if isinstance(reply, ServiceResult) else ()
-    return _ENTRY_BYTES + sys.getsizeof(reply.text) + sum(map(len, images))
 
 
 class CachedExpert:
@@ -251,7 +269,7 @@ def _from_line(line: bytes) -> tuple[str, Reply | ServiceResult]:
     return key, Reply(text, Status.OK, Usage(*tokens, float(usage["price"])), seconds)
 
 
-def _load(path: str, kept: _Recent) -> None:
+def _load(path: str, kept: _Recent[str, Reply | ServiceResult]) -> None:
     """Reads what is whole. A last line without its end was torn by a kill and is dropped in silence."""
     if not os.path.exists(path):
         return

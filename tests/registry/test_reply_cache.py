@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from maestro_jax.registry.cache import ReplyCache, _Recent, content_key, request_key
+from maestro_jax.registry.cache import ReplyCache, _Recent, _reply_size, content_key, image_digest, request_key
 from maestro_jax.registry.interface import Message, Reply, Request, Sampling, ServiceResult
 from maestro_jax.types import Status, Usage
 
@@ -230,7 +230,7 @@ def test_kept_replies_take_no_more_memory_than_they_are_counted_for() -> None:
         usage, text = Usage(number + 1000, number + 2000, number / 3), "x" * 400 + str(number)
         return hashlib.sha256(str(number).encode()).hexdigest(), Reply(text, Status.OK, usage, number / 7)
 
-    kept = _Recent(2**20)
+    kept: _Recent[str, Reply] = _Recent(2**20, _reply_size)
     tracemalloc.start()
     try:
         for number in range(3000):
@@ -341,3 +341,23 @@ def test_lines_are_plain_json(tmp_path: pathlib.Path) -> None:
     fill_file(path)
     records = [json.loads(line) for line in path.read_text("ascii").splitlines()]
     assert [record["text"] for record in records] == ["42", "a box"]
+
+
+def test_digests_pin_no_more_images_than_fit() -> None:
+    """Counted in bytes: 256 images of 2 MB would be 512 MB."""
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            image_digest(number.to_bytes(2) * 2**20)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < 68 * 2**20
+
+
+def test_an_image_that_is_shown_again_is_not_hashed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [bytes([number]) * 2**20 for number in range(3)]
+    digests = [image_digest(image) for image in images]
+    assert digests == [hashlib.sha256(image).hexdigest() for image in images]
+    monkeypatch.setattr(hashlib, "sha256", lambda *told: pytest.fail("hashed again"))
+    assert [image_digest(image) for image in images] == digests
