@@ -114,7 +114,8 @@ def main(argv: Sequence[str]) -> None:
         registry = None  # in a replay nobody is asked
         if not REPLAY.value:
             cache = str(cluster.own_path(output / "expert_cache.jsonl"))
-            registry = Registry(config.registry, cache, journal, processes=jax.process_count())
+            processes = jax.process_count()
+            registry = Registry(config.registry, cache, journal, processes=processes, from_main=cluster.from_main)
         answered = Resumed(registry or Replay(REPLAY.value, journal), journal)
         answered.recall({})
         dispatcher = Dispatcher(answered, journal)

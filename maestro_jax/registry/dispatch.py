@@ -5,6 +5,7 @@ observations. Nothing in here raises for a fault at run time: every call ends in
 """
 
 import asyncio
+import dataclasses
 import logging
 import threading
 import time
@@ -65,6 +66,7 @@ class Registry:
         them in memory.
       journal: records what experts and services answer. What the run's journals hold already counts against its caps.
       processes: that share the run's caps, each with a registry of its own; nobody counts for all.
+      from_main: what one of them computes for all (plain JSON), so that not all read all journals.
       sandbox: where programs of "run" stages run; None makes the one that the config names, if a skill needs it.
 
     Raises:
@@ -78,11 +80,14 @@ class Registry:
         journal: Journal | None = None,
         sandbox: Sandbox | None = None,
         processes: int = 1,
+        from_main: Callable[[Callable[[], Any]], Any] = lambda compute: compute(),
     ):
         self.config = config
         self.cache = ReplyCache(cache_file)
-        capped = config.limits != LimitsConfig()
-        calls, usage = journal.spent() if journal and capped else (0, Usage())
+        calls, usage = 0, Usage()
+        if journal and config.limits != LimitsConfig():
+            calls, tokens_and_price = from_main(lambda: _plain(*journal.spent()))
+            usage = Usage(*tokens_and_price)
         self.spending = Spending(config.limits, calls, usage, processes)
         self._began = time.monotonic()
         self._retries = RetryBudget(time.monotonic)
@@ -156,6 +161,10 @@ class Registry:
         await asyncio.gather(*(service.close() for service in self._services.values()))
         if self._sandbox is not None:
             await self._sandbox.close()
+
+
+def _plain(calls: int, usage: Usage) -> tuple[int, tuple[Any, ...]]:
+    return calls, dataclasses.astuple(usage)
 
 
 class CallRunner(Protocol):

@@ -15,9 +15,14 @@ skill need be run again.
 A line is one write to the file, so it outlives the process at once, and the line of a call is written before its
 observation goes to the engine; it is on disk (fsync) before a checkpoint is. A last line without its end was torn by a
 kill; its call was not trained on.
+
+Beside it, journal.spent.json holds what all requests up to some byte of it have cost, as of the last sync: a run that
+goes on reads what lies behind. It is believed only if it fits the journal; else all is read.
 """
 
+import contextlib
 import contextvars
+import dataclasses
 import errno
 import hashlib
 import json
@@ -25,17 +30,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from maestro_jax.errors import UserError
+from maestro_jax.errors import ConfigError, DataError, UserError
+from maestro_jax.observe.files import read_json, write_json
 from maestro_jax.registry.cache import content_key, image_digest, open_for_append, request_key
 from maestro_jax.registry.interface import Expert, Reply, Request, Service, ServiceResult
 from maestro_jax.registry.strict_json import encode
 from maestro_jax.types import Call, Observation, Status, Usage
 
 logger = logging.getLogger(__name__)
+
+_SEALED_BYTES = 4096  # of a journal, before the byte up to which its totals count
 
 # Who asks, while a call runs: a trajectory and its turn, whatever the order of arrival. Set by the dispatcher.
 ASKER: contextvars.ContextVar[str] = contextvars.ContextVar("asker", default="")
@@ -53,6 +61,7 @@ class Journal:
 
     Raises:
       JournalError: of every method, when the file cannot be written, or could not be before.
+      UserError: of `sync` and `close`, when the totals beside it cannot be written.
 
     Attributes:
       path: of the file.
@@ -62,10 +71,14 @@ class Journal:
     def __init__(self, path: str):
         self.path = path
         self.section = ""
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what writes; held for no longer than one write takes
+        self._syncing = threading.Lock()  # taken before the other one
         self._error: JournalError | None = None
+        self._kept = Totals()  # what was written last of them
         try:
             self._file = open_for_append(path)
+            size = self.size()  # 0 of what is no file
+            self._totals = dataclasses.replace(read_totals(path), size=size) if size else Totals()
         except OSError as error:
             raise self._broken(error) from error
 
@@ -86,13 +99,18 @@ class Journal:
         """How often experts have been asked, and what that cost, as far as the journals of all processes tell.
 
         Nobody knows what requests cost that were under way when a process was killed.
+
+        Raises:
+          ConfigError: the journal of another process cannot be read.
         """
         calls, usage = 0, Usage()
         for path in journals(self.path):
-            for line in read_lines(str(path)):
-                if line["kind"] == "request" and "images" not in line:  # a service of this process costs nothing
-                    calls += 1
-                    usage += Usage(**line["usage"])
+            try:
+                totals = self._totals if path == Path(self.path) else read_totals(str(path))
+            except OSError as error:
+                raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); make it readable") from error
+            calls += totals.calls
+            usage += totals.usage
         return calls, usage
 
     def size(self) -> int:
@@ -100,13 +118,23 @@ class Journal:
         return os.fstat(self._file).st_size
 
     def sync(self) -> None:
-        """Returns when everything written so far is on disk."""
-        with self._lock:
-            self._check()
+        """Returns when everything written so far is on disk. Others may write meanwhile.
+
+        One at a time: the kernel tells of a page that it lost only once, and whoever waits has to hear of it.
+        """
+        with self._syncing:
+            with self._lock:
+                self._check()
+                totals = self._totals
+                is_all = totals.size == self.size()  # else somebody else writes to it, too
             try:
                 os.fsync(self._file)
             except OSError as error:
-                raise self._broken(error) from error
+                with self._lock:
+                    raise self._broken(error) from error
+            if is_all and totals != self._kept:
+                keep_totals(self.path, self._file, totals)
+                self._kept = totals
 
     def close(self) -> None:
         try:
@@ -123,6 +151,7 @@ class Journal:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 raise self._broken(error) from error
+            self._totals = self._totals.with_line(line, len(data))
 
     def _check(self) -> None:
         if self._error is not None:
@@ -175,6 +204,63 @@ class JournaledService:
         await self._service.close()
 
 
+# ---- what was spent ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What the requests in the first `size` bytes of a journal have cost."""
+
+    size: int = 0
+    calls: int = 0
+    usage: Usage = Usage()
+
+    def with_line(self, line: Mapping[str, Any], size: int) -> "Totals":
+        if line["kind"] != "request" or "images" in line:  # a service of this process costs nothing
+            return dataclasses.replace(self, size=self.size + size)
+        return Totals(self.size + size, self.calls + 1, self.usage + Usage(**line["usage"]))
+
+
+def read_totals(path: str) -> Totals:
+    """Of a whole journal. What is kept beside it need not be read.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    totals = kept_totals(path)
+    for line in read_lines(path, totals.size):
+        totals = totals.with_line(line, 0)
+    return totals
+
+
+def keep_totals(path: str, file: int, totals: Totals) -> None:
+    """Writes them beside the journal, whose bytes up to there are on disk."""
+    values = dataclasses.asdict(totals)
+    write_json(_kept_path(path), values | {"seal": _seal(file, values)})
+
+
+def kept_totals(path: str) -> Totals:
+    """As they were kept; of nothing, unless they are whole and of this journal."""
+    with contextlib.suppress(DataError, AttributeError, KeyError, TypeError), open(path, "rb") as file:
+        values = read_json(_kept_path(path)) or {}
+        if values.pop("seal") == _seal(file.fileno(), values):
+            return Totals(values["size"], values["calls"], Usage(**values["usage"]))
+    return Totals()
+
+
+def _kept_path(path: str) -> Path:
+    return Path(path).with_suffix(".spent.json")
+
+
+def _seal(file: int, values: Mapping[str, Any]) -> str:
+    """Of the totals and of the bytes that they end with: another journal, or a shorter one, has other ones."""
+    size, end = values["size"], b""
+    if 0 <= size <= os.fstat(file).st_size:
+        start = max(0, size - _SEALED_BYTES)
+        end = os.pread(file, size - start, start)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + end).hexdigest()
+
+
 # ---- reading ---------------------------------------------------------------------------------------------
 
 
@@ -197,7 +283,8 @@ def read_lines(path: str, start: int = 0) -> Iterator[dict[str, Any]]:
             try:
                 yield _checked(json.loads(text))
             except (ValueError, KeyError, TypeError):
-                logger.warning("%s line %d is damaged and left out", path, number)
+                behind = f" behind byte {start}" if start else ""
+                logger.warning("%s line %d%s is damaged and left out", path, number, behind)
 
 
 def _checked(line: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,67 @@ def test_after_a_failed_sync_nothing_counts_as_synced(tmp_path: Path, monkeypatc
     monkeypatch.undo()
     with pytest.raises(JournalError):
         journal.sync()
+
+
+def test_a_write_does_not_wait_for_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may take seconds; the event loop writes, and with it all calls would stand still."""
+    path, begun, over = tmp_path / "journal.jsonl", threading.Event(), threading.Event()
+    synced: list[int] = []
+
+    def slow(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_size)
+        begun.set()
+        assert over.wait(30.0)
+
+    journal = Journal(str(path))
+    journal.call("a", CALL, QUESTION, IMAGES, observed("before"))
+    size = journal.size()
+    monkeypatch.setattr(os, "fsync", slow)
+    syncing = threading.Thread(target=journal.sync)
+    writing = threading.Thread(target=journal.call, args=("b", CALL, QUESTION, IMAGES, observed("meanwhile")))
+    syncing.start()
+    assert begun.wait(30.0)
+    writing.start()
+    writing.join(5.0)
+    in_time = not writing.is_alive()
+    over.set()
+    syncing.join(30.0)
+    writing.join(30.0)
+    monkeypatch.undo()
+    assert in_time and synced[0] >= size and texts(path) == ["before", "meanwhile"]
+    journal.close()
+
+
+def test_a_sync_that_waits_for_one_that_fails_fails_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells of a lost page once: the second fsync would succeed without it."""
+    begun, over, told = threading.Event(), threading.Event(), []
+
+    def fails_once(descriptor: int) -> None:
+        if not begun.is_set():
+            begun.set()
+            assert over.wait(30.0)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def sync() -> None:
+        try:
+            journal.sync()
+        except JournalError as error:
+            told.append(error)
+
+    journal = Journal(str(tmp_path / "journal.jsonl"))
+    journal.begin("step 1")
+    monkeypatch.setattr(os, "fsync", fails_once)
+    threads = [threading.Thread(target=sync) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(30.0)
+    threads[1].start()
+    threads[1].join(0.1)
+    over.set()
+    for thread in threads:
+        thread.join(30.0)
+    assert len(told) == 2
+    with pytest.raises(JournalError):
+        journal.begin("step 2")
 
 
 KILLED = """

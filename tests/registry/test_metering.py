@@ -2,7 +2,10 @@
 
 import asyncio
 import itertools
+import json
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -226,3 +229,147 @@ def test_processes_share_what_is_left_of_a_cap(raw: Raw, tmp_path: Path) -> None
     pair = [Registry(config, journal=journal, processes=2) for journal in (first, second)]
     assert [asyncio.run(ask(registry)) for registry in pair] == [3, 3]
     assert asyncio.run(ask(Registry(config, journal=first))) == 0
+
+
+# ---- what the journals of a run say it has spent -----------------------------------------------------------
+
+
+def record(path: Path, count: int) -> None:
+    """A life of a run that asks so often, a service among it, and ends well."""
+    journal = Journal(str(path))
+    for number in range(count):
+        price = {"prompt_tokens": number, "completion_tokens": 7, "price": number / 7}
+        journal.request("E", "v", "k", {"text": "x" * 100, "status": "OK", "seconds": 0.1, "usage": price})
+    journal.request("ocr", "v", "k", {"text": "", "status": "OK", "seconds": 0.1, "usage": price, "images": []})
+    journal.close()
+
+
+def from_byte_0(*paths: Path) -> tuple[int, Usage]:
+    """By hand, from all lines that are whole."""
+    lines = [line for path in paths for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    found = [json.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
+    asked = [line for line in found if line["kind"] == "request" and "images" not in line]
+    usage = Usage()
+    for line in asked:
+        usage += Usage(**line["usage"])
+    return len(asked), usage
+
+
+def spent(path: Path) -> tuple[int, Usage]:
+    """What a process that starts now hears."""
+    journal = Journal(str(path))
+    found = journal.spent()
+    journal.close()
+    return found
+
+
+def test_a_start_reads_only_what_is_behind_the_last_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restarts and processes would multiply: each of them read every line of every journal."""
+    paths = [tmp_path / name for name in ("journal.jsonl", "journal.1.jsonl")]
+    for path in paths * 2:
+        record(path, 500)
+    with open(paths[1], "ab") as file:  # asked after the last sync, before a kill
+        file.write(paths[0].read_bytes().splitlines(keepends=True)[2])
+    wanted, read, loads = from_byte_0(*paths), [], json.loads
+
+    def counted(text: Any) -> Any:
+        read.append(text)
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", counted)
+    assert spent(paths[0]) == wanted and wanted[0] == 2001
+    assert len(read) < 10
+
+
+def forge(path: Path, kept: Path) -> None:
+    kept.write_text(kept.read_text().replace('"calls": 50', '"calls": 10'))
+
+
+def swap(path: Path, kept: Path) -> None:
+    other = path.with_name("other.jsonl")
+    record(other, 90)
+    other.rename(path)
+
+
+def shorten(path: Path, kept: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:20]))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        forge,
+        swap,
+        shorten,
+        lambda path, kept: path.unlink(),
+        lambda path, kept: kept.unlink(),
+        lambda path, kept: kept.write_text(""),
+        lambda path, kept: kept.write_text("[]"),
+        lambda path, kept: kept.write_text('{"bytes": -5}'),
+        lambda path, kept: kept.write_bytes(b"\xff\xfe"),
+    ],
+)
+def test_totals_that_do_not_fit_the_journal_are_not_believed(tmp_path: Path, harm: Callable[..., object]) -> None:
+    path = tmp_path / "journal.jsonl"
+    record(path, 50)
+    harm(path, tmp_path / "journal.spent.json")
+    for _ in range(2):  # and a start mends them
+        assert spent(path) == (from_byte_0(path) if path.exists() else (0, Usage()))
+
+
+ASKS = """
+import sys
+from maestro_jax.registry.journal import Journal
+journal = Journal(sys.argv[1])
+for number in range(10**9):
+    usage = {"prompt_tokens": number, "completion_tokens": 7, "price": number / 7}
+    journal.request("E", "v", "k", {"text": "x", "status": "OK", "seconds": 0.1, "usage": usage})
+    if number % 5 == 4:
+        journal.sync()
+    print(number, flush=True)
+"""
+
+
+def test_a_kill_at_any_time_loses_no_request_and_counts_none_twice(tmp_path: Path) -> None:
+    path, draw = tmp_path / "journal.jsonl", random.Random(0)
+    for _ in range(8):
+        with subprocess.Popen([sys.executable, "-c", ASKS, str(path)], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(draw.uniform(0.0, 0.05))
+            process.kill()
+        assert spent(path) == from_byte_0(path)
+    assert from_byte_0(path)[0] > 8
+
+
+def test_of_several_processes_one_reads_and_tells_the_others(raw: Raw, tmp_path: Path) -> None:
+    first, second = tmp_path / "journal.jsonl", tmp_path / "journal.1.jsonl"
+    record(first, 30)
+    config = parse_registry(raw(limits={"calls": 100}))
+    journals, told = [Journal(str(path)) for path in (first, second)], []
+
+    def main(compute: Callable[[], Any]) -> Any:
+        told.append(json.loads(json.dumps(compute())))  # as it travels
+        return told[-1]
+
+    registries = [Registry(config, journal=journals[0], processes=2, from_main=main)]
+    journals[0].request("E", "v", "k", {"text": "", "status": "OK", "seconds": 0.1, "usage": {"prompt_tokens": 1}})
+    registries.append(Registry(config, journal=journals[1], processes=2, from_main=lambda compute: told[0]))
+    assert [registry.spending.calls for registry in registries] == [30, 30]
+    assert registries[0].spending.usage == registries[1].spending.usage == from_byte_0(first)[1] + Usage(-1)
+    for registry, journal in zip(registries, journals, strict=True):
+        asyncio.run(registry.close())
+        journal.close()
+
+
+def test_where_two_write_to_one_journal_both_count(tmp_path: Path) -> None:
+    """Neither knows how much of the file is the other's."""
+    path, usage = tmp_path / "journal.jsonl", {"prompt_tokens": 3, "completion_tokens": 7, "price": 0.1}
+    two = [Journal(str(path)) for _ in range(2)]
+    for _ in range(5):
+        for journal in two:
+            journal.request("E", "v", "k", {"text": "x", "status": "OK", "seconds": 0.1, "usage": usage})
+            journal.sync()
+    for journal in two:
+        journal.close()
+    assert spent(path) == from_byte_0(path) and spent(path)[0] == 10
