@@ -299,7 +299,7 @@ def test_a_disk_that_goes_away_ends_the_run(job: Job, interrupted: Interrupted, 
     finally:
         process.kill()
     result = subprocess.CompletedProcess(command, process.returncode, out, err)
-    assert_refused(result, "the checkpoint of step", "cannot be written", "Not a directory", "free or mount its disk")
+    assert_refused(result, "the checkpoint of step", "cannot be written", "Not a directory", "its disk is mounted")
     steps = [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
     assert steps == list(range(len(steps))) and len(steps) > EVERY
 

@@ -13,11 +13,13 @@ the rest. (Behind the arrays, such a file ends with some hundred bytes of an ind
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -131,6 +133,23 @@ def file_system(directory: epath.Path) -> Iterator[None]:
             f"{directory} cannot be read ({line_of(error)}); nothing there was changed: mount it, or mend its "
             "permissions, and start again"
         ) from error
+
+
+def is_of_file_system(error: BaseException) -> bool:
+    """Whether a file system or an object store has failed; TensorStore says so in a ValueError."""
+    return isinstance(error, OSError) or isinstance(error, ValueError) and any(sign in str(error) for sign in _FAILING)
+
+
+def error_number(error: BaseException) -> int | None:
+    """The `errno` of a failed file system, or the one that is closest to what an object store says."""
+    if isinstance(error, OSError):
+        return error.errno
+    text = str(error)
+    if found := re.search(r"os_error_code='(\d+)'", text):
+        return int(found[1])
+    if "RESOURCE_EXHAUSTED" in text:
+        return errno.EDQUOT
+    return errno.EACCES if "PERMISSION_DENIED" in text or "UNAUTHENTICATED" in text else None
 
 
 def line_of(error: BaseException) -> str:

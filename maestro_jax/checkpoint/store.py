@@ -32,13 +32,16 @@ from maestro_jax.checkpoint.committed import (
     Damage,
     committed_steps,
     contents,
+    error_number,
     file_system,
+    is_of_file_system,
     line_of,
     sync,
     write_manifest,
 )
 from maestro_jax.errors import ConfigError
-from maestro_jax.parallel.cluster import LostError, is_loss
+from maestro_jax.observe.files import disk_cure
+from maestro_jax.parallel.cluster import LostError, is_loss, several
 
 T = TypeVar("T")
 _MESSAGE_BYTES = 512
@@ -216,11 +219,13 @@ class CheckpointStore:
         try:
             yield
         except (OSError, ValueError, jax.errors.JaxRuntimeError) as error:  # TensorStore's are ValueErrors
-            if is_loss(error) or _is_missed(error):
+            if several() and (is_loss(error) or _is_missed(error)):
                 raise LostError(f"another process was lost while step {self._saving} was being saved") from error
+            if not is_of_file_system(error):
+                raise  # a fault of ours, or of the devices: no disk is to blame
             raise CheckpointError(
-                f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({line_of(error)}); free "
-                "or mount its disk and start the run again: it goes on from the checkpoint before"
+                f"the checkpoint of step {self._saving} cannot be written to {self.directory} ({line_of(error)}); "
+                f"{disk_cure(error_number(error))} and start the run again: it goes on from the checkpoint before"
             ) from error
 
 

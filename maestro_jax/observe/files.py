@@ -1,6 +1,7 @@
 """Small JSON files of a run, written whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -49,5 +50,14 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cure = "free or mount its disk, and start the same command again"
+        cure = f"{disk_cure(error.errno)}, and start the same command again"
         raise UserError(f"{path} cannot be written ({error.strerror}); {cure}") from error
+
+
+def disk_cure(number: int | None) -> str:
+    """What helps where a file system fails with this `errno`; more of the sentence may follow."""
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free its disk, or raise its quota"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make it writable for this user"
+    return "see that its disk is mounted and whole"

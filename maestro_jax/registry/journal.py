@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from maestro_jax.errors import ConfigError, DataError, UserError
-from maestro_jax.observe.files import read_json, write_json
+from maestro_jax.observe.files import disk_cure, read_json, write_json
 from maestro_jax.registry.cache import content_key, image_digest, open_for_append, request_key
 from maestro_jax.registry.interface import Expert, Reply, Request, Service, ServiceResult
 from maestro_jax.registry.strict_json import encode
@@ -158,7 +158,7 @@ class Journal:
             raise self._error
 
     def _broken(self, error: OSError) -> JournalError:
-        cure = "free or mount its disk, and start the run again"
+        cure = f"{disk_cure(error.errno)}, and start the run again"
         self._error = JournalError(f"the journal {self.path} cannot be written ({error.strerror}); {cure}")
         return self._error
 

@@ -35,7 +35,9 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path: Path) -> None:
     write_json(path, 1)
     with (
         full_disk(),
-        pytest.raises(UserError, match=r"before.json cannot be written \(File too large\); free or"),
+        pytest.raises(
+            UserError, match=r"before.json cannot be written \(File too large\); free its disk, or raise its quota"
+        ),
     ):
         write_json(path, 2)
     assert read_json(path) == 1
@@ -43,7 +45,12 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_by_metrics(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
-    with full_disk(), pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(File too large\); free or"):
+    with (
+        full_disk(),
+        pytest.raises(
+            UserError, match=r"metrics.jsonl cannot be written \(File too large\); free its disk, or raise its quota"
+        ),
+    ):
         writer.write({"step": 1})
 
 
