@@ -22,8 +22,9 @@ MOST_TOKENS = 10**9  # no request has more; a server that says so is not believe
 BYTES_A_TOKEN = 4
 TOKENS_AN_IMAGE = 1000  # of a million pixels, the vision encoders of Qwen and GPT make about as many
 
-# What a request consists of; further fields come from an expert's `options`.
+# What a request consists of; further fields come from an expert's `options`. Not every server takes the latter ones.
 OWN_FIELDS = ("model", "messages", "temperature", "max_tokens", "top_p", "stream")
+RENAMED_FIELDS = OWN_FIELDS[2:]
 
 
 class BadImageError(ValueError):
@@ -54,22 +55,33 @@ class Completion(NamedTuple):
     quirks: tuple[Quirk, ...] = ()
 
 
-def request_body(model: str, messages: tuple[Message, ...], sampling: Sampling, further: Mapping[str, Any]) -> bytes:
+def request_body(
+    model: str,
+    messages: tuple[Message, ...],
+    sampling: Sampling,
+    further: Mapping[str, Any],
+    rename: Mapping[str, str],
+) -> bytes:
     """A request.
+
+    Args:
+      further: fields beside our own.
+      rename: the server's names of our fields; one whose name is empty is left out.
 
     Raises:
       BadImageError: an image is of no type that servers take.
     """
-    fields = {
+    fields: dict[str, Any] = {
         "model": model,
         "messages": [{"role": message.role, "content": _content(message)} for message in messages],
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_tokens,
         "top_p": sampling.top_p,
         "stream": False,
-        **further,
     }
-    return encode(fields)
+    named = {rename.get(field, field): value for field, value in fields.items()}
+    named.pop("", None)
+    return encode({**named, **further})
 
 
 def _content(message: Message) -> str | list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class ExpertConfig:
       description: one line shown to the policy: what it is good at.
       options: arguments of the class; of servers, further fields of each request.
       price_prompt, price_completion: US dollars per million tokens.
-      deterministic: same request, same reply; such replies are cached, if the temperature is 0.
+      deterministic: same request, same reply; such replies are cached, if the temperature is 0 (and sent).
 
     Of a class:
       implementation: "package.module:Class".
@@ -40,6 +40,7 @@ class ExpertConfig:
       key: name of the environment variable with the API key; empty sends none.
       key_hosts: where the key may go besides the hosts of `endpoints`, if others publish endpoints (`hosts.py`).
       temperature, max_tokens, top_p: how it decodes.
+      rename: what its servers call these fields and "stream"; one whose name is empty is not sent.
       concurrency: requests that each endpoint gets at a time.
       attempt_timeout: seconds a single attempt of a request may take; all of them end with the episode's deadline.
       serve: the command, word by word, that `python -m maestro_jax.experts up` starts for each endpoint; {host}, {port}
@@ -70,6 +71,7 @@ class ExpertConfig:
     temperature: float = 0.0
     max_tokens: int = 1024
     top_p: float = 1.0
+    rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     concurrency: int = 64
     attempt_timeout: float = 60.0
     serve: tuple[str, ...] = ()
@@ -79,7 +81,7 @@ class ExpertConfig:
 
     @property
     def cacheable(self) -> bool:
-        return self.deterministic and self.temperature == 0
+        return self.deterministic and self.temperature == 0 and self.rename.get("temperature") != ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ from maestro_jax.registry.config import ExpertConfig
 from maestro_jax.registry.endpoints import Endpoint, Endpoints, Lease, NoEndpointError
 from maestro_jax.registry.interface import Message, Reply, Request, Sampling
 from maestro_jax.registry.metering import priced
+from maestro_jax.registry.proxies import proxy_of
 from maestro_jax.registry.retries import RetryBudget, RetryConfig, parse_retry_after
 from maestro_jax.types import Status, Usage
 
@@ -58,11 +59,18 @@ HIDDEN = "[key]"
 _PASSING = (408, 409, 425, 429)
 
 _CURES = {
-    400: "the server refuses the request; compare model, max_tokens, images and options with what it serves",
+    400: (
+        "the server refuses the request; compare model, max_tokens, images and options with what it serves, and give "
+        "fields that it does not take another name, or none, in `rename`"
+    ),
     401: "set the environment variable that `key` names to a valid key",
     403: "use a key that may use this model",
     404: "check endpoints (they usually end in /v1) and model",
-    422: "the server refuses a field of the request; compare options and sampling with what it serves",
+    407: "write the proxy's password into HTTP_PROXY or HTTPS_PROXY, or name the host in NO_PROXY",
+    422: (
+        "the server refuses a field of the request; compare options and sampling with what it serves, or leave the "
+        "field out in `rename`"
+    ),
 }
 _OTHER_CURE = "check endpoints, model and options"
 
@@ -110,7 +118,8 @@ class HttpExpert:
       budget: of retries, shared by all experts of a run.
 
     Raises:
-      ConfigError: the environment variable of the key is not set, or cannot be sent.
+      ConfigError: the environment variable of the key is not set, or cannot be sent; a proxy's variable names none, or
+        the proxy could read the key.
     """
 
     def __init__(self, config: ExpertConfig, budget: RetryBudget, retries: RetryConfig = RETRIES):
@@ -120,6 +129,7 @@ class HttpExpert:
         self._config, self._budget, self._retries = config, budget, retries
         self._sampling = Sampling(config.temperature, config.max_tokens, config.top_p)
         self._key = _read_key(config)
+        self._proxies = {each: self._proxy_of(each) for each in self.endpoints.all}
         self._session: aiohttp.ClientSession | None = None  # made on the event loop
         self._seen: set[str] = set()  # what has been logged
         self._probing: dict[Endpoint, asyncio.Task[None]] = {}
@@ -205,7 +215,13 @@ class HttpExpert:
         try:
             async with (
                 asyncio.timeout(seconds),
-                self._client().post(url, data=data, allow_redirects=False, trace_request_ctx=lease) as response,
+                self._client().post(
+                    url,
+                    data=data,
+                    allow_redirects=False,
+                    trace_request_ctx=lease,
+                    proxy=self._proxies[endpoint],
+                ) as response,
             ):
                 if response.status != 200:
                     return await self._refusal(response)
@@ -268,8 +284,7 @@ class HttpExpert:
 
         Not for the list of models: servers whose engine is dead still have it.
         """
-        sampling = dataclasses.replace(self._sampling, max_tokens=1)
-        body = request_body(self._config.model, (PROBE,), sampling, self._config.options)
+        body = self._body(Request((PROBE,), dataclasses.replace(self._sampling, max_tokens=1)))
         seconds = min(PROBE_SECONDS, self._config.attempt_timeout)
         try:
             while lease := await self.endpoints.probe(endpoint):
@@ -289,9 +304,18 @@ class HttpExpert:
 
     # ---- requests, usage, words ----------------------------------------------------------------------------
 
+    def _proxy_of(self, endpoint: Endpoint) -> str | None:
+        try:
+            found = proxy_of(endpoint.url, bool(self._key))
+        except ConfigError as error:
+            raise ConfigError(f'expert "{self.name}": {error}') from error
+        if found:
+            logger.warning('expert "%s": %s is reached through a proxy of the environment', self.name, endpoint.url)
+        return found
+
     def _body(self, request: Request) -> bytes:
-        sampling = request.sampling or self._sampling
-        return request_body(self._config.model, request.messages, sampling, self._config.options)
+        config, sampling = self._config, request.sampling or self._sampling
+        return request_body(config.model, request.messages, sampling, config.options, config.rename)
 
     def _usage(self, completion: Completion, request: Request) -> Usage:
         for quirk in completion.quirks:
@@ -332,7 +356,9 @@ class HttpExpert:
         try:
             async with (
                 asyncio.timeout(LIST_SECONDS),
-                self._client().get(f"{endpoint.url}/models", headers=once, allow_redirects=False) as response,
+                self._client().get(
+                    f"{endpoint.url}/models", headers=once, allow_redirects=False, proxy=self._proxies[endpoint]
+                ) as response,
             ):
                 names = read_models(await read_body(response)) if response.status == 200 else []
         except (TimeoutError, BadReplyError, aiohttp.ClientError, OSError):
@@ -357,7 +383,8 @@ def http_identity(config: ExpertConfig) -> str:
     """What a kept reply depends on besides the request. Not where the model is served: ports change."""
     sampling = Sampling(config.temperature, config.max_tokens, config.top_p)
     options = json.dumps(dict(config.options), sort_keys=True)
-    return f"http {config.name} {config.model} {dataclasses.astuple(sampling)} {options}"
+    rename = f" {json.dumps(dict(config.rename), sort_keys=True)}" if config.rename else ""
+    return f"http {config.name} {config.model} {dataclasses.astuple(sampling)} {options}{rename}"
 
 
 def _read_key(config: ExpertConfig) -> str:

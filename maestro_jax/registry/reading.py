@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.chat import OWN_FIELDS
+from maestro_jax.registry.chat import OWN_FIELDS, RENAMED_FIELDS
 from maestro_jax.registry.checks import problems
 from maestro_jax.registry.config import ExpertConfig, LimitsConfig, RegistryConfig, ServiceConfig, SkillConfig
 from maestro_jax.registry.hosts import check_key_hosts, check_url
@@ -30,6 +30,7 @@ _OF_SERVERS = (
     "temperature",
     "max_tokens",
     "top_p",
+    "rename",
     "concurrency",
     "attempt_timeout",
     "serve",
@@ -173,12 +174,23 @@ def _check_served(expert: ExpertConfig, where: str) -> None:
     for name in OWN_FIELDS:
         if name in expert.options:
             raise ConfigError(f'{where}: options must not set "{name}"; the expert\'s own settings do')
+    _check_rename(expert, where)
     try:
         json.dumps(dict(expert.options), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}: options go into each request as JSON, and do not ({error}); correct them"
         ) from error
+
+
+def _check_rename(expert: ExpertConfig, where: str) -> None:
+    taken = {*OWN_FIELDS, *expert.options} - set(expert.rename)
+    for field, name in expert.rename.items():
+        if field not in RENAMED_FIELDS:
+            raise ConfigError(f'{where}: rename has "{field}"; {nearest(field, RENAMED_FIELDS)}')
+        if name in taken:
+            raise ConfigError(f'{where}: rename calls {field} "{name}", and another field has that name; choose one')
+        taken |= {name} - {""}
 
 
 def _read_skill(raw: Any, where: str) -> SkillConfig:

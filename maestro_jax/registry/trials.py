@@ -131,6 +131,8 @@ def _problem(expert: ExpertConfig, trial: Trial, words_only: Outcome | None, sec
 
 
 def _cure_of_absence(expert: ExpertConfig, why: str) -> str:
+    if why.startswith("no connection") and "Proxy" in why:
+        return "correct the proxy in HTTP_PROXY or HTTPS_PROXY, or name the host in NO_PROXY"
     if why.startswith("no connection"):
         up = "python -m maestro_jax.experts up does" if expert.serve else "or name the one that runs"
         return f"start its server ({up}), or correct endpoints"

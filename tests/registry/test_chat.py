@@ -32,7 +32,7 @@ def picture(kind: str) -> bytes:
 
 def test_a_request_has_model_messages_sampling_and_options() -> None:
     messages = (Message("system", "be brief"), Message("user", "how many?"))
-    fields = json.loads(request_body("m", messages, Sampling(0.5, 7, 0.9), {"seed": 3}))
+    fields = json.loads(request_body("m", messages, Sampling(0.5, 7, 0.9), {"seed": 3}, {}))
     assert fields == {
         "model": "m",
         "messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "how many?"}],
@@ -47,7 +47,7 @@ def test_a_request_has_model_messages_sampling_and_options() -> None:
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_images_go_before_the_text_as_data_urls(kind: str) -> None:
     image = picture(kind)
-    (message,) = json.loads(request_body("m", (Message("user", "q", (image,)),), Sampling(), {}))["messages"]
+    (message,) = json.loads(request_body("m", (Message("user", "q", (image,)),), Sampling(), {}, {}))["messages"]
     url = f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
     assert message["content"] == [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "q"}]
 
@@ -60,7 +60,7 @@ def test_other_images_are_refused(image: bytes) -> None:
 
 @given(st.text(st.characters()))
 def test_any_text_can_be_sent(text: str) -> None:
-    fields = json.loads(request_body("m", (Message("user", text),), Sampling(), {}))
+    fields = json.loads(request_body("m", (Message("user", text),), Sampling(), {}, {}))
     assert fields["messages"][0]["content"] == text
 
 

@@ -142,7 +142,7 @@ def test_a_probe_is_one_token_in_words_and_no_call(raw: Raw, tmp_path: Path, mon
     async def scenario() -> None:
         journal = Journal(file)
         async with ChatServer(send(b"", 500)) as server:
-            fields: dict[str, Any] = {"key": "CANARY", "options": {"seed": 1}}
+            fields: dict[str, Any] = {"key": "CANARY", "options": {"seed": 1}, "rename": {"top_p": ""}}
             async with serving(raw, server.url, journal=journal, **fields) as registry:
                 await fail(registry)
                 server.behaviour = answer("42")
@@ -157,6 +157,7 @@ def test_a_probe_is_one_token_in_words_and_no_call(raw: Raw, tmp_path: Path, mon
             1,
             f"Bearer {SECRET}",
         )
+        assert "top_p" not in probe.fields
         assert isinstance(probe.fields["messages"][0]["content"], str) and len(probe.body) < 300
 
     run(scenario)
