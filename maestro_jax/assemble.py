@@ -14,9 +14,10 @@ from jax.sharding import AbstractMesh, Mesh
 from maestro_jax.config import Config, MixedConfig
 from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.opening import KINDS, open_source
-from maestro_jax.data.source import TaskSource, TfdsSource
+from maestro_jax.data.source import TaskSource, TaskView, TfdsSource
 from maestro_jax.data.suite.build import build_suite
-from maestro_jax.errors import ConfigError
+from maestro_jax.data.survey import survey
+from maestro_jax.errors import ConfigError, UserError
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.update import UpdateConfig
 from maestro_jax.observe.progress import Progress
@@ -27,6 +28,7 @@ from maestro_jax.policy.attention import suited_to
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
 from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
+from maestro_jax.rewards.graders import check_sources, grader_for
 from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
 from maestro_jax.settings import Settings, read_settings
 
@@ -168,6 +170,68 @@ def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSo
     counts = data.train_per_domain, data.test_per_domain
     suite = cluster.from_main(lambda: str(build_suite(directory, *counts, config.seed, progress)))
     return TfdsSource(suite, "train") if train is None else train, TfdsSource(suite, "test")
+
+
+def first_tasks(source: TaskSource, count: int) -> TaskView:
+    """The held-out tasks that a run looks at: `config.evaluate.tasks` of them, 0 for all.
+
+    Raises:
+      ConfigError: there are not so many.
+    """
+    if count > len(source):
+        raise ConfigError(
+            f"config.evaluate.tasks={count}, and the data has {len(source)} held-out tasks; set it to {len(source)} or "
+            "less, or to 0 for all"
+        )
+    return TaskView(source, range(count or len(source)))
+
+
+def check_tasks(
+    sources: Sequence[TaskSource],
+    held_out: TaskSource | None,
+    kept: Path,
+    progress: Progress,
+    wanted: Callable[[str], bool] = lambda source: True,
+) -> None:
+    """That all tasks can be told apart and graded, before anything is computed; process 0 reads for all.
+
+    Args:
+      held_out: must be readable as a whole besides, for no row of it may be skipped.
+      kept: file of what is known of the data's files already.
+      wanted: which sources of tasks are used.
+
+    Raises:
+      ConfigError: two tasks of a source share an id, nobody can grade one, or one that is held out is damaged.
+    """
+
+    def read() -> tuple[list[str], str]:
+        found: set[str] = set()
+        try:
+            for number, source in enumerate(sources):
+                name = f"data source {number}" if len(sources) > 1 else "tasks"
+                found |= graded_sources(source, survey(source, name, kept, progress), wanted)
+            if held_out is not None:
+                rows = survey(held_out, "held-out tasks", kept, progress, whole=True)
+                found |= graded_sources(held_out, rows, wanted)
+        except UserError as error:
+            return [], str(error)
+        return sorted(found), ""
+
+    names, problem = cluster.from_main(read)
+    if problem:
+        raise ConfigError(problem)
+    check_sources(names)
+
+
+def graded_sources(source: TaskSource, rows: Mapping[str, int], wanted: Callable[[str], bool]) -> set[str]:
+    """The wanted ones; raises ConfigError with the row of one that has no grader."""
+    found = {name for name in rows if wanted(name)}
+    for name in sorted(found, key=rows.__getitem__):
+        try:
+            grader_for(name)
+        except ConfigError as error:
+            raise ConfigError(f"{source.where(rows[name])}: {error}, or correct the row") from None
+    return found
 
 
 def open_mixture(parts: Sequence[MixedConfig]) -> Mixture:

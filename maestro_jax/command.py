@@ -33,13 +33,18 @@ EXIT_SECONDS = 2.0  # for what libraries and we do at the exit
 TOGETHER_SECONDS = 10.0  # for all processes of a run that stop together
 
 
-def run(main: Callable[[Sequence[str]], Any], required: Sequence[str]) -> None:
-    """Parses flags and runs `main`; a `UserError` is printed as one line."""
+def run(main: Callable[[Sequence[str]], Any], required: Sequence[str], arguments: int = 0) -> None:
+    """Parses flags and runs `main`; a `UserError` is printed as one line.
+
+    Args:
+      required: flags that must be given.
+      arguments: most words that are no flags; `main` says which.
+    """
     tune_collector()
     preemption.listen()
     try:
         failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
-        app.run(main, flags_parser=lambda argv: _parse(argv, required))
+        app.run(main, flags_parser=lambda argv: _parse(argv, required, arguments))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _leave(EXIT_CONFIG)
@@ -87,7 +92,7 @@ def tune_collector() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], required: Sequence[str], arguments: int) -> list[str]:
     logging.set_verbosity(logging.WARNING)  # libraries report every file they open
     try:
         rest = flags.FLAGS(argv)
@@ -102,6 +107,9 @@ def _parse(argv: Sequence[str], required: Sequence[str]) -> list[str]:
         if isinstance(error, AttributeError | KeyError):  # ml_collections, on an override of a key that is not there
             raise ConfigError(_unknown_key(argv, str(error))) from error
         raise
+    if len(rest) - 1 > arguments:
+        stray = rest[1 + arguments]
+        raise ConfigError(f"unexpected argument {stray!r}; write --{stray} if it is meant as a flag, or leave it out")
     for name in required:
         if not flags.FLAGS[name].value:
             raise ConfigError(f"--{name} is missing; see --help, or the README for the whole command")
@@ -128,6 +136,19 @@ def _unknown_key(argv: Sequence[str], reason: str) -> str:
     guilty = [name for name in names if repr(name.rsplit(".", 1)[-1]).strip("'") in reason]
     hint = f"did you mean {reason.split('Did you mean')[1].split()[0]}?" if "Did you mean" in reason else ""
     return f"unknown key {', '.join(guilty or names)}; {hint or 'its group in the config file lists the right ones'}"
+
+
+def made_directory(flag: str, value: str) -> Path:
+    """The directory that a flag names, made if it is not there.
+
+    Raises:
+      ConfigError: it cannot be made.
+    """
+    try:
+        Path(value).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{flag}={value} cannot be created ({error.strerror}); name another directory") from error
+    return Path(value)
 
 
 class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):

@@ -332,6 +332,7 @@ def _check(config: Config) -> None:
     _check_rollout(rollout, grpo)
     _check_grpo(grpo)
     _check_checkpoint(config.checkpoint)
+    _check_evaluate(config.evaluate)
     warm_start = config.warm_start
     _check_optimizer("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
     _check_optimizer("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
@@ -341,6 +342,12 @@ def _check(config: Config) -> None:
         found = config.registry.resolve(*pair)
         if isinstance(found, str):
             raise ConfigError(f"config.warm_start.claims.{source} {pair!r} is not in the registry: {found}")
+    skills = [skill.name for skill in config.registry.skills]
+    for skill in warm_start.queries if warm_start.steps else ():
+        if skill not in skills:
+            near = difflib.get_close_matches(skill, skills, n=1)
+            cure = f"did you mean {near[0]}?" if near else f"its skills are {', '.join(skills)}"
+            raise ConfigError(f"config.warm_start.queries.{skill} is no skill of the registry; {cure}")
 
 
 def _check_data(data: DataConfig) -> None:
@@ -429,6 +436,12 @@ def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
             f"config.checkpoint.keep_every={checkpoint.keep_every} is no multiple of config.checkpoint.every="
             f"{checkpoint.every}, so most of those steps are never saved; set it to a multiple"
         )
+
+
+def _check_evaluate(evaluate: EvaluateConfig) -> None:
+    for key, least in (("every", 1), ("batch", 1), ("tasks", 0)):
+        if getattr(evaluate, key) < least:
+            raise ConfigError(f"config.evaluate.{key}={getattr(evaluate, key)} is too small; use {least} or more")
 
 
 def _check_optimizer(where: str, optimizer: OptimizerConfig, steps_key: str, steps: int) -> None:

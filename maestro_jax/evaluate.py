@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from maestro_jax import command
 from maestro_jax.assemble import (
     check_same_run,
+    check_tasks,
     fields,
     open_data,
     open_params,
@@ -92,8 +93,7 @@ def main(argv: Sequence[str]) -> None:
     policy = f"step {reader.step} of {CHECKPOINT.value}" if reader else config.policy.init_from
     if not policy:
         raise ConfigError("there is no policy to evaluate; give --checkpoint, or set config.policy.init_from")
-    output = Path(OUTPUT.value)
-    output.mkdir(parents=True, exist_ok=True)
+    output = command.made_directory("--output", OUTPUT.value)
     own = {"--checkpoint": policy, "--benchmarks": repr(sorted(BENCHMARKS.value)), "--tasks": repr(TASKS.value)}
     settings = Settings.of(raw, own)
     cluster.check_shared(output)
@@ -106,6 +106,9 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Tasks, registry, tokens -----------------------------------------------------------
         _, source = open_data(config, run.workdir if run else output, progress)
+        chosen = {name.strip().casefold() for name in BENCHMARKS.value}
+        kept = output / "data.json"
+        check_tasks((source,), None, kept, progress, lambda name: not chosen or name.casefold() in chosen)
         limit = config.data.damage_limit
         read = Batches(source, 1, check_task, seed=0, shuffle=False, epochs=1, damage_limit=limit)
         tasks = itertools.chain.from_iterable(read)

@@ -88,4 +88,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, required=("config",))
+    command.run(main, required=("config",), arguments=1)

@@ -23,18 +23,21 @@ from maestro_jax import command, failpoints
 from maestro_jax.assemble import (
     check_batches,
     check_same_run,
+    check_tasks,
     fields,
+    first_tasks,
     open_data,
     open_params,
     settings_hashes,
     update_config,
 )
 from maestro_jax.checkpoint.hf_export import hf_config
+from maestro_jax.checkpoint.run import has_begun, holds_calls
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
 from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.pipeline import Batches
-from maestro_jax.data.source import TaskSource
+from maestro_jax.data.source import TaskSource, TaskView
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
@@ -64,7 +67,6 @@ from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.registry.replay import Replay, Resumed
-from maestro_jax.rewards.graders import check_sources
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.rollout.supply import Supply, SupplyConfig
@@ -81,6 +83,7 @@ REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are
 
 # Settings that may change between a run and its continuation.
 FREE_KEYS = (
+    "data.damage_limit",
     "registry.endpoints_from",
     "registry.limits.calls",
     "registry.limits.tokens",
@@ -109,12 +112,14 @@ def main(argv: Sequence[str]) -> None:
     config = parse_config(raw)
     cluster.start()
     check_replayable(config)
-    workdir = Path(WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = command.made_directory("--workdir", WORKDIR.value)
     cluster.check_shared(workdir)
     settings = Settings.of(raw)
     cluster.check_same(settings.flat)
-    changes = check_same_run(workdir / "config.json", settings, FREE_KEYS.__contains__)
+    begun = has_begun(workdir)
+    # What stopped before it made anything binds nobody, but whom it asked.
+    bound = "" if begun else "registry." if holds_calls(workdir) else None
+    changes = check_same_run(workdir / "config.json", settings, lambda key: is_free(key, bound))
 
     with Progress(quiet=not cluster.is_main()) as progress, contextlib.ExitStack() as closing:
         for line in changes:
@@ -122,9 +127,9 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Tasks -----------------------------------------------------------------------------
         train_source, test_source = open_data(config, workdir, progress)
-        held_out = [test_source[i] for i in range(config.evaluate.tasks or len(test_source))]
+        held_out = first_tasks(test_source, config.evaluate.tasks)
         parts = train_source.sources if isinstance(train_source, Mixture) else (train_source,)
-        check_sources(task.source for task in (*[part[0] for part in parts], *held_out))
+        check_tasks(parts, held_out, workdir / "data.json", progress)
 
         # ---- Registry, tokens, prompts ---------------------------------------------------------
         journal = Journal(str(cluster.own_path(workdir / "journal.jsonl")))
@@ -143,9 +148,18 @@ def main(argv: Sequence[str]) -> None:
         router = WeakRouter(config.registry, config.warm_start)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
         architecture = open_architecture(config.policy.architecture, config.policy.init_from)
-        tokens = open_tokens(config, workdir, system, router, train_source)
+        tokens = open_tokens(config, workdir, system, router, train_source, begun)
         prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
         exchange = Exchange(tokens, config.registry, dispatcher, fields(EpisodeConfig, config.rollout))
+        batches = Batches(
+            train_source,
+            config.grpo.groups,
+            prompts.prepare,
+            seed=config.seed,
+            damage_limit=config.data.damage_limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
         progress.note(f"registry prompt: {len(prompts.root)} tokens, shared by every group")
 
         # ---- Mesh, policy, engine --------------------------------------------------------------
@@ -223,16 +237,6 @@ def main(argv: Sequence[str]) -> None:
             prepare=prepare,
             mesh=mesh,
         )
-        limit = config.data.damage_limit
-        batches = Batches(
-            train_source,
-            config.grpo.groups,
-            prompts.prepare,
-            seed=config.seed,
-            damage_limit=limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
         supply = Supply(engine, iter(batches), supply_config(config), config.seed)
         metrics, ledger = (
             closing.enter_context(MetricsWriter(workdir / name if cluster.is_main() else None))
@@ -298,15 +302,27 @@ def open_store(config: Config, workdir: Path, progress: Progress) -> CheckpointS
     return CheckpointStore(directory, settings.keep, settings.keep_every, progress.note)
 
 
-def open_tokens(config: Config, workdir: Path, system: str, router: WeakRouter, tasks: TaskSource) -> Tokens:
-    """The checkpoint's tokenizer, or a tiny one trained once on the training tasks."""
+def is_free(key: str, bound: str | None) -> bool:
+    """Whether a setting may differ from the work directory's; `bound` begins those that may not (None: all may)."""
+    return key in FREE_KEYS or bound is None or not key.startswith(bound)
+
+
+def open_tokens(
+    config: Config, workdir: Path, system: str, router: WeakRouter, tasks: TaskSource, begun: bool
+) -> Tokens:
+    """The checkpoint's tokenizer, or a tiny one trained once on the training tasks.
+
+    Args:
+      begun: whether the run has; else what is there may come from other settings.
+    """
     if given := config.policy.tokenizer or config.policy.init_from:
         return load_tokens(given)
     directory = workdir / "tokenizer"
 
     def train() -> None:
-        if not (directory / "tokenizer_config.json").is_file():
-            texts = tokenizer_texts(system, [tasks[i] for i in range(len(tasks))], router, observation_frames())
+        if not begun or not (directory / "tokenizer_config.json").is_file():
+            view = TaskView(tasks, range(len(tasks)))
+            texts = tokenizer_texts(system, view, router, observation_frames())
             train_tokens(texts, config.policy.architecture["text_config"]["vocab_size"], directory)
 
     cluster.from_main(train)
@@ -341,7 +357,8 @@ def warm_start(
         return state.params
     journal.begin("warm start")
     groups_needed = settings.steps * settings.groups
-    tasks = [source[i % len(source)] for i in range(groups_needed) for _ in range(settings.group_size)]
+    read = [source[i] for i in range(min(groups_needed, len(source)))]  # each once, however often it is demonstrated
+    tasks = [read[i % len(source)] for i in range(groups_needed) for _ in range(settings.group_size)]
     demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress)
     size = settings.group_size
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]

@@ -184,6 +184,21 @@ def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
     assert 'Unknown skill "Chart_Solver"' in text and "Chart_Problem_Solver" in text
 
 
+def test_queries_of_a_misspelt_skill_name_the_nearest() -> None:
+    raw = quickstart.get_config()
+    raw.warm_start.queries = ConfigDict({"Chart_Problem_Solvr": ("read the chart",)})
+    text = message(raw)
+    assert "config.warm_start.queries.Chart_Problem_Solvr is no skill" in text
+    assert "did you mean Chart_Problem_Solver?" in text
+    raw.warm_start.steps = 0
+    parse_config(raw)
+
+
+@pytest.mark.parametrize(("key", "value"), [("every", 0), ("batch", 0), ("tasks", -1)])
+def test_an_evaluation_of_nothing_is_refused(key: str, value: int) -> None:
+    assert f"config.evaluate.{key}={value} is too small; use " in message(with_value(f"evaluate.{key}", value))
+
+
 # ---- settings that contradict each other -------------------------------------------------------------------
 
 PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", "weight": 1}

@@ -409,6 +409,33 @@ def test_another_setting_in_the_same_workdir_is_refused(job: Job, interrupted: I
     assert_refused(result, "config.seed=0", "this one has 1", "another directory")
 
 
+def test_a_word_that_is_no_flag_is_refused(job: Job, tmp_path: Path) -> None:
+    result = job.finish([*job.command(tmp_path, {}), "config.grpo.steps=3"])
+    assert_refused(result, "unexpected argument 'config.grpo.steps=3'; write --config.grpo.steps=3 if")
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert_refused(job.run(tmp_path / "file" / "run"), f"--workdir={tmp_path}/file/run cannot be", "Not a directory")
+
+
+def test_more_held_out_tasks_than_there_are_are_refused(job: Job, tmp_path: Path) -> None:
+    says = "config.evaluate.tasks=6, and the data has 5 held-out tasks; set it to 5 or less, or to 0 for all"
+    assert_refused(job.run(tmp_path, **{"evaluate.tasks": 6}), says)
+
+
+def test_a_start_that_makes_nothing_does_not_bind_the_next(job: Job, tmp_path: Path) -> None:
+    """No demonstration fits: experts were asked, and nothing was trained. Then the mended command runs."""
+    assert_refused(job.run(tmp_path, **{"policy.prefix_buckets": "(16,)", "grpo.steps": 1}), "prefix_buckets")
+    assert (tmp_path / "config.json").exists() and requests_in(tmp_path)
+    others = {"registry.services": "()"}
+    assert job.run(tmp_path, **others).returncode == EXIT_CONFIG  # what was asked is answered from the journal
+    mended = {"warm_start.steps": 5, "grpo.steps": 1}
+    result = job.run(tmp_path, **mended)
+    assert result.returncode == 0, result.stderr
+    assert_refused(job.run(tmp_path, **mended, seed=1), "config.seed=0, this one has 1")
+
+
 def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
     """The mended command may be given the same one: nothing has been made with the wrong setting."""
     for name in ("misspelt.parquet", "other.parquet"):
@@ -578,9 +605,10 @@ def test_a_broken_image_is_refused(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_source_that_nobody_can_grade_is_refused_before_anything_is_computed(job: Job, tmp_path: Path) -> None:
-    path = verl_rows.write_rows(tmp_path / "train.parquet", [verl_rows.row(0, png(0), data_source="riddles")])
-    result = job.run(tmp_path / "run", **verl(path, path))
-    assert_refused(result, 'no grader for source "riddles"', "add one to GRADERS")
+    rows = [verl_rows.row(n, png(n), data_source="riddles" if n == 7 else "chartqa") for n in range(8)]
+    path = verl_rows.write_rows(tmp_path / "train.parquet", rows)
+    result = job.run(tmp_path / "run", **verl(path, write_parquet(tmp_path / "test.parquet", [png(0)])))
+    assert_refused(result, f'{path} row 7: no grader for source "riddles"', "add one to GRADERS, or correct the row")
     assert not (tmp_path / "run" / "config.json").exists()
 
 

@@ -15,7 +15,7 @@ import binascii
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from maestro_jax.data.choices import LETTERS, letter_of, with_options
 from maestro_jax.data.roots import MAX_IMAGE_BYTES, ImageRoot, open_root, refuse_url
 from maestro_jax.data.rows import Row, describe
-from maestro_jax.data.source import stable_names
+from maestro_jax.data.source import Label, file_stamps, stable_names
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.images import check_image
 from maestro_jax.types import Task
@@ -82,6 +82,16 @@ class JsonlSource:
         file, row = self._find(index)
         return f"{file.path} line {int(file.lines[row][0])}"
 
+    def labels(self) -> Iterator[Label | None]:
+        for file in self._files:
+            with open(file.path, "rb") as opened:
+                for line, offset, length in file.lines.tolist():
+                    opened.seek(offset)
+                    yield _label(opened.read(length), f"{file.path} line {line}", f"{file.name}/{line:06d}")
+
+    def stamp(self) -> list[Any]:
+        return ["jsonl", *file_stamps(file.path for file in self._files)]
+
     def _find(self, index: int) -> tuple[_File, int]:
         """File of a task, and which of its lines that are not blank."""
         if not 0 <= index < len(self):
@@ -118,12 +128,24 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return values
 
 
+def _label(line: bytes, where: str, name: str) -> Label | None:
+    try:
+        row = Row(_parse(line, where), where, 0)
+        return Label(_id(row, name), row.text("source"))
+    except DataError:
+        return None
+
+
+def _id(row: Row, name: str) -> str:
+    return row.text("id") if row.has("id") else name
+
+
 def _task(row: Row, name: str, image_root: ImageRoot | None) -> Task:
     row.refuse_misspelt(FIELDS)
     choices = row.texts("choices") if row.has("choices") else ()
     answers = row.scalars("answers")
     return Task(
-        id=row.text("id") if row.has("id") else name,
+        id=_id(row, name),
         question=with_options(row.text("question"), choices),
         images=_images(row, image_root),
         answers=(_letter(row, answers, choices),) if choices else answers,

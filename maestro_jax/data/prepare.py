@@ -237,4 +237,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command.run(main, required=())
+    command.run(main, required=(), arguments=1)

@@ -1,10 +1,12 @@
 """Sources of tasks: random access by number, as Grain needs. A stored data set in, `Task` objects out."""
 
 import collections
+import dataclasses
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -12,6 +14,14 @@ from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.types import Task
 
 FIELDS = ("id", "question", "images", "answers", "source")  # "choices" and "kind" may be there
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """What a task is called and where it comes from, as in `Task`."""
+
+    id: str
+    source: str
 
 
 class TaskSource(Protocol):
@@ -26,6 +36,44 @@ class TaskSource(Protocol):
     def where(self, index: int) -> str:
         """File and row of a task, as its errors name them."""
         ...
+
+    def labels(self) -> Iterator[Label | None]:
+        """Those of all tasks in their order, read without images; None for a damaged row."""
+        ...
+
+    def stamp(self) -> list[Any]:
+        """Plain JSON that changes when the data does."""
+        ...
+
+
+class TaskView(Sequence[Task]):
+    """Some tasks of a source, read whenever they are asked for: none is kept in memory."""
+
+    def __init__(self, source: TaskSource, rows: range):
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "TaskView": ...
+
+    def __getitem__(self, index: int | slice) -> "Task | TaskView":
+        if isinstance(index, slice):
+            return TaskView(self._source, self._rows[index])
+        return self._source[self._rows[index]]
+
+    def where(self, index: int) -> str:
+        return self._source.where(self._rows[index])
+
+    def labels(self) -> Iterator[Label | None]:
+        return (label for row, label in enumerate(self._source.labels()) if row in self._rows)
+
+    def stamp(self) -> list[Any]:
+        return [self._source.stamp(), repr(self._rows)]
 
 
 class ChainedSource:
@@ -45,6 +93,12 @@ class ChainedSource:
     def where(self, index: int) -> str:
         source, row = self._find(index)
         return source.where(row)
+
+    def labels(self) -> Iterator[Label | None]:
+        return itertools.chain.from_iterable(source.labels() for source in self.sources)
+
+    def stamp(self) -> list[Any]:
+        return [source.stamp() for source in self.sources]
 
     def _find(self, index: int) -> tuple[TaskSource, int]:
         if not 0 <= index < len(self):
@@ -94,6 +148,17 @@ class TfdsSource:
     def where(self, index: int) -> str:
         return f"{self.directory} split {self.split} row {index}"
 
+    def labels(self) -> Iterator[Label | None]:
+        for index in range(len(self)):
+            try:
+                record = self._records[index]
+                yield Label(record["id"].decode(), record["source"].decode())
+            except Exception:  # as in reading
+                yield None
+
+    def stamp(self) -> list[Any]:
+        return ["tfds", self.split, *file_stamps(path for path in sorted(self.directory.iterdir()) if path.is_file())]
+
 
 def _open_records(directory: Path, split: str) -> Any:
     if not (directory / "dataset_info.json").is_file():
@@ -130,6 +195,12 @@ def _open_records(directory: Path, split: str) -> Any:
             f"cannot open split {split!r} of {directory}, which has {', '.join(builder.info.splits)}; "
             "name one of these, or delete the directory and build it again if a file is missing"
         ) from error
+
+
+def file_stamps(paths: Iterable[Path]) -> list[list[Any]]:
+    """Name, size and time of files: what changes when their content does."""
+    found = [(path.absolute(), path.stat()) for path in paths]
+    return [[str(path), status.st_size, status.st_mtime_ns] for path, status in found]
 
 
 def stable_names(paths: Sequence[Path]) -> list[str]:

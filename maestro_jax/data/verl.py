@@ -10,7 +10,7 @@ import collections
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from maestro_jax.data.choices import letter_of, split_options, with_options
 from maestro_jax.data.roots import ImageRoot, open_root, refuse_url
 from maestro_jax.data.rows import describe
-from maestro_jax.data.source import stable_names
+from maestro_jax.data.source import Label, file_stamps, stable_names
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.images import check_image
 from maestro_jax.types import Task
@@ -78,12 +78,34 @@ class VerlParquetSource:
             row = self._group(number).slice(offset, 1).to_pylist()[0]
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: a text is not UTF-8; re-export the file") from error
-        return _task(row, f"{self._names[file]}/{first + offset:06d}", where, self._image_root)
+        return _task(row, self._name(file, first + offset), where, self._image_root)
 
     def where(self, index: int) -> str:
         number, offset = self._find(index)
         file, _, first = self._groups[number]
         return f"{self._paths[file]} row {first + offset}"
+
+    def labels(self) -> Iterator[Label | None]:
+        for file, group, first in self._groups:
+            for row, source in enumerate(self._column(file, group), start=first):
+                yield Label(self._name(file, row), source) if source else None
+
+    def stamp(self) -> list[Any]:
+        return ["verl", *file_stamps(self._paths)]
+
+    def _name(self, file: int, row: int) -> str:
+        return f"{self._names[file]}/{row:06d}"
+
+    def _column(self, file: int, group: int) -> list[str | None]:
+        """`data_source` of a row group; None for what cannot be read."""
+        import pyarrow as pa
+
+        try:
+            with self._lock:
+                found = self._files[file].read_row_group(group, columns=["data_source"]).column(0)
+        except (pa.ArrowException, OSError):
+            return [None] * self._files[file].metadata.row_group(group).num_rows
+        return [_text(value) for value in found]
 
     def _find(self, index: int) -> tuple[int, int]:
         """Row group of a task, and its row within that."""
@@ -113,6 +135,15 @@ class VerlParquetSource:
             while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > self._cache_bytes:
                 self._cache.popitem(last=False)
             return table
+
+
+def _text(value: Any) -> str | None:
+    """The text of a value of an Arrow column, unless it is none."""
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError:
+        return None
+    return text if isinstance(text, str) else None
 
 
 def _open(path: Path) -> Any:

@@ -5,8 +5,9 @@ so they are upper bounds for one call: per domain, and per task.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -70,11 +71,35 @@ def run_pairs(
     tick: Callable[[int], None],
 ) -> np.ndarray:
     """Calls every pair on every task: float `[tasks, pairs]`, 1 where the reply is the right answer."""
-    calls = [(task, Call(expert, skill, QUERY)) for task in tasks for expert, skill in pairs]
+    calls = _EveryPair(tasks, pairs)
     replies = make_calls(dispatcher, calls, deadline, tick)
+    graded = [task for full in tasks for task in [dataclasses.replace(full, images=())] * len(pairs)]
     texts = [reply.text if reply.status == Status.OK else "" for reply in replies]  # nothing is never right
-    right = grade_all([(task, text) for (task, _), text in zip(calls, texts, strict=True)])
+    right = grade_all(list(zip(graded, texts, strict=True)))
     return np.array(right, float).reshape(len(tasks), len(pairs))
+
+
+class _EveryPair(Sequence[tuple[Task, Call]]):
+    """Every pair on every task; a task is read when its turn comes, and again only after another one."""
+
+    def __init__(self, tasks: Sequence[Task], pairs: Sequence[tuple[str, str]]):
+        self._tasks, self._pairs = functools.lru_cache(maxsize=1)(tasks.__getitem__), pairs
+        self._count = len(tasks) * len(pairs)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Task, Call]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[Task, Call]]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[Task, Call] | list[tuple[Task, Call]]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(self._count)[index]]
+        task, pair = divmod(range(self._count)[index], len(self._pairs))
+        return self._tasks(task), Call(*self._pairs[pair], QUERY)
 
 
 def summarise(source_of_task: Sequence[str], pairs: Sequence[tuple[str, str]], right: np.ndarray) -> Baselines:

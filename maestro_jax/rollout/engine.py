@@ -106,7 +106,8 @@ class Engine:
         """
         rows = self.own_rows(groups)
         own = [tasks[row] for row in rows if row < len(tasks)]
-        shown = [*own, *[tasks[-1]] * (len(rows) - len(own))]
+        left = len(rows) - len(own)
+        shown = [*own, *([tasks[-1]] * left if left else [])]  # reading a task may cost something
         prompts = self.prompts.batch(shown, cluster.most)
         session = self.session(params, groups, members, prompts.tokens.shape[1], greedy)
         keys = [[lane_key(seed, step, task.id, m) for m in range(members)] for task in own]

@@ -249,7 +249,10 @@ def test_command_shows_progress_and_prints_the_folder(
     ("arguments", "told"),
     [
         (["--directory", "{place}"], "cannot write {place}: File exists; name another directory"),
-        (["--directory", "{place}", "stray"], "unexpected argument 'stray'; use --directory DIR"),
+        (
+            ["--directory", "{place}", "stray"],
+            "unexpected argument 'stray'; write --stray if it is meant as a flag, or leave it out",
+        ),
         ([], "--directory is missing; see --help, or the README for the whole command"),
     ],
 )

@@ -156,8 +156,7 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if argv[1:]:
-        raise ConfigError(f"unexpected argument {argv[1]!r}; use --directory DIR")
+    del argv
     values = flags.FLAGS
     with Progress() as progress:
         path = build_suite(values.directory, values.train_per_domain, values.test_per_domain, values.seed, progress)
