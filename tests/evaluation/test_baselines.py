@@ -1,6 +1,8 @@
 """Fixed routings: every pair on every task, and what is drawn from that matrix."""
 
+import dataclasses
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -8,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from maestro_jax.data.source import TaskView
 from maestro_jax.evaluation.baselines import QUERY, Baselines, run_baselines, summarise
 from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig, SkillConfig
 from maestro_jax.types import Call, Observation, Status, Task
+from tests.data.listed import Listed
 
 SOURCES = ("counting", "reading", "charts")
 PAIRS = [("A", "X"), ("A", "Y"), ("B", "X"), ("B", "Y")]
@@ -109,3 +113,32 @@ def test_replies_are_graded_against_their_own_task() -> None:
     assert found.by_pair["counting"] == {("A", "X"): 1.0, ("A", "Y"): 0.0, ("B", "X"): 0.0, ("B", "Y"): 0.0}
     assert found.by_pair["reading"] == {("A", "X"): 0.0, ("A", "Y"): 1.0, ("B", "X"): 0.0, ("B", "Y"): 0.0}
     assert (found.single_pair, found.domain_oracle["overall"]) == (("A", "X"), 1.0)
+
+
+class Read(Listed):
+    """Tasks that are made anew whenever they are read."""
+
+    def __init__(self, count: int):
+        super().__init__(task(number, "counting") for number in range(count))
+        self.alive: weakref.WeakValueDictionary[int, Task] = weakref.WeakValueDictionary()
+        self.reads = self.most_alive = 0
+
+    def __getitem__(self, index: int) -> Task:  # type: ignore[override]
+        self.reads += 1
+        made = self.alive[self.reads] = dataclasses.replace(super().__getitem__(index))
+        self.most_alive = max(self.most_alive, len(self.alive))
+        return made
+
+
+class Forgetful(Desk):
+    def submit(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> None:
+        super().submit(ticket, call, question, (), deadline)
+
+
+def test_tasks_are_in_memory_while_they_are_asked_about() -> None:
+    """With their images; without, they are graded."""
+    source, desk = Read(500), Forgetful({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS})
+    view = TaskView(source, range(len(source)))
+    found = run_baselines(view, registry(X=(), Y=()), desk, 9.0, lambda done: None)  # type: ignore[arg-type]
+    assert found.random["overall"] == 1.0 and len(desk.calls) == 500 * len(PAIRS)
+    assert source.most_alive < 5 and source.reads < 5 * 500
