@@ -5,6 +5,9 @@
 --checkpoint is a run's work directory, its checkpoints/ or one checkpoint in there. With --base the
 files around the weights (config.json, tokenizer, preprocessor) are copied from that Hugging Face
 directory; without it they are made from the run's config.
+
+The result may be published. Its model card has numbers and names, no paths, addresses or key names; of the registry it
+lists names and a hash. What --base brings along is copied as it is.
 """
 
 import shutil

@@ -137,6 +137,45 @@ def test_the_files_around_the_weights(run: SavedRun, exported: tuple[Path, str])
     assert not list(run.workdir.glob(".*partial"))
 
 
+MARKS = (b"alice", b"10.1.2.3", b"gpu7", b"CANARY_KEY", b"canary-4711", b"http:", b"https:", b"/srv", b"/tmp", b"vllm")
+
+
+def test_an_export_says_nothing_of_machines_addresses_and_keys(run: SavedRun, tmp_path: Path) -> None:
+    """It is made to be published. Every byte of every file is looked through."""
+    workdir = tmp_path / "alice" / "run"
+    shutil.copytree(run.workdir, workdir, ignore=shutil.ignore_patterns("exported*", ".*"))
+    told = workdir / "tokenizer/tokenizer_config.json"
+    values = json.loads(told.read_text()) if told.is_file() else {}
+    told.write_text(json.dumps(values | {"name_or_path": str(workdir), "tokenizer_file": "/home/alice/tokenizer.json"}))
+    raw = small_config()
+    raw.registry.experts += (
+        {
+            "name": "Chart-R1",
+            "description": "charts",
+            "endpoints": ("http://10.1.2.3:8000/v1", "https://gpu7.internal/v1"),
+            "model": "/srv/alice/Chart-R1",
+            "key": "CANARY_KEY",
+            "key_hosts": ("*.gpu7.internal",),
+            "serve": ("vllm", "serve", "/srv/alice/Chart-R1", "--port", "{port}"),
+        },
+    )
+    raw.data.update(image_root="/srv/alice/images", suite_directory=str(workdir / "suite"))
+    raw.data.train_files = ("/srv/alice/train.jsonl", "gs://alice/train.jsonl")
+    raw.policy.tokenizer = str(workdir / "tokenizer")
+    with raw.unlocked():
+        raw.registry.endpoints_from = "/srv/alice/experts"
+    Settings.of(raw).write(workdir / "config.json")
+    result = export(f"--checkpoint={workdir}", f"--output={tmp_path}/exported")
+    assert result.returncode == 0, result.stderr
+    files = [path for path in (tmp_path / "exported").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    found = [(path.name, mark) for path in files for mark in MARKS if mark in path.read_bytes()]
+    assert found == []
+    card = (tmp_path / "exported/README.md").read_text()
+    assert "grpo.group_size = 8" in card and "Chart-R1" in card and "Chart_Problem_Solver" in card
+    assert "sha256 of the registry" in card and "checkpoint of step 5" in card
+
+
 def test_transformers_prepares_images_as_the_run_did(exported: tuple[Path, str]) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

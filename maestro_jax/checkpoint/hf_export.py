@@ -4,7 +4,9 @@ Everything goes into a directory of a temporary name, which takes its real name 
 """
 
 import dataclasses
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,10 @@ from maestro_jax.policy.tokens import load_tokens
 
 SHARD_BYTES = 2_000_000_000  # below the customary 5 GB, because a shard is held in memory before it is written
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth")
+_PUBLIC = re.compile(r"[\w\s.,+()\[\]'\"-]*")
+_LISTED = ("registry.experts", "registry.services", "registry.skills")  # their names
+# Where a tokenizer was loaded from, as some versions of transformers write it.
+_ORIGINS = ("name_or_path", "tokenizer_file", "special_tokens_map_file")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 
@@ -86,6 +92,7 @@ def write_config_files(
     for name in _TOKENIZER:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, output / name)
+    _forget_origins(output / "tokenizer_config.json")
     tokens = load_tokens(tokenizer)
     padding, video = tokens.special_id("<|endoftext|>"), tokens.special_id("<|video_pad|>")
     stop = {"eos_token_id": tokens.end_of_turn, "pad_token_id": tokens.end_of_turn if padding is None else padding}
@@ -96,6 +103,14 @@ def write_config_files(
     }
     for name, values in files.items():
         (output / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _forget_origins(path: Path) -> None:
+    """Machine paths in a tokenizer's configuration; a file without any stays as it is, byte for byte."""
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if values.keys() & set(_ORIGINS):
+        kept = {key: value for key, value in values.items() if key not in _ORIGINS}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def hf_config(architecture: PolicyArchitecture, dtype: str, video_token_id: int | None) -> dict[str, Any]:
@@ -149,7 +164,11 @@ def preprocessor_config(architecture: PolicyArchitecture, pixels: tuple[int, int
 
 
 def write_model_card(output: Path, step: int, settings: Mapping[str, str], summary: Mapping[str, Any] | None) -> None:
-    """A README.md with where the weights come from: step, scores where there are any, the run's settings."""
+    """A README.md with where the weights come from: step, scores where there are any, what of the settings is public.
+
+    Args:
+      settings: dotted keys and printed values.
+    """
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", "", "# Orchestrator", ""]
     lines += [f"Trained with maestro_jax; checkpoint of step {step}.", ""]
     if summary is not None:
@@ -157,9 +176,22 @@ def write_model_card(output: Path, step: int, settings: Mapping[str, str], summa
         lines += ["| routing | accuracy |", "|---|---|"]
         lines += [f"| {name} | {value:.3f} |" for name, value in summary["accuracy"].items()]
         lines.append("")
-    printed = [f"{key} = {value.replace('```', '')}" for key, value in sorted(settings.items())]
-    lines += ["## Settings of the run", "", "```", *printed, "```", ""]
+    lines += ["## Settings of the run", "", "```", *public_settings(settings), "```", ""]
     (output / "README.md").write_text("\n".join(lines))
+
+
+def public_settings(settings: Mapping[str, str]) -> list[str]:
+    """Lines for strangers: numbers and names. No paths and addresses; of the registry, names and a hash."""
+    registry = {key: value for key, value in settings.items() if key.startswith("registry.")}
+    lines = [f"{key} = {value}" for key, value in sorted(settings.items() - registry.items()) if _is_public(key, value)]
+    lines += [f"{key} = {registry[key]}" for key in _LISTED if _is_public(key, registry.get(key, "/"))]
+    seal = hashlib.sha256(json.dumps(registry, sort_keys=True).encode()).hexdigest()
+    return [*lines, f"sha256 of the registry = {seal}"]
+
+
+def _is_public(key: str, value: str) -> bool:
+    """Paths, URLs, hosts with ports and buckets need a character that is not among these."""
+    return bool(_PUBLIC.fullmatch(key) and _PUBLIC.fullmatch(value))
 
 
 def check_output(output: Path) -> None:
