@@ -51,6 +51,8 @@ def get_config() -> ConfigDict:
                 "deadline": 60.0,
                 "ahead": 0,
                 "staleness": 0,
+                "max_marked": 0.2,
+                "patience": 600.0,
             },
             "reward": {"require_call": True, "cost_weight": 0.0, "latency_weight": 0.0},
             "grpo": {

@@ -116,5 +116,7 @@ def rollout() -> ConfigDict:
             "deadline": 120.0,
             "ahead": 0,
             "staleness": 0,
+            "max_marked": 0.2,
+            "patience": 600.0,
         }
     )

@@ -28,8 +28,10 @@ from maestro_jax.policy.attention import suited_to
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
 from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
+from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rewards.graders import check_sources, grader_for
 from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
+from maestro_jax.rollout.outages import OutageConfig, Outages
 from maestro_jax.settings import Settings, read_settings
 
 T = TypeVar("T")
@@ -155,6 +157,12 @@ def _only_reaches(key: str) -> bool:
 
 def _hash(settings: Mapping[str, str]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def open_outages(config: Config, dispatcher: Dispatcher, progress: Progress, replayed: bool) -> Outages:
+    """What waits for the experts of a run."""
+    called = [expert.name for expert in config.registry.shown_experts]
+    return Outages(fields(OutageConfig, config.rollout), called, dispatcher.shunned, progress.note, replayed)
 
 
 def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:

@@ -1,8 +1,8 @@
 """How every command starts and ends: flags in, one-line errors and exit codes out.
 
-Exit codes: 0 done, 75 told to stop by SIGTERM or SIGINT (start the same command again), 78 something the user has to
-change (do not restart), 70 a fault of ours, 69 another process of the run never came or is gone (restart all); where
-JAX is the first to notice that, it ends the process with SIGABRT (134).
+Exit codes: 0 done, 75 told to stop by SIGTERM or SIGINT, or experts are out (start the same command again), 78
+something the user has to change (do not restart), 70 a fault of ours, 69 another process of the run never came or is
+gone (restart all); where JAX is the first to notice that, it ends the process with SIGABRT (134).
 """
 
 import atexit
@@ -50,7 +50,8 @@ def run(main: Callable[[Sequence[str]], Any], required: Sequence[str], arguments
         _leave(EXIT_CONFIG)
     except preemption.Preempted as stop:
         saved = f": {stop.saved}" if stop.saved else ""
-        print(f"stopped by {preemption.heard()}{saved}; the same command goes on", file=sys.stderr)
+        why = stop.reason or f"by {preemption.heard()}"
+        print(f"stopped{':' if stop.reason else ''} {why}{saved}; the same command goes on", file=sys.stderr)
         _leave(EXIT_PREEMPTED, together=stop.agreed)
     except Exception as error:
         traceback.print_exc()

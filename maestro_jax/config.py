@@ -129,6 +129,9 @@ class RolloutConfig:
       deadline: seconds an episode may wait for experts, over all its calls.
       ahead: batches of tasks that are under way besides a step's own; 0 is on-policy.
       staleness: a group is trained at most so many updates after its episodes began; at least `ahead`.
+      max_marked: the largest share of a step's episodes that may be left out because an expert failed; with more, the
+        step waits and they are run again. Also of an evaluation's.
+      patience: seconds to wait for experts that are out, before the run stops with exit code 75.
     """
 
     max_calls: int
@@ -147,6 +150,8 @@ class RolloutConfig:
     deadline: float
     ahead: int
     staleness: int
+    max_marked: float = 0.2
+    patience: float = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,10 +289,11 @@ def _read(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             near = difflib.get_close_matches(key, hints, n=1)
             cure = f"did you mean {where}.{near[0]}?" if near else f"its keys are {', '.join(hints)}"
             raise ConfigError(f"unknown key {where}.{key}; {cure}")
-    missing = [key for key in hints if key not in values]
+    optional = {field.name for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}  # type: ignore[arg-type]
+    missing = [key for key in hints if key not in values and key not in optional]
     if missing:
         raise ConfigError(f"missing key {where}.{missing[0]}; set it as the shipped configs/quickstart.py does")
-    return cls(**{key: _value(hints[key], values[key], f"{where}.{key}") for key in hints})
+    return cls(**{key: _value(hints[key], values[key], f"{where}.{key}") for key in hints if key in values})
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -374,6 +380,10 @@ def _check_rollout(rollout: RolloutConfig, grpo: GrpoConfig) -> None:
     for key in ("decode_chunk", "turn_budget"):
         if getattr(rollout, key) < 1:
             raise ConfigError(f"config.rollout.{key}={getattr(rollout, key)} decodes nothing; use 1 or more")
+    if not 0 <= rollout.max_marked <= 1:
+        raise ConfigError(f"config.rollout.max_marked={rollout.max_marked} is no share; use 0 to 1 (0.2 is usual)")
+    if rollout.patience < 0:
+        raise ConfigError(f"config.rollout.patience={rollout.patience} is below 0; use seconds (600 is usual)")
     if rollout.ahead < 0 or rollout.staleness < rollout.ahead:
         raise ConfigError(
             f"config.rollout.staleness={rollout.staleness} must be at least config.rollout.ahead={rollout.ahead}: "

@@ -2,7 +2,7 @@
 
 EXIT_LOST = 69  # another process of the run never came, or is gone; restart all
 EXIT_INTERNAL = 70  # a fault of ours
-EXIT_PREEMPTED = 75  # told to stop; start the same command again
+EXIT_PREEMPTED = 75  # told to stop, or experts are out; start the same command again
 EXIT_CONFIG = 78  # something the user has to change; do not restart
 
 

@@ -26,6 +26,7 @@ from maestro_jax.assemble import (
     check_tasks,
     fields,
     open_data,
+    open_outages,
     open_params,
     policy_factory,
 )
@@ -36,7 +37,7 @@ from maestro_jax.data.pipeline import Batches, check_task
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import pairs_of, run_pairs
 from maestro_jax.evaluation.baselines import summarise as summarise_baselines
-from maestro_jax.evaluation.episodes import Episode, routing_of, run_episodes
+from maestro_jax.evaluation.episodes import Episode, by_source, marks_of, routing_of, run_episodes
 from maestro_jax.evaluation.log import RecordLog
 from maestro_jax.evaluation.report import markdown, summarise
 from maestro_jax.observe.accuracy import plot_accuracy
@@ -79,6 +80,8 @@ FREE_KEYS = (
     "registry.endpoints_from",
     "rollout.lanes",
     "rollout.parked",
+    "rollout.max_marked",
+    "rollout.patience",
 )
 
 
@@ -132,6 +135,7 @@ def main(argv: Sequence[str]) -> None:
         prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
         exchange = Exchange(tokens, config.registry, dispatcher, fields(EpisodeConfig, config.rollout))
         engine = Engine(graph, mesh, prompts, exchange, fields(EngineConfig, config.rollout))
+        outages = open_outages(config, dispatcher, progress, replayed=bool(REPLAY.value))
         progress.note(f"policy: {policy}, on {mesh.size} {jax.devices()[0].platform} device(s)")
         if cluster.is_main():
             settings.write(output / "config.json")
@@ -139,7 +143,8 @@ def main(argv: Sequence[str]) -> None:
 
         # ---- Episodes and baselines, a batch of tasks at a time --------------------------------
         names = ("episodes", "baselines")
-        logs = {name: RecordLog(output / f"{name}.jsonl") if cluster.is_main() else None for name in names}
+        # What an earlier start left without an answer is asked again.
+        logs = {name: RecordLog(output / f"{name}.jsonl", is_whole) if cluster.is_main() else None for name in names}
         size, pairs = config.evaluate.batch, pairs_of(config.registry)
         greedy: list[Episode] = []
         sampled: list[Episode] = []
@@ -147,7 +152,8 @@ def main(argv: Sequence[str]) -> None:
 
         def episodes(number: int, part: Sequence[Task], members: int, is_greedy: bool) -> list[Episode]:
             def compute() -> list[dict[str, Any]]:
-                made = run_episodes(engine, params, part, size, members, config.reward, config.seed, is_greedy)
+                settings = size, members, config.reward, config.seed
+                made = run_episodes(engine, params, part, *settings, is_greedy, outages)
                 return [episode.to_json() for episode in made]
 
             name = f"{number} greedy" if is_greedy else f"{number} sampled {members} times"
@@ -155,8 +161,9 @@ def main(argv: Sequence[str]) -> None:
 
         def baselines(number: int, part: Sequence[Task]) -> list[Sequence[float]]:
             def compute() -> list[dict[str, Any]]:
-                found = run_pairs(part, pairs, dispatcher, config.rollout.deadline, lambda done: None)
-                return [{"task": task.id, "right": row.tolist()} for task, row in zip(part, found, strict=True)]
+                found = run_pairs(part, pairs, dispatcher, config.rollout.deadline, lambda done: None, outages)
+                rows = [[None if np.isnan(x) else x for x in row] for row in found.tolist()]  # JSON has no NaN
+                return [{"task": task.id, "right": row} for task, row in zip(part, rows, strict=True)]
 
             found = recorded(logs["baselines"], f"{number}", journal, lambda: cluster.from_main(compute))
             return [record["right"] for record in found]
@@ -166,8 +173,12 @@ def main(argv: Sequence[str]) -> None:
             greedy += episodes(number, part, 1, True)
             sampled += episodes(number, part, SAMPLES.value, False) if SAMPLES.value else []
             right += baselines(number, part) if BASELINES.value else []
-            accuracy, calls = np.mean([(e.outcome, e.executed_calls) for e in greedy], axis=0).tolist()
-            progress.update(len(greedy), {"accuracy": accuracy, "calls": calls})
+            known = [e for e in greedy if not e.marked]
+            accuracy, calls = np.mean([(e.outcome, e.executed_calls) for e in known] or [(0, 0)], axis=0).tolist()
+            missing = {"not answered": len(greedy) - len(known)} if len(known) < len(greedy) else {}
+            progress.update(len(greedy), {"accuracy": accuracy if known else None, "calls": calls, **missing})
+        for name, own in [*by_source(greedy).items(), *by_source(sampled).items()]:
+            outages.check(marks_of(own), f"episodes of {name}")
         check_found(greedy, BENCHMARKS.value, progress)
         for log in filter(None, logs.values()):
             log.close()
@@ -175,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
     if not cluster.is_main():
         return
     # ---- Results -----------------------------------------------------------------------------------
-    routed = summarise_baselines([e.source for e in greedy], pairs, np.array(right)) if right else None
+    routed = summarise_baselines([e.source for e in greedy], pairs, np.array(right, float)) if right else None
     summary = {"policy": policy, "seed": config.seed} | summarise(greedy, sampled, routed, config.seed)
     write_json(output / "evaluation.json", summary)
     text = markdown(summary)
@@ -185,6 +196,11 @@ def main(argv: Sequence[str]) -> None:
     print(text)
     seconds = time.monotonic() - began
     print(f"written to {output} in {seconds:.0f} s: evaluation.json, .md, accuracy.png, routing.png, episodes.jsonl")
+
+
+def is_whole(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether every episode of a batch, or every call of the baselines, has an answer."""
+    return not any(record.get("marked") or None in record.get("right", ()) for record in records)
 
 
 def open_policy(

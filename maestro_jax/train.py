@@ -7,6 +7,7 @@ trained.jsonl, checkpoints, and at the end summary.json, curves.png and routing.
 nothing is lost (docs/reliability.md).
 """
 
+import collections
 import contextlib
 import dataclasses
 import time
@@ -27,6 +28,7 @@ from maestro_jax.assemble import (
     fields,
     first_tasks,
     open_data,
+    open_outages,
     open_params,
     settings_hashes,
     update_config,
@@ -69,6 +71,7 @@ from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.registry.replay import Replay, Resumed
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
+from maestro_jax.rollout.outages import Outages
 from maestro_jax.rollout.supply import Supply, SupplyConfig
 from maestro_jax.settings import Settings
 from maestro_jax.training import Files, Training, recall
@@ -79,6 +82,7 @@ from maestro_jax.warm_start.finetune import finetune
 T = TypeVar("T")
 CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
+SKIP_DOCTOR = flags.DEFINE_bool("skip_doctor", False, "Start without asking every server once, as doctor does.")
 REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are answered from there, nobody is asked.")
 
 # Settings that may change between a run and its continuation.
@@ -91,6 +95,8 @@ FREE_KEYS = (
     "rollout.lanes",
     "rollout.parked_tokens",
     "rollout.parked_on_host",
+    "rollout.max_marked",
+    "rollout.patience",
     "grpo.steps",
     "optimizer.decay_steps",
     "evaluate.every",
@@ -160,6 +166,7 @@ def main(argv: Sequence[str]) -> None:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        outages = open_outages(config, dispatcher, progress, replayed=bool(REPLAY.value))
         progress.note(f"registry prompt: {len(prompts.root)} tokens, shared by every group")
 
         # ---- Mesh, policy, engine --------------------------------------------------------------
@@ -179,16 +186,27 @@ def main(argv: Sequence[str]) -> None:
         # ---- Warm start (cached in the work directory) -----------------------------------------
         if config.warm_start.steps:
             params = warm_start(
-                config, workdir, params, graph, mesh, exchange, prompts, router, train_source, journal, progress
+                config,
+                workdir,
+                params,
+                graph,
+                mesh,
+                exchange,
+                prompts,
+                router,
+                train_source,
+                journal,
+                outages,
+                progress,
             )
 
         # ---- What can be reached without reinforcement -----------------------------------------
         def evaluate(params: nnx.State, greedy: bool, name: str) -> Evaluation:
             progress.phase(name, len(held_out))
-            result = evaluate_policy(
-                engine, params, held_out, config.evaluate.batch, config.reward, config.seed, greedy, progress.tick
-            )
-            progress.update(len(held_out), {"accuracy": result.accuracy, "calls": result.calls})
+            settings = config.evaluate.batch, config.reward, config.seed
+            result = evaluate_policy(engine, params, held_out, *settings, greedy, progress.tick, outages)
+            missing = {"not answered": result.missing} if result.missing else {}
+            progress.update(len(held_out), {"accuracy": result.accuracy, "calls": result.calls, **missing})
             return result
 
         def cached(name: str, kind: Any, compute: Callable[[], Any]) -> Any:
@@ -203,7 +221,9 @@ def main(argv: Sequence[str]) -> None:
                     write_json(path, values)
             return kind.from_json(values)
 
-        baselines = cached("baselines", Baselines, lambda: measure_baselines(config, held_out, dispatcher, progress))
+        baselines = cached(
+            "baselines", Baselines, lambda: measure_baselines(config, held_out, dispatcher, progress, outages)
+        )
         before = cached("before", Evaluation, lambda: evaluate(params, True, "held-out, before RL (greedy)"))
         sampled = cached(
             "before_sampled",
@@ -237,7 +257,7 @@ def main(argv: Sequence[str]) -> None:
             prepare=prepare,
             mesh=mesh,
         )
-        supply = Supply(engine, iter(batches), supply_config(config), config.seed)
+        supply = Supply(engine, iter(batches), supply_config(config), config.seed, outages)
         metrics, ledger = (
             closing.enter_context(MetricsWriter(workdir / name if cluster.is_main() else None))
             for name in ("metrics.jsonl", "trained.jsonl")
@@ -257,6 +277,7 @@ def main(argv: Sequence[str]) -> None:
             files=Files(journal, metrics, ledger),
             evaluate=lambda params: evaluate(params, True, "held-out (greedy)"),
             on_save=report,
+            outages=outages,
             progress=progress,
             began=began,
         )
@@ -267,6 +288,7 @@ def main(argv: Sequence[str]) -> None:
         return
     last = training.last
     rows = accuracies(baselines, before, last)
+    measured = read_metrics(workdir / "metrics.jsonl")
     summary = {
         "accuracy": {name: row.pop("overall") for name, row in rows.items()},
         "accuracy_by_domain": rows,
@@ -275,12 +297,15 @@ def main(argv: Sequence[str]) -> None:
         "reward": {"warm_start": before.reward, "trained": last.reward},
         "calls": {"warm_start": before.calls, "trained": last.calls},
         "held_out_tasks": len(held_out),
+        # What has no answer counts neither as right nor as wrong: of the tasks, and of the baselines' calls.
+        "missing": {"warm_start": before.missing, "trained": last.missing, "baselines": baselines.missing},
+        "marked": marked_by_expert(measured),
         "steps": config.grpo.steps,
         "seed": config.seed,
         "wall_seconds": training.seconds,
     }
     write_json(workdir / "summary.json", summary)
-    plot_curves(read_metrics(workdir / "metrics.jsonl"), lines_of(summary["accuracy"]), workdir / "curves.png")
+    plot_curves(measured, lines_of(summary["accuracy"]), workdir / "curves.png")
     panels = {"Before reinforcement learning": before.routing, "After reinforcement learning": last.routing}
     plot_routing(panels, workdir / "routing.png", baselines.by_pair)
     print(summary_table(summary))
@@ -340,6 +365,7 @@ def warm_start(
     router: WeakRouter,
     source: TaskSource,
     journal: Journal,
+    outages: Outages,
     progress: Progress,
 ) -> nnx.State:
     """Parameters after supervised fine-tuning on demonstrations; trained once per work directory."""
@@ -359,7 +385,7 @@ def warm_start(
     groups_needed = settings.steps * settings.groups
     read = [source[i] for i in range(min(groups_needed, len(source)))]  # each once, however often it is demonstrated
     tasks = [read[i % len(source)] for i in range(groups_needed) for _ in range(settings.group_size)]
-    demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress)
+    demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress, outages)
     size = settings.group_size
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
     update = update_config(config, temperature=1.0)
@@ -419,7 +445,7 @@ def note_shape(part: GroupBatch, shapes: set[tuple[int, ...]], progress: Progres
 
 
 def measure_baselines(
-    config: Config, held_out: Sequence[Task], dispatcher: Dispatcher, progress: Progress
+    config: Config, held_out: Sequence[Task], dispatcher: Dispatcher, progress: Progress, outages: Outages
 ) -> Baselines:
     pairs = sum(
         config.registry.allows(skill, expert.name)
@@ -429,7 +455,7 @@ def measure_baselines(
     progress.phase("baselines", pairs * len(held_out))
 
     def measure() -> dict[str, Any]:
-        found = run_baselines(held_out, config.registry, dispatcher, config.rollout.deadline, progress.tick)
+        found = run_baselines(held_out, config.registry, dispatcher, config.rollout.deadline, progress.tick, outages)
         return found.to_json()
 
     return Baselines.from_json(cluster.from_main(measure))
@@ -445,6 +471,14 @@ def accuracies(baselines: Baselines, before: Evaluation, trained: Evaluation) ->
         "domain_oracle": dict(baselines.domain_oracle),
         "task_oracle": dict(baselines.task_oracle),
     }
+
+
+def marked_by_expert(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Expert → share of all training episodes that it failed, those that were run again among them."""
+    found = collections.Counter[str]()
+    for row in rows:
+        found.update({name.removeprefix("marked/"): x for name, x in row.items() if name.startswith("marked/")})
+    return {expert: total / sum("reward" in row for row in rows) for expert, total in sorted(found.items())}
 
 
 def lines_of(accuracy: Mapping[str, float]) -> dict[str, float]:

@@ -25,6 +25,7 @@ from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.replay import Resumed
 from maestro_jax.rewards.reward import RewardParts
 from maestro_jax.rollout.engine import Rollout
+from maestro_jax.rollout.outages import Outages
 from maestro_jax.rollout.supply import Supply
 from maestro_jax.rollout.trajectory import Trajectory
 
@@ -52,6 +53,7 @@ class Training:
       hashes: of the settings; a checkpoint of others is refused.
       evaluate: a policy on the held-out tasks.
       on_save: called with every checkpoint.
+      outages: of the run; while it waits for experts, the last line of metrics says so.
       began: when the command did, as `time.monotonic` counts.
 
     Attributes:
@@ -74,6 +76,7 @@ class Training:
         files: Files,
         evaluate: Callable[[nnx.State], Evaluation],
         on_save: Callable[[], None],
+        outages: Outages,
         progress: Progress,
         began: float,
     ):
@@ -86,6 +89,8 @@ class Training:
         self._row: dict[str, Any] | None = None  # metrics of the last update, while what is due after it is not done
         self._behind: dict[str, Any] = {}  # where data and journals go on behind the last update
         self._saved: int | None = None  # the last step that there is a checkpoint of
+        self._waited = False  # whether the last line of metrics is of a wait
+        outages.on_wait = self._note_wait
 
     @property
     def seconds(self) -> float:
@@ -111,7 +116,7 @@ class Training:
         metrics.truncate_after(self.step - 1 if self.step == 0 or self._row is not None else self.step)
         ledger.truncate_after(self.step)
         if self.step == 0:
-            metrics.write({"step": 0, "held_out_accuracy": before.accuracy, "held_out_reward": before.reward})
+            metrics.write({"step": 0, **held_out(before)})
 
     def _take(self, run: Mapping[str, Any]) -> None:
         """What a checkpoint says of the run."""
@@ -127,7 +132,7 @@ class Training:
         """Trains until all steps are made.
 
         Raises:
-          Preempted: the run was told to stop; its last update is saved.
+          Preempted: the run was told to stop, or experts did not come back; its last update is saved.
         """
         self._progress.phase("train", self.config.grpo.steps, done=self.step)
         try:
@@ -140,6 +145,7 @@ class Training:
             if self._evaluated is None:  # nothing was left to train
                 self.files.journal.begin("trained")
                 self.last = self._evaluate(self.state.params)
+                self._end_wait()
         except preemption.Preempted as stop:
             if self._saved != self.step:
                 self._save()
@@ -157,8 +163,10 @@ class Training:
         failpoints.reach("after_update")
         self.files.ledger.write(trained_row(step, seen))
         times = {"rollout_seconds": rollouts.seconds, "seconds": time.monotonic() - began}
-        self._row = {"step": step, **episode_metrics(seen, step), **metrics, **times}
-        self._progress.update(step, {name: self._row[name] for name in ("reward", "accuracy", "calls", "seconds")})
+        marked = {f"marked/{expert}": share for expert, share in self.supply.marked.items()}
+        self._row = {"step": step, **episode_metrics(seen, step), **metrics, **marked, **times}
+        shown = ("reward", "accuracy", "calls", *marked, "seconds")
+        self._progress.update(step, {name: self._row[name] for name in shown})
 
     def _conclude(self) -> None:
         """Does what is due after the last update: evaluation, the line of metrics, the checkpoint."""
@@ -167,14 +175,27 @@ class Training:
         if self._is_due(self.config.evaluate.every):
             self.files.journal.begin(f"held-out, step {self.step}")
             self.last = self._evaluated = self._evaluate(self.state.params)
-            self._row |= {"held_out_accuracy": self.last.accuracy, "held_out_reward": self.last.reward}
+            self._row |= held_out(self.last)
             if self.step < self.config.grpo.steps:
                 self._progress.phase("train", self.config.grpo.steps, done=self.step)
+        self._end_wait()
         self.files.metrics.write(self._row)
         self._row = None
         failpoints.reach("after_metrics")
         if self._saved != self.step and self._is_due(self.config.checkpoint.every):
             self._save()
+
+    def _note_wait(self, shares: Mapping[str, float]) -> None:
+        """A line of metrics that stands as long as the run waits, and stays if it ends there."""
+        self._end_wait()
+        step = self.step + 1 if self._row is None else self.step
+        self.files.metrics.write({"step": step} | {f"waiting/{expert}": share for expert, share in shares.items()})
+        self._waited = True
+
+    def _end_wait(self) -> None:
+        if self._waited:
+            self.files.metrics.truncate_after(self.step if self._row is None else self.step - 1)
+            self._waited = False
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.grpo.steps
@@ -231,6 +252,12 @@ class Stopwatch(Iterator[T]):
             return next(self.items)
         finally:
             self.seconds += time.monotonic() - began
+
+
+def held_out(found: Evaluation) -> dict[str, float]:
+    """Metrics of an evaluation."""
+    missing = {"held_out_missing": found.missing} if found.missing else {}
+    return {"held_out_accuracy": found.accuracy, "held_out_reward": found.reward, **missing}
 
 
 def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dict[str, float]:

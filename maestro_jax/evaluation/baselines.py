@@ -14,6 +14,7 @@ import numpy as np
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rewards.graders import grade_all
+from maestro_jax.rollout.outages import Outages
 from maestro_jax.types import Call, Status, Task
 from maestro_jax.warm_start.demonstrations import make_calls
 
@@ -30,6 +31,7 @@ class Baselines:
     task_oracle: dict[str, float]
     single_pair: tuple[str, str]
     by_pair: dict[str, dict[tuple[str, str], float]]  # domain → pair → accuracy
+    missing: int = 0  # calls without an answer, which count neither as right nor as wrong
 
     def to_json(self) -> dict[str, Any]:
         by_pair = {d: [[*pair, x] for pair, x in pairs.items()] for d, pairs in self.by_pair.items()}
@@ -47,10 +49,12 @@ def run_baselines(
     dispatcher: Dispatcher,
     deadline: float,
     tick: Callable[[int], None],
+    outages: Outages | None = None,
 ) -> Baselines:
     """Calls every pair on every task; `tick` hears how many calls have been answered."""
     pairs = pairs_of(registry)
-    return summarise([task.source for task in tasks], pairs, run_pairs(tasks, pairs, dispatcher, deadline, tick))
+    right = run_pairs(tasks, pairs, dispatcher, deadline, tick, outages)
+    return summarise([task.source for task in tasks], pairs, right)
 
 
 def pairs_of(registry: RegistryConfig) -> list[tuple[str, str]]:
@@ -69,14 +73,20 @@ def run_pairs(
     dispatcher: Dispatcher,
     deadline: float,
     tick: Callable[[int], None],
+    outages: Outages | None = None,
 ) -> np.ndarray:
-    """Calls every pair on every task: float `[tasks, pairs]`, 1 where the reply is the right answer."""
+    """Calls every pair on every task: float `[tasks, pairs]`, 1 where the reply is the right answer, NaN without one.
+
+    Args:
+      outages: as of `make_calls`.
+    """
     calls = _EveryPair(tasks, pairs)
-    replies = make_calls(dispatcher, calls, deadline, tick)
+    replies = make_calls(dispatcher, calls, deadline, tick, outages)
     graded = [task for full in tasks for task in [dataclasses.replace(full, images=())] * len(pairs)]
     texts = [reply.text if reply.status == Status.OK else "" for reply in replies]  # nothing is never right
-    right = grade_all(list(zip(graded, texts, strict=True)))
-    return np.array(right, float).reshape(len(tasks), len(pairs))
+    right = np.array(grade_all(list(zip(graded, texts, strict=True))), float)
+    right[[reply.status.is_infrastructure for reply in replies]] = np.nan
+    return right.reshape(len(tasks), len(pairs))
 
 
 class _EveryPair(Sequence[tuple[Task, Call]]):
@@ -103,26 +113,34 @@ class _EveryPair(Sequence[tuple[Task, Call]]):
 
 
 def summarise(source_of_task: Sequence[str], pairs: Sequence[tuple[str, str]], right: np.ndarray) -> Baselines:
-    """Baselines from the matrix `right [tasks, pairs]` of 0 and 1."""
+    """Baselines from the matrix `right [tasks, pairs]` of 0, 1 and NaN, which is left out wherever it stands."""
     sources = np.array(source_of_task)
     rows = {"overall": np.ones(len(sources), bool)} | {source: sources == source for source in sorted(set(sources))}
-    single = int(right.mean(axis=0).argmax())
+    single = int(np.nan_to_num(known_mean(right, 0)).argmax())
     per_domain = np.zeros(len(sources))
     for source in set(sources):
         of_domain = right[sources == source]
-        per_domain[sources == source] = of_domain[:, of_domain.mean(axis=0).argmax()]
+        per_domain[sources == source] = of_domain[:, np.nan_to_num(known_mean(of_domain, 0)).argmax()]
 
     def mean(values: np.ndarray) -> dict[str, float]:
-        return {name: float(values[row].mean()) for name, row in rows.items()}
+        return {name: float(np.nan_to_num(known_mean(values[row], 0))) for name, row in rows.items()}
 
     return Baselines(
-        random=mean(right.mean(axis=1)),
+        random=mean(known_mean(right, 1)),
         best_single_pair=mean(right[:, single]),
         domain_oracle=mean(per_domain),
-        task_oracle=mean(right.max(axis=1)),
+        task_oracle=mean(np.fmax.reduce(right, axis=1)),
         single_pair=pairs[single],
         by_pair={
-            source: {pair: float(right[sources == source][:, i].mean()) for i, pair in enumerate(pairs)}
+            source: dict(zip(pairs, np.nan_to_num(known_mean(right[sources == source], 0)).tolist(), strict=True))
             for source in sorted(set(sources))
         },
+        missing=int(np.isnan(right).sum()),
     )
+
+
+def known_mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """The mean of what is known along an axis; NaN where nothing is."""
+    known = ~np.isnan(values)
+    counts = known.sum(axis)
+    return np.where(counts > 0, np.where(known, values, 0.0).sum(axis) / np.maximum(counts, 1), np.nan)

@@ -11,8 +11,9 @@ from maestro_jax.grpo.batch import score_rollout
 from maestro_jax.parallel import cluster
 from maestro_jax.rewards.reward import RewardConfig, RewardParts
 from maestro_jax.rollout.engine import Engine
+from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.rollout.trajectory import Trajectory
-from maestro_jax.types import Task
+from maestro_jax.types import Status, Task
 
 Routing = dict[str, dict[tuple[str, str], int]]  # source → pair → calls
 
@@ -82,13 +83,17 @@ def run_episodes(
     reward: RewardConfig,
     seed: int,
     greedy: bool,
+    outages: Outages | None = None,
 ) -> list[Episode]:
     """`members` graded episodes of each of at most `batch` tasks; shapes are those of a whole batch.
 
     Every process runs and grades its own, and gets all, in the order of the tasks.
+
+    Args:
+      outages: has marked episodes run again; those that stay marked are without a result.
     """
     step = 0 if greedy else 1  # part of what randomness is keyed by, and of who asks in the journal
-    rollout = engine.rollout(params, tasks, batch, members=members, seed=seed, step=step, greedy=greedy)
+    rollout = engine.rollout(params, tasks, batch, members, seed, step, greedy, outages)
     scored = score_rollout(rollout, reward)
     own = [
         (row, [graded(t, parts).to_json() for t, parts in zip(group, found, strict=True)])
@@ -123,6 +128,15 @@ def graded(trajectory: Trajectory, parts: RewardParts) -> Episode:
         unresolved=trajectory.unresolved,
         cut=trajectory.cut,
     )
+
+
+def answered(episodes: Sequence[Episode]) -> list[Episode]:
+    """Those with a result: no expert's failure got in their way."""
+    return [episode for episode in episodes if not episode.marked]
+
+
+def marks_of(episodes: Sequence[Episode]) -> Marks:
+    return Marks.of((e.marked, [(call.expert, Status[call.status]) for call in e.calls]) for e in episodes)
 
 
 def by_source(episodes: Sequence[Episode]) -> dict[str, list[Episode]]:

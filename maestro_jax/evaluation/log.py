@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,25 @@ class RecordLog:
 
     Args:
       path: the file; what a kill left behind its last whole batch is dropped.
+      is_whole: says of a batch whether it is as it should be; one that is not is dropped, too, and made again.
 
     Raises:
       DataError: a line of a whole batch is damaged.
       ConfigError: the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        is_whole: Callable[[Sequence[dict[str, Any]]], bool] = lambda records: True,
+    ):
         self._path = Path(path)
         self._batches: dict[str, list[dict[str, Any]]] = {}
         try:
             self._file = open(self._path, "a+b")
             self._file.truncate(self._read())
+            if partial := [name for name, records in self._batches.items() if not is_whole(records)]:
+                self._rewrite(without=partial)
         except OSError as error:
             raise ConfigError(f"{path} cannot be written ({error.strerror}); name another --output") from error
 
@@ -35,11 +42,19 @@ class RecordLog:
 
     def add(self, batch: str, records: Sequence[dict[str, Any]]) -> None:
         """Appends a batch; on disk when this returns."""
-        lines = [*records, {"batch": batch, "records": len(records)}]
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode("ascii"))
+        self._file.write(_lines(batch, records))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._batches[batch] = list(records)
+
+    def _rewrite(self, without: Sequence[str]) -> None:
+        """The file without these batches takes the place of the old one in one move."""
+        self._batches = {name: records for name, records in self._batches.items() if name not in without}
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_bytes(b"".join(_lines(name, records) for name, records in self._batches.items()))
+        self._file.close()
+        temporary.replace(self._path)
+        self._file = open(self._path, "a+b")
 
     def close(self) -> None:
         self._file.close()
@@ -68,3 +83,8 @@ class RecordLog:
         if not isinstance(record, dict):
             raise DataError(f"{self._path} line {number} is damaged; delete the file to evaluate again")
         return record
+
+
+def _lines(batch: str, records: Sequence[dict[str, Any]]) -> bytes:
+    lines = [*records, {"batch": batch, "records": len(records)}]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode("ascii")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from maestro_jax.evaluation.baselines import Baselines
-from maestro_jax.evaluation.episodes import Episode, by_source, routing_of
+from maestro_jax.evaluation.episodes import Episode, answered, by_source, routing_of
 from maestro_jax.evaluation.statistics import bootstrap, majority, pass_at_k
 from maestro_jax.rewards.graders import plain_name
 
@@ -46,7 +46,8 @@ def summarise(
     """Everything measured, by benchmark (source) and on average over benchmarks.
 
     Args:
-      greedy: an episode of every task.
+      greedy: an episode of every task; of each benchmark, one at least has an answer. Marked ones are missing: they
+        count neither as right nor as wrong.
       sampled: as many of every task; none if nothing was sampled.
       seed: of the bootstrap.
 
@@ -54,7 +55,7 @@ def summarise(
       Shares in 0..1, US dollars, tokens, seconds. What a clock measured is under "latency", by benchmark.
     """
     sources, drawn = by_source(greedy), by_source(sampled)
-    outcomes = {source: np.array([e.outcome for e in own]) for source, own in sources.items()}
+    outcomes = {source: np.array([e.outcome for e in answered(own)]) for source, own in sources.items()}
     benchmarks = {source: _measured(own, outcomes[source], seed) for source, own in sources.items()}
     for source, own in drawn.items():
         benchmarks[source]["sampled"] = _sampled(own)
@@ -62,6 +63,7 @@ def summarise(
         benchmarks[source]["baselines"] = {name: getattr(baselines, name)[source] for name in BASELINE_NAMES}
     return {
         "tasks": len(greedy),
+        "missing": len(greedy) - len(answered(greedy)),
         "benchmarks": benchmarks,
         "average": _average(list(benchmarks.values()))
         | {"accuracy": bootstrap(list(outcomes.values()), seed)._asdict()},
@@ -70,16 +72,18 @@ def summarise(
     }
 
 
-def _measured(episodes: Sequence[Episode], outcomes: np.ndarray, seed: int) -> dict[str, Any]:
+def _measured(made: Sequence[Episode], outcomes: np.ndarray, seed: int) -> dict[str, Any]:
+    episodes = answered(made)
+
     def mean(values: Sequence[float]) -> float:
         return float(np.mean(values))
 
     counts = routing_of(episodes)[episodes[0].source]
     return {
-        "tasks": len(episodes),
+        "tasks": len(made),
+        "missing": len(made) - len(episodes),
         "accuracy": bootstrap([outcomes], seed)._asdict(),
         "kept_format": mean([e.kept_format for e in episodes]),
-        "marked": mean([e.marked for e in episodes]),
         "calls": mean([e.executed_calls for e in episodes]),
         **{name: mean([getattr(e, name) for e in episodes]) for name in BAD_TURNS},
         "tokens_written": mean([e.written for e in episodes]),
@@ -90,16 +94,18 @@ def _measured(episodes: Sequence[Episode], outcomes: np.ndarray, seed: int) -> d
 
 
 def _sampled(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """mean@k, pass@k and the majority's accuracy of one benchmark."""
-    tasks: dict[str, list[Episode]] = {}
+    """mean@k, pass@k and the majority's accuracy of one benchmark, of the tasks whose samples all have an answer."""
+    drawn: dict[str, list[Episode]] = {}
     for episode in episodes:
-        tasks.setdefault(episode.task, []).append(episode)
+        drawn.setdefault(episode.task, []).append(episode)
+    tasks = {task: own for task, own in drawn.items() if not any(e.marked for e in own)}
     right = np.array([[e.outcome == 1.0 for e in own] for own in tasks.values()])
     samples = right.shape[1]
     votes = [majority([e.answer for e in own], [e.outcome for e in own]) for own in tasks.values()]
     powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
     return {
         "samples": samples,
+        "missing": len(drawn) - len(tasks),
         "mean": float(right.mean()),
         "pass": {str(k): pass_at_k(right, k) for k in [*powers, samples]},
         "majority": float(np.mean(votes)),
@@ -111,7 +117,7 @@ def _average(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in rows[0].items():
         own = [row[key] for row in rows if key in row]
-        if len(own) < len(rows) or key in ("tasks", "routing", "samples", "accuracy"):
+        if len(own) < len(rows) or key in ("tasks", "missing", "routing", "samples", "accuracy"):
             continue
         found[key] = _average(own) if isinstance(value, Mapping) else float(np.mean(own))
     return found
@@ -137,11 +143,14 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """The summary as tables: accuracy, what it took, who was called."""
     benchmarks: Mapping[str, Mapping[str, Any]] = summary["benchmarks"]
     rows = {**benchmarks, "average": summary["average"]}
-    parts = ["# Evaluation", "", f"{summary['tasks']} tasks, one greedy episode each. {summary['policy']}.", ""]
+    tasks, missing = summary["tasks"], summary["missing"]
+    parts = ["# Evaluation", "", f"{tasks} tasks, one greedy episode each. {summary['policy']}.", ""]
+    if missing:
+        parts += [f"**{missing} of {tasks} not answered** (an expert failed): accuracy over {tasks - missing}.", ""]
     parts += ["## Accuracy (%)", "", *_accuracy_table(rows), ""]
     parts += [
-        "In brackets: 95 % bootstrap interval over tasks. The average counts every benchmark alike. Marked episodes "
-        "(an expert failed or was late) are graded as they ended.",
+        "In brackets: 95 % bootstrap interval over tasks. The average counts every benchmark alike. Tasks that are not "
+        "answered (an expert failed or was late whenever it was asked) count neither as right nor as wrong.",
         "",
     ]
     parts += ["## What it took", "", *_effort_table(rows, summary["latency"]), ""]
@@ -163,14 +172,15 @@ def _accuracy_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     first = next(iter(rows.values()))
     sampled = list(first["sampled"]["pass"]) if "sampled" in first else []
     baselines = list(BASELINE_NAMES) if "baselines" in first else []
-    head = ["benchmark", "tasks", "greedy", "format kept", "marked"]
+    head = ["benchmark", "tasks", "greedy", "format kept", "not answered"]
     if sampled:
         head += [f"mean@{sampled[-1]}", *(f"pass@{k}" for k in sampled[1:]), f"majority@{sampled[-1]}"]
     table = [head + [BASELINE_NAMES[name] for name in baselines]]
     for name, row in rows.items():
         accuracy = row["accuracy"]
         interval = f"{_percent(accuracy['mean'])} [{_percent(accuracy['low'])}, {_percent(accuracy['high'])}]"
-        cells = [name, str(row.get("tasks", "")), interval, _percent(row["kept_format"]), _percent(row["marked"])]
+        counted = [str(row.get(key, "")) for key in ("tasks", "missing")]
+        cells = [name, counted[0], interval, _percent(row["kept_format"]), counted[1]]
         if sampled:
             drawn = row["sampled"]
             cells += [_percent(drawn["mean"]), *(_percent(drawn["pass"][k]) for k in sampled[1:])]

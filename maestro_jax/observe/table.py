@@ -22,7 +22,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
     Args:
       summary: `accuracy` {row: share}, `accuracy_by_domain` {row: {domain: share}} (may be
-        missing), `steps`, `wall_seconds`, `seed`, and `held_out_tasks` (may be missing).
+        missing), `steps`, `wall_seconds`, `seed`, and `held_out_tasks`, `missing` and `marked` (may be missing).
 
     Returns:
       Lines of at most 100 columns; domains that do not fit continue in a further block.
@@ -62,9 +62,25 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"trained policy reaches {share:.2f} of the domain oracle")
     return [
         *lines,
+        *gaps(summary),
         "pair = (expert, skill); best single pair = the one that is best for all tasks together;",
         "domain oracle = the best pair of each domain; task oracle = a task counts when any pair is right",
     ]
+
+
+def gaps(summary: Mapping[str, Any]) -> list[str]:
+    """What the figures do not count, and how much of the training experts failed; nothing where all is well."""
+    missing, tasks = summary.get("missing", {}), summary.get("held_out_tasks", 0)
+    lines = [
+        f"{dict(ROWS)[row]}: {missing[row]} of {tasks} tasks not answered (an expert failed): accuracy over the others"
+        for row in ("warm_start", "trained")
+        if missing.get(row)
+    ]
+    if missing.get("baselines"):
+        lines.append(f"baselines: {missing['baselines']} calls not answered: accuracy over the others")
+    for expert, share in summary.get("marked", {}).items():
+        lines.append(f"{expert} failed {_percent(share)} % of the training episodes at first")
+    return lines
 
 
 def _percent(share: float | None) -> str:

@@ -288,11 +288,13 @@ def from_main(compute: Callable[[], T]) -> T:
         _apart.append(True)
         try:
             told = (False, compute())
-        except preemption.Preempted:
-            told = (True, None)
+        except preemption.Preempted as stop:
+            told = (True, stop.reason)
         finally:
             _apart.clear()
     stopped, value = gather(told)[0]
+    if stopped and value:
+        preemption.give_up(value)
     if stopped:
         preemption.stop()
     return value

@@ -37,12 +37,14 @@ class Preempted(BaseException):
 
     Attributes:
       saved: what the next start goes on from, in a few words.
+      reason: why it stops; empty for a signal.
     """
 
-    def __init__(self, agreed: bool):
+    def __init__(self, agreed: bool, reason: str = ""):
         super().__init__()
         self.agreed = agreed
         self.saved = ""
+        self.reason = reason
 
 
 class _Heard:
@@ -113,6 +115,12 @@ def stop() -> NoReturn:
         _heard.time, _heard.signal = time.monotonic(), "a signal to another process"
     _heard.raised = True
     raise Preempted(agreed=True)
+
+
+def give_up(reason: str) -> NoReturn:
+    """Ends the run as a signal would, in all processes: what it needs is not there, and may be later."""
+    _heard.raised = True
+    raise Preempted(agreed=True, reason=reason)
 
 
 def _handle(number: int, frame: object) -> None:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from maestro_jax.errors import UserError
@@ -230,6 +230,11 @@ class Dispatcher:
                 self._loop.call_soon_threadsafe(start)
                 return
         self._finish(ticket, failure(Status.UNAVAILABLE))
+
+    def void(self, askers: Sequence[str]) -> None:
+        """Their last calls do not count, since they are made again."""
+        if self._journal is not None and askers:
+            self._journal.void(askers)
 
     def collect(self) -> list[tuple[int, Observation]]:
         """All observations that are ready, in the order they arrived; never blocks."""

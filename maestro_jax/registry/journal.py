@@ -1,12 +1,13 @@
 """Everything that experts answered, appended to a file as it comes; and a run served from such a file.
 
-Lines are JSON objects of three kinds:
+Lines are JSON objects of four kinds:
 
     section   a part of the run begins ("warm start", "step 7"). A section that begins again, since the run was
               interrupted in it, replaces its first attempt and all sections that followed that.
     call      what came back to the policy for one call: who asked, a hash of what, the observation.
     request   what one expert or service answered while a call ran: its version, a hash of the request, the reply.
               Replies from the cache are none: nobody was asked. All were paid for, in replaced sections, too.
+    void      the last call of each of these askers does not count: it failed, or followed a failure, and is made again.
 
 A run is served from its calls (`replay.py`), each section from its own. They hold all that the policy ever saw:
 whatever a clock decided (a deadline, which of two equal requests came first) is in the observation already, and no
@@ -30,7 +31,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ class Journal:
         of_call = {"request": call_key(call, question, images), "expert": call.expert, "skill": call.skill}
         found = _result(observation.text, observation.status, observation.seconds, observation.usage)
         self._write({"kind": "call", "asker": asker, **of_call, "query": call.query, **found})
+
+    def void(self, askers: Sequence[str]) -> None:
+        self._write({"kind": "void", "askers": list(askers)})
 
     def request(self, name: str, version: str, key: str, result: dict[str, Any]) -> None:
         who = {"asker": ASKER.get(), "name": name, "version": version}
@@ -293,6 +297,8 @@ def _checked(line: Any) -> dict[str, Any]:
         str.lower(line["name"])
     if line["kind"] in ("call", "request"):
         _ = Usage() + Usage(**line["usage"])  # of numbers
+    if line["kind"] == "void":
+        str.lower("".join(line["askers"]))
     if line["kind"] == "call":
         str.lower(line["asker"] + line["request"] + line["text"])
         Status[line["status"]], float(line["seconds"])

@@ -7,7 +7,7 @@ in the order in which they were recorded.
 import asyncio
 import collections
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,8 +107,16 @@ def read_calls(path: str) -> Iterator[tuple[CallKey, Observation]]:
         elif line["kind"] == "call":
             section, calls = next(reversed(sections.items()))
             calls.append((CallKey(section, line["asker"], line["request"]), _observation(line)))
+        elif line["kind"] == "void":
+            _remove_last(next(reversed(sections.values())), line["askers"])
     for calls in sections.values():
         yield from calls
+
+
+def _remove_last(calls: list[tuple[CallKey, Observation]], askers: Sequence[str]) -> None:
+    for asker in askers:
+        if (last := next((i for i in reversed(range(len(calls))) if calls[i][0].asker == asker), None)) is not None:
+            del calls[last]
 
 
 # ---- a run that was interrupted ----------------------------------------------------------------------------

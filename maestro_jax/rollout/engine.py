@@ -23,6 +23,7 @@ from maestro_jax.policy.prompts import Prompts
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.exchange import Exchange, make_exchange_program
+from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.scheduler import Capacity
@@ -95,7 +96,15 @@ class Engine:
         self._compiled: dict[Sizes, Compiled] = {}
 
     def rollout(
-        self, params: nnx.State, tasks: Sequence[Task], groups: int, members: int, seed: int, step: int, greedy: bool
+        self,
+        params: nnx.State,
+        tasks: Sequence[Task],
+        groups: int,
+        members: int,
+        seed: int,
+        step: int,
+        greedy: bool,
+        outages: Outages | None = None,
     ) -> Rollout:
         """Runs `members` episodes of every task to their end, those of `own_rows` in this process.
 
@@ -103,6 +112,7 @@ class Engine:
           params: the policy's parameters, as the trainer holds them.
           tasks: at most `groups` tasks, the same in all processes; fewer leave room, so that shapes stay static.
           seed, step: with task id and member, the only sources of randomness.
+          outages: has marked episodes run again; None leaves them.
         """
         rows = self.own_rows(groups)
         own = [tasks[row] for row in rows if row < len(tasks)]
@@ -112,8 +122,18 @@ class Engine:
         session = self.session(params, groups, members, prompts.tokens.shape[1], greedy)
         keys = [[lane_key(seed, step, task.id, m) for m in range(members)] for task in own]
         records = session.submit(own, prompts, keys, batch=len(rows))
-        for _ in session.run(params, version=step):
-            pass
+
+        def run() -> None:
+            for _ in session.run(params, version=step):
+                pass
+
+        def again() -> None:
+            session.again(records)
+            run()
+
+        run()
+        if outages is not None:
+            outages.insist(lambda: marks_of(records), again, f"a batch of {len(tasks) * members} episodes")
         return assemble(records, prompts, len(rows), members, self.config.room)
 
     def own_rows(self, groups: int) -> list[int]:
@@ -184,6 +204,11 @@ def rollout_sizes(config: EngineConfig, shards: int, groups: int, members: int, 
     # More pages than all trajectories without a lane can fill would never be used.
     most = (groups * members // shards - made.lanes) * made.pages_of_lane
     return dataclasses.replace(made, pages=min(config.parked_tokens // made.page, most))
+
+
+def marks_of(records: Sequence[GroupRecord]) -> Marks:
+    """Of these groups of all processes."""
+    return Marks.of_episodes(member for record in records for member in record.members).everywhere()
 
 
 def assemble(records: Sequence[GroupRecord], prompts: PrefixBatch, groups: int, members: int, room: int) -> Rollout:

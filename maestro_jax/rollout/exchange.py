@@ -82,7 +82,7 @@ class Exchange:
         self._waiting: dict[int, tuple[Scheduler, Trajectory]] = {}  # by ticket, the trajectory's number
         self._ended: list[tuple[Scheduler, Trajectory, list[int], StopReason]] = []  # turns that are to be read
         self._outgoing: list[tuple[Scheduler, Trajectory]] = []  # whose calls are to be sent
-        self._unsent: list[tuple[int, Observation]] = []  # calls that failed at once
+        self._unsent: list[tuple[int, Observation]] = []  # calls whose replies are there without being sent
         self._replies: dict[int, tuple[float, list[int]]] = {}  # by ticket: when a reply came, and its ids
         dispatcher.reader = self._read_ahead
         self._rounds: dict[int, int] = {}  # of each shard
@@ -129,6 +129,11 @@ class Exchange:
             remaining = self.config.deadline - sum(trajectory.timing.waiting)
             task, call, number = trajectory.task, trajectory.pending, trajectory.number
             assert call is not None  # it waits for this one
+            trajectory.askers.append(trajectory.asker)
+            if (kept := trajectory.kept_answer) is not None:
+                with self.lock:
+                    self._unsent.append((number, kept))
+                continue
             try:
                 self.dispatcher.submit(number, call, task.question, task.images, remaining, trajectory.asker)
             except Exception:  # no thread to be had, say: the call failed, and the others go on

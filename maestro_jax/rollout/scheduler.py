@@ -160,6 +160,10 @@ class Scheduler:
         self.queue.append(group)
         self.in_order.append(group)
 
+    def submit_again(self, group: GroupRecord) -> None:
+        """Runs the members of a group that are not over, before all others that wait."""
+        self.queue.appendleft(group)
+
     def ready(self, trajectory: Trajectory, observation: list[int]) -> None:
         """An observation has come, as ids."""
         trajectory.stage, trajectory.observation = Stage.READY, observation
@@ -261,7 +265,7 @@ class Scheduler:
             orders.slots[len(self.admitted)] = slot
             self.slots[slot] = group
             self.admitted.append(group)
-            self.fresh.extend(group.members)
+            self.fresh.extend(member for member in group.members if not member.finished)
 
     def _append_in_place(self, orders: Orders) -> int:
         ready = [(lane, t) for lane, t in enumerate(self.lanes) if t is not None and t.stage is Stage.READY]

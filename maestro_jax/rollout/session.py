@@ -78,7 +78,7 @@ class Session:
             order, as arrays do.
           only: which of the tasks are run; None runs all.
         """
-        sizes, schedulers = self.compiled.sizes, list(self.schedulers.values())
+        sizes, shards = self.compiled.sizes, list(self.schedulers)
         self._filler = (prompts, 0)
         records = []
         for row, (task, member_keys) in enumerate(zip(tasks, keys, strict=True)):
@@ -87,9 +87,28 @@ class Session:
             first = self._number << 32 | (self.submitted + row) * sizes.members
             members = [Trajectory(task, m, first + m, key) for m, key in enumerate(member_keys)]
             records.append(GroupRecord(task, self.submitted + row, members, prompt=(prompts, row)))
-            schedulers[row * len(schedulers) // batch].submit(records[-1])
+            records[-1].shard = shards[row * len(shards) // batch]
+            self.schedulers[records[-1].shard].submit(records[-1])
         self.submitted += len(tasks)
         return records
+
+    def again(self, records: Sequence[GroupRecord]) -> None:
+        """Queues groups that are over once more: members that are marked begin anew, with their keys.
+
+        What they were told since their first failure is void; what they were told before is not asked again.
+        """
+        for record in reversed(records):
+            scheduler = self.schedulers[record.shard]
+            scheduler.finished = [group for group in scheduler.finished if group is not record]
+            if not record.marked:
+                scheduler.finished.append(record)
+                continue
+            before = [member for member in record.members if member.marked]
+            record.renew(self._number << 32 | self.submitted * self.compiled.sizes.members)
+            self.submitted += 1
+            for old in before:
+                self.exchange.dispatcher.void(old.askers[len(record.members[old.member].kept) :])
+            scheduler.submit_again(record)
 
     def take_finished(self, each: int) -> list[GroupRecord]:
         """The oldest `each` groups of every shard of this process that are over, shard by shard."""

@@ -3,6 +3,8 @@
 On-policy, a step's groups are those of its own tasks; in parts, they come in the order of the tasks while others
 still run, so that gradients fill the time in which experts work. With `ahead`, tasks of later steps are under way as
 well: a step takes the groups that are over, oldest first, the others go on under the next policy, and none is dropped.
+
+Where experts fail more often than `Outages` tolerates, the step waits, and its marked episodes are run again.
 """
 
 import dataclasses
@@ -20,7 +22,8 @@ from maestro_jax.parallel import cluster
 from maestro_jax.parallel.mesh import batch_shards
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import PreparedTask, join_prompts, take_prompts
-from maestro_jax.rollout.engine import Engine, Rollout, assemble, lane_key
+from maestro_jax.rollout.engine import Engine, Rollout, assemble, lane_key, marks_of
+from maestro_jax.rollout.outages import Outages
 from maestro_jax.rollout.session import Session
 from maestro_jax.rollout.trajectory import GroupRecord
 from maestro_jax.types import Task
@@ -68,13 +71,21 @@ class Supply:
 
     Args:
       batches: of this process's part of `config.groups` tasks each.
+      outages: what to do about marked episodes; None trains without them, however many they are.
+
+    Attributes:
+      marked: expert → share of the last step's episodes that it failed, those among them that were run again.
     """
 
-    def __init__(self, engine: Engine, batches: TaskBatches, config: SupplyConfig, seed: int):
+    def __init__(
+        self, engine: Engine, batches: TaskBatches, config: SupplyConfig, seed: int, outages: Outages | None = None
+    ):
         self.engine = engine
         self.batches = batches
         self.config = config
         self.seed = seed
+        self.outages = outages
+        self.marked: dict[str, float] = {}
         self.pulled: dict[int, Pulled] = {}  # by the step that its randomness is keyed by
         self.next_step = 1
         self.session: Session | None = None  # of episodes that outlive a step
@@ -114,6 +125,7 @@ class Supply:
 
     def step(self, params: nnx.State, step: int) -> Iterator[Rollout]:
         """The groups of a step, in parts; the policy is the same for all of them."""
+        self.marked = {}
         if self.config.ahead:
             yield self._oldest(params, step)
         else:
@@ -128,20 +140,46 @@ class Supply:
         session = engine.session(params, config.groups, config.members, prompts.tokens.shape[1], greedy=False)
         records = session.submit(tasks, prompts, self._keys(tasks, step), len(tasks))
         given = 0
-        for counts in session.run(params, version=step):
-            self._place_in_rollout()
-            ready = counts.leading * config.parts // session.compiled.sizes.groups
-            # Gradients are taken where the devices would be idle.
-            while given < ready and (not counts.decoding or not counts.unfinished):
-                yield self._part(records, prompts, session, given)
-                given += 1
-            engine.exchange.patient = ready <= given
+        while True:
+            held = config.parts == 1  # the whole step is one part
+            for counts in session.run(params, version=step):
+                self._place_in_rollout()
+                ready = counts.leading * config.parts // session.compiled.sizes.groups
+                # Gradients are taken where the devices would be idle.
+                while given < ready and not held and (not counts.decoding or not counts.unfinished):
+                    if held := not self._is_clean(records, session, given):
+                        break  # what is marked may be run again, once it is known how much of the step is
+                    yield self._part(records, prompts, session, given)
+                    given += 1
+                engine.exchange.patient = held or ready <= given
+            if self._tolerates(records, step):
+                break
+            session.again(records)
+        for number in range(given, config.parts):
+            yield self._part(records, prompts, session, number)
 
-    def _part(self, records: Sequence[GroupRecord], prompts: PrefixBatch, session: Session, number: int) -> Rollout:
-        """Part `number`: as many groups of each shard, so that none moves."""
+    def _is_clean(self, records: Sequence[GroupRecord], session: Session, number: int) -> bool:
+        """Whether part `number` is over without a marked episode, in all processes."""
+        own = [records[row] for row in self._rows(session, number)]
+        return self.outages is None or all(cluster.gather(all(one.finished and not one.marked for one in own)))
+
+    def _tolerates(self, records: Sequence[GroupRecord], step: int) -> bool:
+        """Whether the step is trained as it is; if not, its experts have been waited for."""
+        if self.outages is None:
+            return True
+        marks = marks_of(records)
+        for name, share in marks.shares.items():
+            self.marked[name] = max(share, self.marked.get(name, 0.0))
+        return self.outages.tolerates(marks, f"the episodes of step {step}")
+
+    def _rows(self, session: Session, number: int) -> list[int]:
+        """Of the groups of part `number`: as many of each shard, so that none moves."""
         sizes, shards = session.compiled.sizes, len(session.schedulers)
         each = sizes.groups // self.config.parts
-        rows = [s * sizes.groups + number * each + i for s in range(shards) for i in range(each)]
+        return [s * sizes.groups + number * each + i for s in range(shards) for i in range(each)]
+
+    def _part(self, records: Sequence[GroupRecord], prompts: PrefixBatch, session: Session, number: int) -> Rollout:
+        sizes, rows = session.compiled.sizes, self._rows(session, number)
         taken = take_prompts(prompts, np.array(rows), prompts.tokens.shape[1])
         return assemble([records[row] for row in rows], taken, len(rows), self.config.members, sizes.room)
 
@@ -155,11 +193,15 @@ class Supply:
         while self.next_step <= step + config.ahead:
             self._pull(self.session)
         each = config.groups // self.session.compiled.sizes.shards
-        for counts in self.session.run(params, step, oldest_allowed=step - config.staleness + 1):
-            self._place_in_rollout()
-            if counts.finished >= each and not counts.overdue:
+        while True:
+            for counts in self.session.run(params, step, oldest_allowed=step - config.staleness + 1):
+                self._place_in_rollout()
+                if counts.finished >= each and not counts.overdue:
+                    break
+            taken = self.session.take_finished(each)
+            if self._tolerates(taken, step):
                 break
-        taken = self.session.take_finished(each)
+            self.session.again(taken)
         for record in taken:
             self._trained(record)
         prompts = join_prompts([record.prompt for record in taken], engine.prompts.root)

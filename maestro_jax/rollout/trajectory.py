@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import itertools
 import time
 from typing import Any
 
@@ -71,6 +72,8 @@ class Trajectory:
     cut: int = 0  # turns that ended where the token budget did
     marked: bool = False  # an infrastructure failure: leaves baseline and loss
     timing: Timing = dataclasses.field(default_factory=Timing)
+    askers: list[str] = dataclasses.field(default_factory=list)  # of each call
+    kept: list[tuple[Call, Observation]] = dataclasses.field(default_factory=list)  # good calls of an attempt before
 
     # What is going on.
     stage: Stage = Stage.FRESH
@@ -103,6 +106,17 @@ class Trajectory:
         """From submission to its end."""
         return self.timing.finished - self.timing.submitted
 
+    def renewed(self, number: int) -> "Trajectory":
+        """The same episode, not begun; calls before the first failure are answered already."""
+        good = itertools.takewhile(lambda made: not made[1].status.is_infrastructure, self.calls)
+        return Trajectory(self.task, self.member, number, self.key, kept=list(good), group=self.group)
+
+    @property
+    def kept_answer(self) -> Observation | None:
+        """What the pending call was told in an attempt before."""
+        place = len(self.calls)
+        return self.kept[place][1] if place < len(self.kept) and self.kept[place][0] == self.pending else None
+
     def wrote(self, tokens: list[int], logprobs: list[float]) -> None:
         """Records a turn of the policy."""
         self.tokens += tokens
@@ -131,6 +145,7 @@ class GroupRecord:
       index: number among the groups of a session, in the order of submission.
       version: of the policy when the group was admitted.
       prompt: whatever the engine prefills it from.
+      shard: whose lanes run it.
       slot: of its shard, -1 before it is admitted.
     """
 
@@ -139,6 +154,7 @@ class GroupRecord:
     members: list[Trajectory]
     prompt: Any = None
     version: int = -1
+    shard: int = -1
     slot: int = -1
     _arrays: list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
@@ -149,6 +165,15 @@ class GroupRecord:
     @property
     def finished(self) -> bool:
         return all(member.finished for member in self.members)
+
+    @property
+    def marked(self) -> bool:
+        return any(member.marked for member in self.members)
+
+    def renew(self, first: int) -> None:
+        """Has marked members begin anew; `first` is the number of member 0."""
+        self.members = [m.renewed(first + m.member) if m.marked else m for m in self.members]
+        self._arrays = None
 
     def arrays(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Tokens int32, log-probabilities float32 and authored bool `[n]` of each member, once they are over.

@@ -13,7 +13,7 @@ instead of the expert's. Rehearsals say nothing about experts or tasks.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout import protocol
 from maestro_jax.rollout.exchange import Exchange
+from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.types import Call, Observation, Status, Task
 
 NO_HELP = "I cannot tell."
@@ -83,58 +84,105 @@ def answer_text(answer: str) -> str:
 
 
 def make_calls(
-    dispatcher: Dispatcher, calls: Sequence[tuple[Task, Call]], deadline: float, tick: Callable[[int], None]
+    dispatcher: Dispatcher,
+    calls: Sequence[tuple[Task, Call]],
+    deadline: float,
+    tick: Callable[[int], None],
+    outages: Outages | None = None,
 ) -> list[Observation]:
     """Runs calls side by side and returns their observations in order; `tick` hears how many are back.
 
     Only so many are in flight at a time: a deadline counts from the submission, queueing included.
 
+    Args:
+      outages: has calls that failed made again, and refuses the whole where too many are left; None leaves them.
+
     Raises:
-      UserError: a call ended with it (`Dispatcher.check`).
+      UserError: a call ended with it (`Dispatcher.check`), or it is the set-up that experts refuse.
+      Preempted: experts did not come back in time.
     """
     found: dict[int, Observation] = {}
-    submitted = 0
-    while len(found) < len(calls):
-        while submitted < len(calls) and submitted - len(found) < _IN_FLIGHT:
-            task, call = calls[submitted]
-            dispatcher.submit(submitted, call, task.question, task.images, deadline)
-            submitted += 1
-        failpoints.reach("in_baselines")
-        preemption.check()
-        dispatcher.wait(1.0)
-        found.update(dispatcher.collect())
-        dispatcher.check()
-        tick(len(found))
+
+    def ask(tickets: Sequence[int]) -> None:
+        waiting, left = set[int](), list(reversed(tickets))
+        while waiting or left:
+            while left and len(waiting) < _IN_FLIGHT:
+                task, call = calls[left[-1]]
+                waiting.add(left[-1])
+                dispatcher.submit(left.pop(), call, task.question, task.images, deadline)
+            failpoints.reach("in_baselines")
+            preemption.check()
+            dispatcher.wait(1.0)
+            for ticket, observation in dispatcher.collect():
+                waiting.discard(ticket)
+                found[ticket] = observation
+            dispatcher.check()
+            tick(len(found))
+
+    def again() -> None:
+        failed = sorted(ticket for ticket, seen in found.items() if seen.status.is_infrastructure)
+        dispatcher.void([f"ticket {ticket}" for ticket in failed])
+        ask(failed)
+
+    ask(range(len(calls)))
+    if outages is not None:
+        asked = f"{len(calls)} calls"
+        outages.check(outages.insist(lambda: marks_of_calls(calls, found), again, asked), "calls")
     return [found[ticket] for ticket in range(len(calls))]
 
 
+def marks_of_calls(calls: Sequence[tuple[Task, Call]], found: Mapping[int, Observation]) -> Marks:
+    """Of calls that have ended; reads those that failed."""
+    failed = {ticket: seen.status for ticket, seen in found.items() if seen.status.is_infrastructure}
+    return Marks.of(
+        (ticket in failed, [(calls[ticket][1].expert, failed[ticket])] if ticket in failed else [])
+        for ticket in range(len(calls))
+    )
+
+
 def write_demonstrations(
-    tasks: Sequence[Task], router: WeakRouter, exchange: Exchange, seed: int, progress: Progress
+    tasks: Sequence[Task],
+    router: WeakRouter,
+    exchange: Exchange,
+    seed: int,
+    progress: Progress,
+    outages: Outages | None = None,
 ) -> list[Demonstration]:
     """One demonstration per entry of `tasks` (a task may stand there several times); process 0 writes for all.
 
     Args:
       exchange: runs the calls and renders observations exactly as in a rollout.
       progress: told about every answered call; how many there are depends on the draws in here.
+      outages: as of `make_calls`. What is left without an answer then reads as one that gives nothing.
     """
 
     def write() -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
-        return [(made.ids, made.authored) for made in _write_all(tasks, router, exchange, seed, progress)]
+        return [(made.ids, made.authored) for made in _write_all(tasks, router, exchange, seed, progress, outages)]
 
     told = cluster.from_main(write)
     return [Demonstration(task, tuple(ids), tuple(own)) for task, (ids, own) in zip(tasks, told, strict=True)]
 
 
 def _write_all(
-    tasks: Sequence[Task], router: WeakRouter, exchange: Exchange, seed: int, progress: Progress
+    tasks: Sequence[Task],
+    router: WeakRouter,
+    exchange: Exchange,
+    seed: int,
+    progress: Progress,
+    outages: Outages | None,
 ) -> list[Demonstration]:
     rng = np.random.default_rng(seed)
-    deadline = exchange.config.deadline
+
+    def answers(calls: Sequence[tuple[Task, Call]]) -> Iterator[Observation]:
+        for reply in make_calls(exchange.dispatcher, calls, exchange.config.deadline, progress.tick, outages):
+            is_lost = outages is not None and reply.status.is_infrastructure
+            yield Observation(NO_HELP, Status.OK) if is_lost else reply
+
     first = [router.choose(task.source, rng) for task in tasks]
     rehearsed = rng.random(len(tasks)) < router.config.rehearsal
     real = [(task, call) for task, call, skip in zip(tasks, first, rehearsed, strict=True) if not skip]
     progress.phase("demonstrations", len(real))
-    answered = iter(make_calls(exchange.dispatcher, real, deadline, progress.tick))
+    answered = answers(real)
     words = [str(answer) for task in tasks for answer in task.answers[:1]] or ["answer"]
     pieces = letter_pieces(exchange.tokens)
     replies = [
@@ -148,7 +196,7 @@ def _write_all(
     again = [(task, call) for task, call in zip(tasks, second, strict=True) if call is not None]
     if again:
         progress.phase("demonstrations, second calls", len(again))
-    later = iter(make_calls(exchange.dispatcher, again, deadline, progress.tick))
+    later = answers(again)
     demonstrations = []
     for task, call, reply, other in zip(tasks, first, replies, second, strict=True):
         steps = [(call, reply)] if other is None else [(call, reply), (other, next(later))]

@@ -31,8 +31,11 @@ class Engine:
     def own_rows(self, groups: int) -> list[int]:
         return list(range(groups))
 
-    def rollout(self, params: Any, tasks: Sequence[Task], groups: int, **settings: Any) -> Rollout:
-        self.asked.append({"tasks": [t.id for t in tasks], "groups": groups, **settings})
+    def rollout(
+        self, params: Any, tasks: Sequence[Task], groups: int, members: int, seed: int, step: int, greedy: bool, *_: Any
+    ) -> Rollout:
+        asked = {"members": members, "seed": seed, "greedy": greedy}
+        self.asked.append({"tasks": [t.id for t in tasks], "groups": groups, **asked})
         shape = (groups, 1, 4)
         zeros = np.zeros(shape, np.int32)
         return Rollout(
