@@ -177,8 +177,8 @@ def main(argv: Sequence[str]) -> None:
             accuracy, calls = np.mean([(e.outcome, e.executed_calls) for e in known] or [(0, 0)], axis=0).tolist()
             missing = {"not answered": len(greedy) - len(known)} if len(known) < len(greedy) else {}
             progress.update(len(greedy), {"accuracy": accuracy if known else None, "calls": calls, **missing})
-        for name, own in [*by_source(greedy).items(), *by_source(sampled).items()]:
-            outages.check(marks_of(own), f"episodes of {name}")
+        for name, made in [*by_source(greedy).items(), *by_source(sampled).items()]:
+            outages.check(marks_of(made), f"episodes of {name}")
         check_found(greedy, BENCHMARKS.value, progress)
         for log in filter(None, logs.values()):
             log.close()

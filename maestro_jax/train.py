@@ -7,6 +7,7 @@ trained.jsonl, checkpoints, and at the end summary.json, curves.png and routing.
 nothing is lost (docs/reliability.md).
 """
 
+import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -69,6 +70,7 @@ from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.journal import Journal
 from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.registry.replay import Replay, Resumed
+from maestro_jax.registry.trials import Finding, try_experts
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.rollout.outages import Outages
@@ -80,6 +82,7 @@ from maestro_jax.warm_start.demonstrations import WeakRouter, tokenizer_texts, w
 from maestro_jax.warm_start.finetune import finetune
 
 T = TypeVar("T")
+TRIAL_SECONDS = 60.0  # for a server to answer its first request
 CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
 SKIP_DOCTOR = flags.DEFINE_bool("skip_doctor", False, "Start without asking every server once, as doctor does.")
@@ -130,6 +133,10 @@ def main(argv: Sequence[str]) -> None:
     with Progress(quiet=not cluster.is_main()) as progress, contextlib.ExitStack() as closing:
         for line in changes:
             progress.note(line)
+
+        # ---- Servers of experts: before anything is computed -----------------------------------
+        if not (SKIP_DOCTOR.value or REPLAY.value):
+            try_servers(config, workdir, progress)
 
         # ---- Tasks -----------------------------------------------------------------------------
         train_source, test_source = open_data(config, workdir, progress)
@@ -310,6 +317,32 @@ def main(argv: Sequence[str]) -> None:
     plot_routing(panels, workdir / "routing.png", baselines.by_pair)
     print(summary_table(summary))
     print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl; {store.directory}")
+
+
+def try_servers(config: Config, workdir: Path, progress: Progress) -> None:
+    """Asks every server once, as `maestro_jax.doctor` does; process 0 asks for all.
+
+    A run that goes on waits for a server that is away (`Outages`). To a new one that is more likely a wrong address.
+
+    Raises:
+      ConfigError: a server cannot serve a run as it is set up, or a new run's expert has none that answers.
+    """
+    if not any(expert.endpoints for expert in config.registry.experts):
+        return
+
+    def ask() -> list[Any]:
+        found = asyncio.run(try_experts(config.registry, TRIAL_SECONDS))
+        return [(workdir / "config.json").exists(), [dataclasses.astuple(finding) for finding in found]]
+
+    goes_on, told = cluster.from_main(ask)
+    findings = [Finding(*values) for values in told]
+    ready = {finding.expert for finding in findings if not finding.is_problem}
+    for finding in findings:
+        if finding.is_problem and not (finding.is_absence and (goes_on or finding.expert in ready)):
+            cure = "`python -m maestro_jax.doctor` tries all of them, --skip_doctor starts all the same"
+            raise ConfigError(f"{finding.line} ({cure})")
+        if finding.is_problem:
+            progress.note(finding.line)
 
 
 def check_replayable(config: Config) -> None:

@@ -28,10 +28,17 @@ PICTURE_SIZE = (96, 64)  # pixels: vision encoders refuse what is thinner than a
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A line about one endpoint: how fast it answered, or what is wrong, with the cure."""
+    """A line about one endpoint: how fast it answered, or what is wrong, with the cure.
+
+    Attributes:
+      expert: its name.
+      is_absence: whether the problem is that nobody answers, which may pass by itself.
+    """
 
     line: str
     is_problem: bool
+    expert: str = ""
+    is_absence: bool = False
 
 
 async def try_experts(config: RegistryConfig, seconds: float) -> list[Finding]:
@@ -71,7 +78,9 @@ async def _try(expert: ExpertConfig, with_picture: bool, seconds: float) -> list
     for trial in trials:
         problem = _problem(expert, trial, words_only.get(trial.url), seconds)
         line = f"{trial.url}: {problem}" if problem else f"ready; {_praise(trial, with_picture)}"
-        findings.append(Finding(_printable(f'expert "{expert.name}": {line}'), problem is not None))
+        is_absence = trial.outcome.status in (Status.TIMEOUT, Status.UNAVAILABLE)
+        line = _printable(f'expert "{expert.name}": {line}')
+        findings.append(Finding(line, problem is not None, expert.name, is_absence))
     return findings
 
 

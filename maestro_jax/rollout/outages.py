@@ -22,6 +22,7 @@ from maestro_jax.types import Status
 RETRIES = 3
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds before something is asked again; doubled each time
 LOOK_SECONDS = 0.25  # between looks at whether an expert is back, or the run was told to stop
+_NAMED = 3  # experts that a line names
 NOBODY = "this process"  # whose failure it is where no call failed
 
 
@@ -202,13 +203,13 @@ class Outages:
             if left <= 0:
                 preemption.give_up(
                     f"waited {self._config.patience:g} s (config.rollout.patience) for {who}: "
-                    f"{100 * marks.share:.0f} % of {what} met an outage"
+                    f"{100 * marks.share:.0f} % of {what} met an outage ({reason(marks, out)})"
                 )
             seconds = min(FIRST_PAUSE * 2 ** min(self._pauses, 10), LONGEST_PAUSE, left)
             self._pauses += 1
             self._note(
-                f"waiting for {who}: {100 * marks.share:.0f} % of {what} met an outage, next try in {seconds:.0f} s, "
-                f"gives up in {left:.0f} s"
+                f"waiting for {who}: {100 * marks.share:.0f} % of {what} met an outage ({reason(marks, out)}), "
+                f"next try in {seconds:.0f} s, gives up in {left:.0f} s"
             )
             if not self._still_out(marks, now + seconds, bool(out)):
                 return
@@ -248,11 +249,14 @@ class Outages:
 
 
 def listed(marks: Marks, out: Mapping[str, str] | None = None) -> str:
-    """Who failed, how often and why: "Chart-Lens (43 %, no connection)"."""
-    parts = [f"{name} ({100 * share:.0f} %, {_why(name, marks, out or {})})" for name, share in marks.shares.items()]
-    behind = [f"{name} ({why})" for name, why in (out or {}).items() if name not in marks.experts]
-    return " and ".join([*parts, *behind])
+    """Who failed and how often, the most frequent first, and whoever is behind them: "Chart-Lens (43 %)"."""
+    names = [f"{name} ({100 * share:.0f} %)" for name, share in marks.shares.items()]
+    names += [name for name in out or {} if name not in marks.experts]
+    if len(names) > _NAMED:
+        names[_NAMED:] = [f"{len(names) - _NAMED} more"]
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
 
 
-def _why(name: str, marks: Marks, out: Mapping[str, str]) -> str:
-    return out.get(name) or marks.reasons.get(name, "a fault of its own")
+def reason(marks: Marks, out: Mapping[str, str]) -> str:
+    """Why, of the one that failed most often or is out."""
+    return next(iter(out.values()), "") or next(iter(marks.reasons.values()), "a fault of its own")
