@@ -29,6 +29,7 @@ from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, 
 from maestro_jax.policy.huggingface import import_params
 from maestro_jax.policy.model import Policy
 from maestro_jax.registry.dispatch import Dispatcher
+from maestro_jax.registry.journal import journals, read_lines
 from maestro_jax.rewards.graders import check_sources, grader_for
 from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
 from maestro_jax.rollout.outages import OutageConfig, Outages
@@ -128,6 +129,12 @@ def check_same_run(path: Path, mine: Settings, is_free: Callable[[str], bool]) -
             f"use another directory, or the same setting to go on"
         )
     return changes
+
+
+def holds_calls(workdir: Path) -> bool:
+    """Whether experts were asked for a run there, which counts and is answered from the journal."""
+    found = (line for path in journals(str(workdir / "journal.jsonl")) for line in read_lines(str(path)))
+    return any(line["kind"] in ("call", "request") for line in found)
 
 
 def settings_hashes(settings: Mapping[str, str]) -> dict[str, str]:

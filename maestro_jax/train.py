@@ -28,6 +28,7 @@ from maestro_jax.assemble import (
     check_tasks,
     fields,
     first_tasks,
+    holds_calls,
     open_data,
     open_outages,
     open_params,
@@ -35,7 +36,7 @@ from maestro_jax.assemble import (
     update_config,
 )
 from maestro_jax.checkpoint.hf_export import hf_config
-from maestro_jax.checkpoint.run import has_begun, holds_calls
+from maestro_jax.checkpoint.run import has_begun
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
 from maestro_jax.data.mixture import Mixture

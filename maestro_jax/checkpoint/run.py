@@ -6,7 +6,6 @@ from typing import Any
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import read_json
-from maestro_jax.registry.journal import journals, read_lines
 from maestro_jax.settings import read_settings
 
 
@@ -44,12 +43,6 @@ class Run:
 def has_begun(workdir: Path) -> bool:
     """Whether a run there has made what later starts take over: steps of a warm start, or baselines and all behind."""
     return (workdir / "baselines.json").is_file() or any((workdir / "warm_start").glob("[0-9]*"))
-
-
-def holds_calls(workdir: Path) -> bool:
-    """Whether experts were asked for a run there, which counts and is answered from the journal."""
-    found = (line for path in journals(str(workdir / "journal.jsonl")) for line in read_lines(str(path)))
-    return any(line["kind"] in ("call", "request") for line in found)
 
 
 def find_run(path: Path) -> Run:
