@@ -50,6 +50,7 @@ from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import (
     GroupBatch,
+    Metrics,
     TrainState,
     grpo_loss,
     init_train_state,
@@ -248,7 +249,7 @@ def main(argv: Sequence[str]) -> None:
         add_reference = None
         if config.grpo.kl_weight:  # the reference is the policy that reinforcement started from
             add_reference = make_reference(graph, params, update.temperature, update.chunk, mesh)
-        shapes: set[tuple[int, ...]] = set()  # that the update is compiled for
+        shapes: set[tuple[Any, ...]] = set()  # that the update is compiled for
 
         def prepare(part: GroupBatch) -> GroupBatch:
             note_shape(part, shapes, progress)
@@ -424,7 +425,14 @@ def warm_start(
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
     update = update_config(config, temperature=1.0)
     update = dataclasses.replace(update, loss=dataclasses.replace(update.loss, aggregation="token"))
-    step = make_train_step(graph, optimizer, nll_loss, update, mesh, state)
+    train = make_train_step(graph, optimizer, nll_loss, update, mesh, state)
+    shapes: set[tuple[Any, ...]] = set()
+
+    def step(state: TrainState, parts: Sequence[GroupBatch]) -> tuple[TrainState, Metrics]:
+        for part in parts:
+            note_shape(part, shapes, progress, "the warm start's update")
+        return train(state, parts)
+
     progress.phase("warm start", settings.steps, done)
     buckets = config.rollout.member_buckets
     tuned = finetune(step, state, groups, settings.groups, settings.steps, prompts, buckets, mesh, config.seed, done)
@@ -470,12 +478,16 @@ def supply_config(config: Config) -> SupplyConfig:
     return SupplyConfig(grpo.groups, grpo.group_size, parts, rollout.ahead, rollout.staleness)
 
 
-def note_shape(part: GroupBatch, shapes: set[tuple[int, ...]], progress: Progress) -> None:
-    """Says when a shape of the update is new, for then it is compiled."""
-    (groups, members, room), prefix = part.tokens.shape, part.prompts.tokens.shape[1]
-    if (shape := (groups, prefix, members, room)) not in shapes:
+def note_shape(part: GroupBatch, shapes: set[tuple[Any, ...]], progress: Progress, of: str = "the update") -> None:
+    """Says when a shape is new, for then programs are compiled: they are kept by what every array looks like."""
+    if (shape := tuple(map(jax.typeof, jax.tree.leaves(part)))) not in shapes:
         shapes.add(shape)
-        progress.note(f"new shape of the update: {groups} groups of {prefix} + {members} x {room} tokens")
+        (groups, members, room), prefix = part.tokens.shape, part.prompts.tokens.shape[1]
+        rows, (images, patches) = part.loss_rows.shape[1], part.prompts.images.patches.shape[:2]
+        progress.note(
+            f"new shape of {of}: {groups} groups of {prefix} + {members} x {room} tokens, {rows} of them in the loss; "
+            f"{images} images of {patches} patches"
+        )
 
 
 def measure_baselines(

@@ -12,11 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,8 +29,11 @@ from maestro_jax.data.benchmarks.catalogue import BENCHMARKS
 from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.prepare import prepare
 from maestro_jax.errors import EXIT_CONFIG, ConfigError
+from maestro_jax.grpo.update import GroupBatch
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
+from maestro_jax.policy.model import PrefixBatch
+from maestro_jax.policy.vision import ImageBatch
 from maestro_jax.settings import Settings, read_settings
 from maestro_jax.train import note_shape
 from tests.data import verl_rows
@@ -373,16 +376,37 @@ def test_a_replay_of_a_run_ahead_is_refused(job: Job, tmp_path: Path) -> None:
     assert_refused(result, "config.rollout.ahead=1", "replay with config.rollout.ahead=0")
 
 
-def test_a_shape_of_the_update_is_noted_when_it_is_new() -> None:
+def part_of(groups: int = 2, prefix: int = 64, room: int = 32, rows: int = 64, patches: int = 4) -> GroupBatch:
+    def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+        return np.zeros((groups, *shape), dtype)
+
+    images = ImageBatch(*(zeros(patches, n) for n in (6, 4, 4, 2)), zeros(patches, dtype=bool))
+    row, row_of_three, number = zeros(prefix), zeros(prefix, 3), zeros()
+    prompts = PrefixBatch(np.zeros(3), row, row, row_of_three, number, number, images, row)
+    tokens = zeros(8, room)
+    return GroupBatch(prompts, tokens, zeros(8), tokens, tokens, tokens, zeros(8), zeros(rows))
+
+
+def test_a_shape_of_the_update_is_noted_whenever_the_update_is_compiled() -> None:
+    compiled: list[int] = []
+
+    @jax.jit
+    def update(part: GroupBatch) -> jax.Array:
+        compiled.append(1)  # runs when it is traced
+        return part.mask.sum()
+
+    changed = ({"room": 16}, {"rows": 128}, {"patches": 16}, {"prefix": 96}, {"groups": 1}, {"rows": 128, "room": 16})
+    parts = [part_of(), *(part_of(**change) for change in changed)]
     stream, shapes = io.StringIO(), set()
-    parts = [
-        types.SimpleNamespace(tokens=np.zeros((2, 8, room)), prompts=types.SimpleNamespace(tokens=np.zeros((2, 64))))
-        for room in (32, 16, 32)
-    ]
     for part in parts * 2:
         note_shape(part, shapes, Progress(stream))
+        update(part)
+        assert len(stream.getvalue().splitlines()) == len(compiled)
+    assert len(compiled) == len(parts)
     lines = stream.getvalue().splitlines()
-    assert lines == [f"new shape of the update: 2 groups of 64 + 8 x {room} tokens" for room in (32, 16)]
+    assert len(set(lines)) == len(lines)  # they say what is new
+    images = "2 images of 4 patches"
+    assert lines[0] == f"new shape of the update: 2 groups of 64 + 8 x 32 tokens, 64 of them in the loss; {images}"
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------

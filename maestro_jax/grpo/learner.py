@@ -59,7 +59,7 @@ class Learner:
             left_out = left_out + without
             with jax.set_mesh(self.mesh):
                 parts = [self.prepare(part) for part in parts]
-                if self.parts > 1:
+                if self.parts > 1 or self.planner.microbatches > 1:  # by one program, however few groups have contrast
                     total = total or self.step.begin()
                     for part in parts:
                         total = self.step.add(state.params, total, part)

@@ -59,6 +59,23 @@ def learner(runner: Runner, parts: int) -> tuple[Learner, TrainState]:
     return Learner(step, planner, RewardConfig(True, 0.0, 0.0), "std", True, parts, lambda p: p, engine.mesh), state
 
 
+def test_few_groups_with_contrast_need_no_program_of_their_own(runner: Runner, rollout: Rollout) -> None:
+    """A microbatch holds them all, so there is one part; compiling the undivided update for it would take as long."""
+    made, state = learner(runner, parts=1)
+
+    def refused(*_: object) -> None:
+        raise AssertionError("the undivided update was compiled")
+
+    planner = dataclasses.replace(made.planner, microbatches=2)
+    apart = dataclasses.replace(made, planner=planner, step=dataclasses.replace(made.step, whole=refused))
+    same = dataclasses.replace(rollout, trajectories=[rollout.trajectories[0], *[rollout.trajectories[2]] * 3])
+    after, _, found = apart(state, [same])
+    assert found["parts"] == 1.0 and found["groups_without_contrast"] == 0.75 and int(after.step) == 1
+    _, state = learner(runner, parts=1)
+    _, _, wanted = made(state, [same])
+    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5, atol=1e-7)
+
+
 def halves(rollout: Rollout) -> Sequence[Rollout]:
     def some(rows: np.ndarray) -> Rollout:
         prompts = take_prompts(rollout.prompts, rows, rollout.prompts.tokens.shape[1])
