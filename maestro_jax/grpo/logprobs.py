@@ -22,7 +22,7 @@ Array = jax.Array
 C = TypeVar("C")
 Moments = tuple[Array, Array, Array]  # of logits z: the largest m, the sums of exp(z - m) and of exp(z - m) (z - m)
 
-ROW_BUCKETS = 8  # M is a multiple of so many parts of G x R: so many programs at most, and few rows that only pad
+ROW_QUARTERS = (2, 3, 4)  # M in quarters of G x R: so many programs at most, and few rows that only pad
 
 
 # ---- rows in the loss --------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def loss_rows(mask: np.ndarray, most: int = 0) -> np.ndarray:
 
     Args:
       mask: bool `[B, G, R]`, tokens in the loss.
-      most: tokens in the loss of the group that has most, where that is a group of another process.
+      most: tokens in the loss of the group that has most, where that is a group of another process or batch.
 
     Returns:
       int32 `[B, M]`, ascending indices into the G x R tokens of each group, filled up with G x R, which is none of
@@ -41,9 +41,9 @@ def loss_rows(mask: np.ndarray, most: int = 0) -> np.ndarray:
     """
     flat = mask.reshape(len(mask), -1)
     tokens = flat.shape[1]
-    part = -(-tokens // ROW_BUCKETS)
     most = int(flat.sum(axis=1).max(initial=most))
-    width = min(part * max(-(-most // part), 1), tokens)
+    widths = [-(-tokens * quarters // 4) for quarters in ROW_QUARTERS]
+    width = next((width for width in widths if width >= most), tokens)
     rows = np.full((len(mask), width), tokens, np.int32)
     for row, kept in zip(rows, flat, strict=True):
         found = np.flatnonzero(kept)

@@ -35,22 +35,27 @@ def finetune(
     """
     rng = np.random.default_rng(seed)
     order: list[int] = []
+    most = max(sum(sum(member.authored) for member in group) for group in demonstrations)
     for number in range(1, steps + 1):
         while len(order) < groups:
             order.extend(rng.permutation(len(demonstrations)))
         chosen, order = order[:groups], order[groups:]
         if number <= done:
             continue
-        batch = collate([demonstrations[i] for i in chosen], prompts, buckets, mesh)
+        batch = collate([demonstrations[i] for i in chosen], prompts, buckets, mesh, most)
         with jax.set_mesh(mesh):
             state, metrics = step(state, [batch])
         yield number, state, {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
 
 
 def collate(
-    groups: Sequence[Sequence[Demonstration]], prompts: Prompts, buckets: Sequence[int], mesh: Mesh
+    groups: Sequence[Sequence[Demonstration]], prompts: Prompts, buckets: Sequence[int], mesh: Mesh, most: int = 0
 ) -> GroupBatch:
-    """Demonstrations as the members of groups; the loss is on what a policy would have authored."""
+    """Demonstrations as the members of groups; the loss is on what a policy would have authored.
+
+    Args:
+      most: tokens in the loss of the group that has most in any batch, so that all are compiled for the same.
+    """
     longest = max(len(member.ids) for group in groups for member in group)
     width = bucket(longest, buckets, "a demonstration", "raise config.rollout.room and member_buckets")
     shape = (len(groups), len(groups[0]), width)
@@ -61,5 +66,6 @@ def collate(
             tokens[g, m, :n], mask[g, m, :n], length[g, m] = member.ids, member.authored, n
     zeros = np.zeros(shape, np.float32)
     prefixes = from_everyone(prompts.batch([group[0].task for group in groups]), prompt_shardings(mesh))
-    arrays = from_everyone((tokens, length, mask, zeros, zeros, zeros[..., 0], loss_rows(mask)), over_groups(mesh))
+    rows = loss_rows(mask, most)
+    arrays = from_everyone((tokens, length, mask, zeros, zeros, zeros[..., 0], rows), over_groups(mesh))
     return GroupBatch(prefixes, *arrays)

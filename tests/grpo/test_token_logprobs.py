@@ -1,5 +1,6 @@
 """The head in pieces of the vocabulary against one log-softmax over everything, forward and backward."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as np_arrays
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maestro_jax.grpo.logprobs import ROW_BUCKETS, loss_rows, put_rows, states_before, take_rows, token_logprobs
+from maestro_jax.grpo.logprobs import ROW_QUARTERS, loss_rows, put_rows, states_before, take_rows, token_logprobs
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import gather_over_fsdp, over_groups
 from tests.policy.reference import assert_near
@@ -203,7 +204,34 @@ def test_only_the_table_is_gathered(axes: tuple[int, int, int]) -> None:
 def test_rows_are_compacted_and_filled_up_to_the_bucket() -> None:
     mask = np.zeros((2, 2, 8), bool)
     mask[0, 0, 3], mask[0, 1, :2], mask[1, 1, 7] = True, True, True
-    assert loss_rows(mask).tolist() == [[3, 8, 9, 16], [15, 16, 16, 16]]  # buckets of 16 / 8 = 2 rows
+    assert loss_rows(mask).tolist() == [[3, 8, 9, *[16] * 5], [15, *[16] * 7]]  # a half of 16 rows
+
+
+def test_loss_rows_have_few_widths_whatever_the_episodes() -> None:
+    """Each is another program of the update; on the way from 1 to 48 tokens there were eight."""
+    masks = [np.arange(48).reshape(1, 4, 12) < count for count in range(49)]
+    assert sorted({loss_rows(mask).shape[1] for mask in masks}) == [24, 36, 48]
+    assert loss_rows(masks[5], most=30).shape[1] == 36
+
+
+def test_rows_that_only_pad_change_neither_loss_nor_gradients() -> None:
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((2, 3, 16, 12), np.float32)
+    table, last = rng.standard_normal((70, 12), np.float32), rng.standard_normal((2, 12), np.float32)
+    tokens, mask = rng.integers(0, 70, (2, 3, 16)), rng.random((2, 3, 16)) < 0.3
+    weights = rng.standard_normal(mask.shape, np.float32)
+
+    def loss(hidden: jax.Array, table: jax.Array, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        states, targets = states_before(last, hidden, rows), take_rows(jnp.asarray(tokens), rows)
+        logprobs, entropy = (put_rows(x, rows, 3, 16) for x in token_logprobs(states, table, targets, 0.7, 20))
+        return jnp.sum(weights * logprobs) + 0.1 * jnp.sum(entropy), logprobs
+
+    few, many = loss_rows(mask), loss_rows(mask, most=mask[0].size)
+    assert few.shape == (2, 24) and many.shape == (2, 48)
+    (narrow, wide) = (jax.grad(loss, argnums=(0, 1), has_aux=True)(hidden, table, rows) for rows in (few, many))
+    # Rounding only: vectors of another length have another rest, and the table's gradient is a sum over all rows.
+    for few_rows, many_rows in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        np.testing.assert_allclose(few_rows, many_rows, rtol=2e-6, atol=2e-6)
 
 
 @given(
@@ -213,9 +241,8 @@ def test_rows_are_compacted_and_filled_up_to_the_bucket() -> None:
 def test_any_mask_is_taken_apart_and_put_together_again(mask: np.ndarray) -> None:
     b, g, r = mask.shape
     rows = loss_rows(mask)
-    width, part = rows.shape[1], -(-g * r // ROW_BUCKETS)
-    most = mask.reshape(b, -1).sum(axis=1).max()
-    assert most <= width < max(most, 1) + part and (width % part == 0 or width == g * r)
+    most, widths = mask.reshape(b, -1).sum(axis=1).max(), [math.ceil(g * r * part / 4) for part in ROW_QUARTERS]
+    assert rows.shape[1] == min(width for width in widths if width >= most)
     values = np.arange(1.0, mask.size + 1, dtype=np.float32).reshape(mask.shape)
     np.testing.assert_array_equal(put_rows(take_rows(values, rows), rows, g, r), np.where(mask, values, 0))
     # The state before a token is its member's last one, or the prefix's.

@@ -86,3 +86,18 @@ def test_the_seed_decides_the_order(prompts: Prompts, tasks: list[Task], mesh: M
 def test_it_goes_on_where_it_was_stopped(done: int, prompts: Prompts, tasks: list[Task], mesh: Mesh) -> None:
     batches, reported = seen(prompts, tasks, mesh, seed=0, steps=5)
     assert seen(prompts, tasks, mesh, seed=0, steps=5, done=done) == (batches[done:], reported[done:])
+
+
+def test_every_batch_is_compiled_for_the_group_with_most_in_the_loss(
+    prompts: Prompts, tasks: list[Task], mesh: Mesh
+) -> None:
+    groups = groups_of(tasks, 5)
+    groups[3] = [Demonstration(tasks[3], (3,) * 4, (True,) * 4)] * 2
+    widths: list[int] = []
+
+    def step(state: int, parts: list[GroupBatch]) -> tuple[int, dict[str, float]]:
+        widths.extend(part.loss_rows.shape[1] for part in parts)
+        return state, {"loss": 1.0, "grad_norm": 2.0}
+
+    assert len(list(finetune(step, 0, groups, 1, 5, prompts, BUCKETS, mesh, seed=0))) == 5
+    assert widths == [8] * 5
