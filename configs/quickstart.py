@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
                 "turn_budget": 32,
                 "observation_tokens": 16,
                 "observation_multiple": 8,
-                "room": 80,
+                "room": 0,  # computed: what the longest episode needs
                 "member_buckets": (80,),
                 "lanes": 0,
                 "decode_chunk": 8,

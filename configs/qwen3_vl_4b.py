@@ -19,7 +19,6 @@ from configs.registry import suite
 
 STEPS = 200
 PIXELS_PER_TOKEN = 32 * 32  # patch 16, merged 2 x 2
-ROOM = 2048
 
 # The config.json of Qwen3-VL-4B-Instruct. A run reads that of its checkpoint; `maestro_jax.plan` needs no checkpoint.
 ARCHITECTURE = {
@@ -65,7 +64,7 @@ def get_config() -> ConfigDict:
             "groups": 64,
             "microbatches": 1,  # a group a chip on 64; on 8 devices it takes 8
             "group_size": 8,
-            "constant_length": ROOM,
+            "constant_length": 2048,
             "kl_weight": 0.0,  # a pretrained policy needs no tie to its start
             "logprob_chunk": 2048,  # of 151,936: 34 MB of fp32 logits for one group of 8 x 512 tokens in the loss
         }
@@ -104,8 +103,8 @@ def rollout() -> ConfigDict:
             "turn_budget": 256,
             "observation_tokens": 160,
             "observation_multiple": 1,
-            "room": ROOM,  # five turns and four observations, with their frames
-            "member_buckets": (512, 1024, ROOM),
+            "room": 0,  # computed: 2,048 for five turns and four observations, with their frames
+            "member_buckets": (512, 1024),
             "lanes": 0,
             "decode_chunk": 16,
             "append_rows": 64,

@@ -32,6 +32,8 @@ from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.registry.journal import journals, read_lines
 from maestro_jax.rewards.graders import check_sources, grader_for
 from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
+from maestro_jax.rollout.exchange import EpisodeConfig
+from maestro_jax.rollout.limits import Limits, check_room, check_turns
 from maestro_jax.rollout.outages import OutageConfig, Outages
 from maestro_jax.settings import Settings, read_settings
 
@@ -79,6 +81,29 @@ def known_architecture(config: Config) -> PolicyArchitecture:
     if policy.architecture and not Path(policy.init_from).is_dir():
         return architecture_from_hf(policy.architecture, "config.policy.architecture")
     return open_architecture(policy.architecture, policy.init_from)
+
+
+def sized_episodes(
+    config: Config, count: Callable[[str], int], note: Callable[[str], None], demonstrated: int = 0
+) -> Config:
+    """The config with the room that its episodes need, where it gives none, as the last of the member buckets.
+
+    Args:
+      count: tokens of a text.
+      note: hears what a given room cuts.
+      demonstrated: as of `check_turns`.
+
+    Raises:
+      ConfigError: no legal turn fits into the turn budget, or no short episode into the room.
+    """
+    rollout, episode = config.rollout, fields(EpisodeConfig, config.rollout)
+    limits = Limits.of(config.registry, episode, count)
+    check_turns(limits, episode, demonstrated)
+    if rollout.room and (cut := check_room(limits, episode)):
+        note(cut)
+    room = rollout.room or limits.room(episode)
+    buckets = (*sorted(size for size in rollout.member_buckets if size < room), room)
+    return dataclasses.replace(config, rollout=dataclasses.replace(rollout, room=room, member_buckets=buckets))
 
 
 def check_batches(config: Config, mesh: Mesh | AbstractMesh) -> None:

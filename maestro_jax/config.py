@@ -115,10 +115,11 @@ class RolloutConfig:
       max_calls: calls per episode; after them the policy may only answer.
       turn_budget: most tokens of one turn.
       observation_tokens: most tokens of an observation's text.
-      observation_multiple: fills the text up to a multiple of so many tokens (1: not at all), so that a
-        quote stands at the same distance from what it quotes; a tiny policy needs that to learn quoting.
-      room: most tokens of a member, turns and observations together.
-      member_buckets: static member lengths that the update is compiled for; the last must be `room`.
+      observation_multiple: fills the text up with full stops to a multiple of so many tokens (1: not at all), so that
+        a quote stands at the same distance from what it quotes; a tiny policy needs that to learn quoting.
+      room: most tokens of a member, turns and observations together; 0: what the longest episode needs, computed from
+        the settings above and the run's tokens (`rollout/limits.py`). A smaller one cuts longer episodes.
+      member_buckets: static member lengths below `room` that the update is compiled for, besides `room` itself.
       lanes: trajectories that decode side by side; 0 gives every trajectory in flight a lane. With fewer, a lane
         whose trajectory waits for an expert goes to another one.
       decode_chunk: tokens between two exchanges with the experts.
@@ -329,11 +330,13 @@ def _check(config: Config) -> None:
         if part not in FREEZABLE:
             raise ConfigError(f"config.policy.freeze has {part!r}; it may name {', '.join(FREEZABLE)}")
     _check_data(config.data)
-    if max(rollout.member_buckets, default=0) != rollout.room:
+    if min(rollout.member_buckets, default=1) < 1:
         raise ConfigError(
-            f"config.rollout.member_buckets {rollout.member_buckets} must end with config.rollout.room={rollout.room}"
+            f"config.rollout.member_buckets {rollout.member_buckets} are lengths in tokens; use 1 or more"
         )
-    if rollout.turn_budget >= rollout.room:
+    if rollout.room < 0:
+        raise ConfigError(f"config.rollout.room={rollout.room} is below 0; set it to 0, and it is computed")
+    if rollout.room and rollout.turn_budget >= rollout.room:
         raise ConfigError(f"config.rollout.turn_budget={rollout.turn_budget} must be below room={rollout.room}")
     _check_rollout(rollout, grpo)
     _check_grpo(grpo)

@@ -29,6 +29,7 @@ from maestro_jax.assemble import (
     open_outages,
     open_params,
     policy_factory,
+    sized_episodes,
 )
 from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.checkpoint.run import Run, find_run
@@ -127,6 +128,7 @@ def main(argv: Sequence[str]) -> None:
         dispatcher = Dispatcher(answered, journal)
         closing.callback(dispatcher.close)
         tokens = load_tokens(run.tokenizer if run else config.policy.tokenizer or config.policy.init_from)
+        config = sized_episodes(config, tokens.count, progress.note)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
 
         # ---- Mesh, policy, engine --------------------------------------------------------------

@@ -26,7 +26,7 @@ from maestro_jax.aot.rollouts import Rollouts
 from maestro_jax.aot.run import Run, Sizes
 from maestro_jax.aot.topology import Target, present_target, tpu_target
 from maestro_jax.aot.updates import update_programs
-from maestro_jax.assemble import check_batches, known_architecture
+from maestro_jax.assemble import check_batches, fields, known_architecture, sized_episodes
 from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import write_json
@@ -35,7 +35,8 @@ from maestro_jax.parallel.mesh import make_mesh
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.tokens import load_tokens
 from maestro_jax.registry.prompt import render_system_prompt
-from maestro_jax.rollout.exchange import observation_frames
+from maestro_jax.rollout.exchange import EpisodeConfig
+from maestro_jax.rollout.limits import Limits
 
 CONFIG = command.config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:8x8, v5p:2x2x2, v6e:4x4, ..., or h100:8; empty: devices at hand.")
@@ -95,12 +96,6 @@ def root_tokens(config: Config) -> tuple[int, bool]:
     return count_tokens(config, render_system_prompt(config.registry, config.rollout.max_calls))
 
 
-def observation_tokens(config: Config) -> int:
-    """Most tokens of an observation with the frame around it."""
-    text, multiple = config.rollout.observation_tokens, config.rollout.observation_multiple
-    return -(-text // multiple) * multiple + count_tokens(config, max(observation_frames(), key=len))[0]
-
-
 def count_tokens(config: Config, text: str) -> tuple[int, bool]:
     """Tokens of a text, and whether they were counted rather than estimated."""
     source = config.policy.tokenizer or config.policy.init_from
@@ -113,8 +108,14 @@ def compile_programs(
     config: Config, architecture: PolicyArchitecture, root: int, target: Target, everything: bool, progress: Progress
 ) -> list[Program] | str:
     """The programs, or why there are none."""
-    sizes = Sizes.of(config, root, observation_tokens(config))
+
+    def count(text: str) -> int:
+        return count_tokens(config, text)[0]
+
     try:
+        config = sized_episodes(config, count, progress.note)
+        observation = Limits.of(config.registry, fields(EpisodeConfig, config.rollout), count).observation
+        sizes = Sizes.of(config, root, observation)
         if not target.devices:
             return [estimate_update(config, architecture, sizes, target)]
         mesh = make_mesh(config.mesh, list(target.devices))

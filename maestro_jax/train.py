@@ -33,6 +33,7 @@ from maestro_jax.assemble import (
     open_outages,
     open_params,
     settings_hashes,
+    sized_episodes,
     update_config,
 )
 from maestro_jax.checkpoint.hf_export import hf_config
@@ -164,6 +165,8 @@ def main(argv: Sequence[str]) -> None:
         system = render_system_prompt(config.registry, config.rollout.max_calls)
         architecture = open_architecture(config.policy.architecture, config.policy.init_from)
         tokens = open_tokens(config, workdir, system, router, train_source, begun)
+        demonstrated = router.longest_turn(tokens.count) if config.warm_start.steps else 0
+        config = sized_episodes(config, tokens.count, progress.note, demonstrated)
         prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
         exchange = Exchange(tokens, config.registry, dispatcher, fields(EpisodeConfig, config.rollout))
         batches = Batches(

@@ -68,8 +68,7 @@ TINY = {
     "rollout.max_calls": 1,
     "rollout.turn_budget": 24,
     "rollout.observation_tokens": 16,
-    "rollout.room": 128,
-    "rollout.member_buckets": "(128,)",
+    "rollout.member_buckets": "()",
     # Prices differ between pairs: with a weight, the members of nearly every group differ in reward.
     "reward.cost_weight": 1e4,
     "warm_start.steps": 40,
@@ -410,6 +409,12 @@ def test_a_shape_of_the_update_is_noted_whenever_the_update_is_compiled() -> Non
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------
+
+
+def test_a_turn_budget_that_cuts_every_call_is_refused_before_anything_is_trained(job: Job, tmp_path: Path) -> None:
+    result = job.run(tmp_path / "run", **{"rollout.turn_budget": 16})
+    assert_refused(result, "turn_budget=16 cuts turns that are right", "or more")
+    assert not (tmp_path / "run" / "warm_start").exists()
 
 
 def test_a_misspelt_override_is_refused(job: Job, tmp_path: Path) -> None:

@@ -27,10 +27,9 @@ def changes(raw: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
         yield add(optimizer__moments="bfloat16")
     if raw.optimizer.moments != "int8":
         yield add(optimizer__moments="int8")
-    buckets = tuple(sorted(raw.rollout.member_buckets))
-    for last in range(len(buckets) - 1, 0, -1):
-        if buckets[last - 1] > raw.rollout.turn_budget:
-            yield add(rollout__member_buckets=buckets[:last], rollout__room=buckets[last - 1])
+    for room in sorted(raw.rollout.member_buckets, reverse=True):
+        if raw.rollout.turn_budget < room and (room < raw.rollout.room or not raw.rollout.room):
+            yield add(rollout__room=room)
     prefixes = tuple(sorted(raw.policy.prefix_buckets))
     for last in range(len(prefixes) - 1, 0, -1):
         yield add(policy__prefix_buckets=prefixes[:last])

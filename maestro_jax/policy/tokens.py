@@ -65,6 +65,10 @@ class Tokens:
         """Ids of trusted text; special tokens are recognised, none is added."""
         return self.tokenizer.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
 
+    def count(self, text: str) -> int:
+        """How many ids trusted text has."""
+        return len(self.encode(text))
+
     def encode_foreign(self, text: str) -> list[int]:
         """Ids of untrusted text: no special id can come out, whatever the text says."""
         # Half a surrogate pair, which JSON can say and UTF-8 cannot: the tokenizer would refuse the whole text.

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import Mesh, PartitionSpec
 
+from maestro_jax.errors import ConfigError
 from maestro_jax.parallel import preemption
 from maestro_jax.parallel.mesh import BATCH_AXES
 from maestro_jax.policy.tokens import END_OF_TURN, Tokens
@@ -39,15 +40,26 @@ log = logging.getLogger(__name__)
 _BEFORE = f"{END_OF_TURN}\n<|im_start|>user\n"
 _AFTER = f"{END_OF_TURN}\n<|im_start|>assistant\n"
 _NO_CALLS_LEFT = " Answer now."
+# A token of its own behind any text, however often it stands there: as text, an episode has the ids that were trained.
+_FILLER = " ."
 _LETTERS = 32  # of a token, at most, where only the head and the tail of a long text are encoded
 # How long an idle engine waits for a reply before it looks round again; other processes may have got one.
 _PATIENCE_SECONDS, _PATIENCE_AMONG_PROCESSES = 1.0, 0.02
 
 
+def observation_frame(body: str, last: bool) -> str:
+    """What stands between two turns of the policy around an observation; `body` begins with a space, if with anything.
+
+    Args:
+      last: whether no call is left.
+    """
+    note = _NO_CALLS_LEFT if last else ""
+    return f"{_BEFORE}{protocol.OBSERVATION_OPEN}{body} {protocol.OBSERVATION_CLOSE}{note}{_AFTER}"
+
+
 def observation_frames() -> list[str]:
     """The text around observations, for the training of a tiny tokenizer."""
-    wrapped = protocol.wrap_observation("0")
-    return [f"{_BEFORE}{wrapped}{_AFTER}", f"{_BEFORE}{wrapped}{_NO_CALLS_LEFT}{_AFTER}"]
+    return [observation_frame(f" 0{_FILLER}", last) for last in (False, True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +68,7 @@ class EpisodeConfig:
 
     max_calls: int
     observation_tokens: int  # most tokens of an observation's text
-    observation_multiple: int  # the text is filled up with line ends to a multiple of so many tokens
+    observation_multiple: int  # the text is filled up with full stops to a multiple of so many tokens
     deadline: float  # seconds an episode may wait for experts, over all its calls
     turn_budget: int
     room: int
@@ -89,11 +101,12 @@ class Exchange:
         self._last_news = 0  # round in which a shard of this process last found something to do
         self.before = tokens.encode(_BEFORE)
         self.after = tokens.encode(_AFTER)
-        self.filler = tokens.encode("\n")[:1]
+        self.filler = tokens.encode(_FILLER)
         self.opening = tokens.encode(protocol.OBSERVATION_OPEN)
         self.closing = tokens.encode(f" {protocol.OBSERVATION_CLOSE}")
         self.no_calls_left = tokens.encode(_NO_CALLS_LEFT)
         self.cut = tokens.encode(" ...")
+        self._check_filler()
         # O: the longest observation with everything around it.
         longest = Observation("0 " * (config.observation_tokens + config.observation_multiple), Status.OK)
         self.observation_bucket = len(self.observation_ids(longest, last=True))
@@ -333,18 +346,35 @@ class Exchange:
         """A whole user turn with the neutralised, capped observation, and the next assistant header."""
         return self._framed(self.body_ids(observation.text), last)
 
+    def _check_filler(self) -> None:
+        filled = [*self.tokens.encode(" 0"), *self.filler * 2, *self.closing]
+        text = f" 0{_FILLER * 2} {protocol.OBSERVATION_CLOSE}"
+        if self.config.observation_multiple > 1 and (len(self.filler) > 1 or self.tokens.encode(text) != filled):
+            raise ConfigError(
+                f"config.rollout.observation_multiple={self.config.observation_multiple} fills observations up with "
+                f"{_FILLER!r}, which is no token of its own in this tokenizer; set it to 1, or take another tokenizer"
+            )
+
     def _framed(self, body: list[int], last: bool) -> list[int]:
         fill = self.filler * (-len(body) % self.config.observation_multiple)
         note = self.no_calls_left if last else []
         return [*self.before, *self.opening, *body, *fill, *self.closing, *note, *self.after]
 
     def body_ids(self, text: str) -> list[int]:
-        """Foreign text, neutralised and capped; with its leading space, so that a quote has the same tokens."""
-        most = _LETTERS * self.config.observation_tokens
+        """Foreign text, neutralised and capped: the ids of the text that they show.
+
+        It has its leading space, so that a quote has the same tokens.
+        """
+        limit = self.config.observation_tokens
+        most = _LETTERS * limit
         if len(text) > 2 * most:  # megabytes would take seconds, and all but head and tail is cut anyway
             text = f"{text[:most]} ... {text[-most:]}"
-        ids = self.tokens.encode_foreign(f" {protocol.neutralise(text, self.tokens.special_texts)}")
-        return protocol.cap_ids(ids, self.config.observation_tokens, self.cut)
+        ids = shown = self.tokens.encode_foreign(f" {protocol.neutralise(text, self.tokens.special_texts)}")
+        kept = limit
+        while len(shown) > limit:  # beside a cut, text may be read as other tokens, and as more
+            shown = self.tokens.encode_foreign(self.tokens.decode(protocol.cap_ids(ids, kept, self.cut)))
+            kept -= 1
+        return shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ from maestro_jax.types import Call, Observation, Status, Task
 
 NO_HELP = "I cannot tell."
 _IN_FLIGHT = 64
+_QUERY = "answer the question"  # for a skill that the config has no phrases for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +58,23 @@ class WeakRouter:
             claimed_expert, claimed_skill = self.config.claims[source]
             expert = claimed_expert if rng.random() < self.config.follow_expert else expert
             skill = claimed_skill if rng.random() < self.config.follow_skill else skill
-        phrases = self.config.queries.get(skill, ("answer the question",))
+        phrases = self.config.queries.get(skill, (_QUERY,))
         return Call(expert, skill, phrases[rng.integers(len(phrases))])
 
     def thought(self, source: str) -> str:
         """What is written before the first call; empty for sources that have no thought."""
         text = self.config.thoughts.get(source, "")
         return f"{protocol.THINK_OPEN} {text} {protocol.THINK_CLOSE}" if text else ""
+
+    def longest_turn(self, count: Callable[[str], int]) -> int:
+        """Most tokens that it writes before a reply, as `count` counts those of a text."""
+        calls = [
+            call_text(Call(expert.name, skill.name, phrase))
+            for expert in self.registry.shown_experts
+            for skill in self.registry.shown_skills
+            for phrase in self.config.queries.get(skill.name, (_QUERY,))
+        ]
+        return max((count(self.thought(source)) for source in self.config.thoughts), default=0) + max(map(count, calls))
 
     def texts(self) -> list[str]:
         """Everything the router can write before an answer, for the tokenizer's training."""

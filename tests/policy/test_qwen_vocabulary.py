@@ -16,8 +16,10 @@ from PIL import Image
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.rollout.automaton import CLOSING_TAGS, START, build_automaton
+from maestro_jax.rollout.exchange import Exchange
 from maestro_jax.types import StopReason, Task
 from tests.policy import qwen, reference
+from tests.rollout import test_as_text
 
 # ---- ids ---------------------------------------------------------------------------------------------------
 
@@ -106,6 +108,19 @@ def test_plain_added_words_stay_visible(word: str, qwen_tokens: Tokens, token_by
 def test_token_bytes_join_to_the_text(qwen_tokens: Tokens, token_bytes: list[bytes], text: str) -> None:
     joined = b"".join(token_bytes[i] for i in qwen_tokens.encode_foreign(text))
     assert joined == unicodedata.normalize("NFC", text).encode()
+
+
+# ---- observations ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exchange(qwen_tokens: Tokens) -> Exchange:
+    return test_as_text.exchange_of(qwen_tokens)
+
+
+@given(text=TEXT, last=st.booleans())
+def test_an_observation_is_read_as_the_ids_that_it_has(exchange: Exchange, text: str, last: bool) -> None:
+    test_as_text.assert_read_alike(exchange, text, last)
 
 
 # ---- stop automaton ----------------------------------------------------------------------------------------
