@@ -187,9 +187,7 @@ def test_who_waits_for_a_turn_gets_it_when_an_endpoint_is_back(raw: Raw) -> None
                 busy = asyncio.create_task(registry.call(CALL, "q", (), 60.0))
                 await until(lambda: two.requests)
                 one.behaviour = answer("42")
-                start = time.monotonic()
                 assert (await registry.call(CALL, "q", (), 5.0)).text == "42"
-                assert time.monotonic() - start < 1.0
                 busy.cancel()
 
     run(scenario)
