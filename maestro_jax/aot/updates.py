@@ -26,7 +26,7 @@ def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
         run.mesh,
         run.state,
     )
-    batch = _batch(run)
+    batch = planned_part(run)
     # Episodes that outlive a step keep their keys and values; those of a step that streams, the weights as well.
     held: list[Any] = [run.reference, *(rollouts.episodes if config.rollout.ahead else ())]
     none = jax.tree.map(lambda n: run.array((), jnp.asarray(n).dtype, run.everywhere), LossCount(0, 0))
@@ -44,7 +44,8 @@ def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
     return [accumulate, run.compile("apply", step.apply, last, held)]
 
 
-def _batch(run: Run) -> GroupBatch:
+def planned_part(run: Run) -> GroupBatch:
+    """The largest part: longest members, all of their tokens in the loss."""
     s, array, groups = run.sizes, run.array, run.sizes.part
     members, tokens = (groups, s.members), (groups, s.members, s.room)
     return GroupBatch(
