@@ -72,12 +72,12 @@ def gaps(summary: Mapping[str, Any]) -> list[str]:
     """What the figures do not count, and how much of the training experts failed; nothing where all is well."""
     missing, tasks = summary.get("missing", {}), summary.get("held_out_tasks", 0)
     lines = [
-        f"{dict(ROWS)[row]}: {missing[row]} of {tasks} tasks not answered (an expert failed): accuracy over the others"
+        f"{dict(ROWS)[row]}: {missing[row]} of {tasks} tasks not answered; accuracy over the others"
         for row in ("warm_start", "trained")
         if missing.get(row)
     ]
     if missing.get("baselines"):
-        lines.append(f"baselines: {missing['baselines']} calls not answered: accuracy over the others")
+        lines.append(f"baselines: {missing['baselines']} calls not answered; accuracy over the others")
     for expert, share in summary.get("marked", {}).items():
         lines.append(f"{expert} failed {_percent(share)} % of the training episodes at first")
     return lines

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from maestro_jax.data.source import TaskView
+from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import QUERY, Baselines, run_baselines, summarise
+from maestro_jax.parallel import preemption
 from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig, SkillConfig
+from maestro_jax.rollout import outages
+from maestro_jax.rollout.outages import RETRIES, OutageConfig, Outages
 from maestro_jax.types import Call, Observation, Status, Task
 from tests.data.listed import Listed
 
@@ -67,6 +73,7 @@ class Desk:
         self.answers = answers
         self.calls: list[tuple[Call, str, tuple[bytes, ...]]] = []
         self.replies: list[tuple[int, Observation]] = []
+        self.voided: list[str] = []
 
     def submit(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> None:
         self.calls.append((call, question, images))
@@ -74,6 +81,9 @@ class Desk:
 
     def check(self) -> None:
         """No call ends with an error of the user's."""
+
+    def void(self, askers: list[str]) -> None:
+        self.voided += askers
 
     def wait(self, timeout: float) -> bool:
         return bool(self.replies)
@@ -142,3 +152,61 @@ def test_tasks_are_in_memory_while_they_are_asked_about() -> None:
     found = run_baselines(view, registry(X=(), Y=()), desk, 9.0, lambda done: None)  # type: ignore[arg-type]
     assert found.random["overall"] == 1.0 and len(desk.calls) == 500 * len(PAIRS)
     assert source.most_alive < 5 and source.reads < 5 * 500
+
+
+# ---- experts that fail -------------------------------------------------------------------------------------
+
+LOST = Observation("gone", Status.UNAVAILABLE)
+
+
+def patient(shunned: dict[str, str], note: Callable[[str], None], patience: float = 60.0) -> Outages:
+    return Outages(OutageConfig(0.2, patience), ["A", "B"], lambda: shunned, note)
+
+
+def test_calls_that_met_an_outage_are_made_again() -> None:
+    """They once counted as wrong: the best pair was cached with 25 % instead of 100 %."""
+    answers = {Pair(*pair): Observation("7", Status.OK) for pair in PAIRS} | {Pair("A", "X"): LOST}
+    desk, out = Desk(answers), {"A": "no connection"}
+
+    def note(line: str) -> None:
+        assert line.startswith("waiting for A (25 %): 25 % of 8 calls met an outage (no connection)")
+        desk.answers[Pair("A", "X")] = Observation("7", Status.OK)
+        out.clear()
+
+    tasks = [task(0, "counting"), task(1, "reading")]
+    found = run_baselines(tasks, registry(X=(), Y=()), desk, 9.0, lambda done: None, patient(out, note))  # type: ignore[arg-type]
+    assert (found.random["overall"], found.missing) == (1.0, 0)
+    assert [(call.expert, call.skill) for call, _, _ in desk.calls[8:]] == [("A", "X")] * 2
+    assert desk.voided == ["ticket 0", "ticket 4"]
+
+
+def test_baselines_of_experts_that_stay_away_are_none() -> None:
+    desk = Desk({Pair(*pair): LOST for pair in PAIRS})
+    with pytest.raises(preemption.Preempted) as stop:
+        run_baselines(
+            [task(0, "x")], registry(X=(), Y=()), desk, 9.0, lambda done: None, patient({"A": "away"}, print, 0)
+        )  # type: ignore[arg-type]
+    assert stop.value.reason.startswith("waited 0 s (config.rollout.patience) for A (50 %) and B (50 %)")
+
+
+def test_baselines_of_experts_that_refuse_everything_are_the_users_to_mend() -> None:
+    desk = Desk({Pair(*pair): Observation("no", Status.CONFIG_ERROR) for pair in PAIRS})
+    with pytest.raises(ConfigError, match="4 of 4 calls were refused by A .*maestro_jax.doctor"):
+        run_baselines([task(0, "x")], registry(X=(), Y=()), desk, 9.0, lambda done: None, patient({}, print))  # type: ignore[arg-type]
+
+
+def test_a_call_that_always_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outages, "FIRST_PAUSE", 0.0)
+    tasks = [task(number, "counting") for number in range(3)]
+
+    class Stubborn(Desk):
+        def submit(self, ticket: int, call: Call, *told: Any) -> None:
+            super().submit(ticket, call, *told)
+            if ticket == 0:
+                self.replies[-1] = (ticket, Observation("", Status.TIMEOUT))
+
+    desk = Stubborn({Pair(*pair): Observation("7" if pair[1] == "X" else "8", Status.OK) for pair in PAIRS})
+    found = run_baselines(tasks, registry(X=(), Y=()), desk, 9.0, lambda done: None, patient({}, print))  # type: ignore[arg-type]
+    assert len(desk.calls) == 12 + RETRIES
+    assert (found.missing, found.by_pair["counting"][("A", "X")], found.task_oracle["overall"]) == (1, 1.0, 1.0)
+    assert found.random["overall"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)

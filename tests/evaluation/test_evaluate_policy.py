@@ -1,5 +1,6 @@
 """Evaluation of a policy: what is counted, and that every task is run once."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -98,6 +99,15 @@ def test_one_episode_per_task_from_the_given_seed(greedy: bool) -> None:
     engine = Engine(TRAJECTORIES)
     evaluate(engine, greedy=greedy)
     assert all((a["members"], a["seed"], a["greedy"]) == (1, 3, greedy) for a in engine.asked)
+
+
+def test_what_is_not_answered_counts_neither_as_right_nor_as_wrong() -> None:
+    """It once counted as wrong, and nobody was told."""
+    lost = dataclasses.replace(TRAJECTORIES[1], marked=True)
+    found = evaluate(Engine([TRAJECTORIES[0], lost, *TRAJECTORIES[2:]]))
+    assert (found.accuracy, found.missing) == (pytest.approx(3 / 4), 1)
+    assert found.accuracy_by_domain == pytest.approx({"counting": 1.0, "reading": 1 / 2})
+    assert found.routing["counting"] == {("Tally", "Counting"): 1}
 
 
 def test_an_evaluation_survives_its_json_file() -> None:

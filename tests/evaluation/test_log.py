@@ -25,6 +25,18 @@ def test_what_is_added_is_found_again(tmp_path: Path) -> None:
     assert {name: again.get(name) for name in BATCHES} == BATCHES and again.get("2 greedy") is None
 
 
+def test_a_batch_that_is_not_whole_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "episodes.jsonl"
+    write(path)
+    again = RecordLog(path, is_whole=lambda records: records[0]["task"] != "a")
+    assert again.get("0 greedy") is None and again.get("1 greedy") == BATCHES["1 greedy"]
+    again.add("0 greedy", [{"task": "d"}])
+    again.close()
+    found = RecordLog(path)
+    assert found.get("0 greedy") == [{"task": "d"}] and found.get("1 greedy") == BATCHES["1 greedy"]
+    assert path.read_text().count('"batch": "0 greedy"') == 1 and '"task": "a"' not in path.read_text()
+
+
 def test_a_kill_at_any_byte_leaves_whole_batches_that_can_be_gone_on_from(tmp_path: Path) -> None:
     path = tmp_path / "episodes.jsonl"
     whole = write(path)

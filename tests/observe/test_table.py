@@ -27,6 +27,15 @@ def test_fits_the_terminal_in_ascii(domains: int) -> None:
     assert table.isascii()
 
 
+def test_says_what_the_figures_leave_out() -> None:
+    gaps = {"missing": {"warm_start": 12, "trained": 0, "baselines": 30}, "marked": {"Chart-Lens": 0.043}}
+    table = summary_table(summary(2) | gaps)
+    assert "warm start (before RL): 12 of 250 tasks not answered; accuracy over the others\n" in table
+    assert "baselines: 30 calls not answered" in table and "trained (after RL): " not in table
+    assert "Chart-Lens failed 4.3 % of the training episodes at first" in table
+    assert max(len(line) for line in table.splitlines()) <= WIDTH
+
+
 def test_says_everything_once() -> None:
     table = summary_table(summary(2))
     for part in (

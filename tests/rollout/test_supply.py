@@ -14,6 +14,7 @@ from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.prompts import PreparedTask, Prompts
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.rollout.engine import Rollout
+from maestro_jax.rollout.outages import OutageConfig, Outages
 from maestro_jax.rollout.supply import Supply, SupplyConfig
 from maestro_jax.types import Call, Observation, Status
 from tests.rollout import toy
@@ -28,9 +29,12 @@ class SlowForSome(Experts):
     def __init__(self, delay: float, slow: str):
         super().__init__(0.0, seed=0)
         self.seconds, self.slow = delay, slow
+        self.out = ""  # questions that have this in them are not answered
 
     async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation:
         await asyncio.sleep(self.seconds if self.slow in question else 0.0)
+        if self.out and self.out in question:
+            return Observation("gone", Status.UNAVAILABLE)
         return Observation(f"{question[:-1]} {call.expert}", Status.OK)
 
 
@@ -53,15 +57,22 @@ class Numbered:
 
 
 @pytest.fixture(scope="module")
-def runner(toy_tokens: Tokens) -> Iterator[Runner]:
-    made = bigram_runner(toy_tokens, one_device(), SlowForSome(0.3, "many 1?"))
+def experts() -> SlowForSome:
+    return SlowForSome(0.3, "many 1?")
+
+
+@pytest.fixture(scope="module")
+def runner(toy_tokens: Tokens, experts: SlowForSome) -> Iterator[Runner]:
+    made = bigram_runner(toy_tokens, one_device(), experts)
     yield made
     made.dispatcher.close()
 
 
-def supply(runner: Runner, parts: int = 1, ahead: int = 0, staleness: int = 0) -> Supply:
+def supply(
+    runner: Runner, parts: int = 1, ahead: int = 0, staleness: int = 0, outages: Outages | None = None
+) -> Supply:
     batches = Numbered(runner.engine.prompts)
-    return Supply(runner.engine, batches, SupplyConfig(GROUPS, MEMBERS, parts, ahead, staleness), seed=0)
+    return Supply(runner.engine, batches, SupplyConfig(GROUPS, MEMBERS, parts, ahead, staleness), 0, outages)
 
 
 def ids(rollout: Rollout) -> list[str]:
@@ -153,3 +164,60 @@ def test_groups_under_way_stay_where_they_are(runner: Runner) -> None:
     assert any(state["done"].values())  # the slow task of the first batch is still with its expert
     with pytest.raises(ConfigError, match="2 processes and 2 batch shards .* this start has 1 and 1"):
         supply(runner, ahead=1, staleness=2).set_state(state | {"layout": [2, 2]})
+
+
+# ---- outages -----------------------------------------------------------------------------------------------
+
+
+def until_back(experts: SlowForSome, out: str, max_marked: float = 0.0) -> tuple[Outages, list[str]]:
+    """Nobody answers some questions until the first line about it is written; and those lines."""
+    lines: list[str] = []
+
+    def note(line: str) -> None:
+        lines.append(line)
+        experts.out = ""
+
+    experts.out = out
+    return Outages(OutageConfig(max_marked, 60.0), [], lambda: {"Glyph": "away"} if experts.out else {}, note), lines
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_that_meets_an_outage_is_the_step_that_it_would_have_been(
+    parts: int, runner: Runner, experts: SlowForSome
+) -> None:
+    wanted = joined(list(supply(runner, parts=parts).step(runner.params, step=1)))
+    outages, lines = until_back(experts, "many 0?")
+    source = supply(runner, parts=parts, outages=outages)
+    found = list(source.step(runner.params, step=1))
+    assert [ids(part) for part in found] == [["toy/000", "toy/001"]] if parts == 1 else [["toy/000"], ["toy/001"]]
+    assert_same_arrays(joined(found), wanted)
+    assert not any(t.marked for part in found for group in part.trajectories for t in group)
+    assert len(lines) == 1 and "of the episodes of step 1 met an outage (away)" in lines[0]
+    assert 0 < sum(source.marked.values()) <= 1  # it is told how much was marked at first
+    list(source.step(runner.params, step=2))
+    assert source.marked == {} and len(lines) == 1
+
+
+def test_few_marked_episodes_are_left_out(runner: Runner, experts: SlowForSome) -> None:
+    outages, lines = until_back(experts, "many 0?", max_marked=0.5)
+    (found,) = supply(runner, outages=outages).step(runner.params, step=1)
+    assert [any(t.marked for t in group) for group in found.trajectories] == [True, False] and not lines
+    experts.out = ""
+
+
+def test_a_part_with_a_marked_episode_waits_until_the_step_is_known(runner: Runner, experts: SlowForSome) -> None:
+    """What is over and clean is given at once."""
+    outages, lines = until_back(experts, "many 1?")
+    stream = supply(runner, parts=2, outages=outages).step(runner.params, step=1)
+    assert ids(next(stream)) == ["toy/000"] and not lines
+    assert ids(next(stream)) == ["toy/001"] and len(lines) == 1
+
+
+def test_ahead_what_met_an_outage_is_trained_once_and_unmarked(runner: Runner, experts: SlowForSome) -> None:
+    outages, lines = until_back(experts, "many")
+    source, trained = supply(runner, ahead=1, staleness=1, outages=outages), []
+    for step in range(1, 5):
+        (rollout,) = source.step(runner.params, step)
+        trained += ids(rollout)
+        assert not any(t.marked or not t.finished for group in rollout.trajectories for t in group)
+    assert len(set(trained)) == len(trained) == 4 * GROUPS and lines

@@ -1,6 +1,6 @@
 """A small registry, a weak router and experts that answer at once, in any order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -56,9 +56,19 @@ def tasks() -> list[Task]:
 
 
 class InstantExperts:
-    """Stands for the dispatcher: `reply` answers every call; with `backwards` the last one comes in first."""
+    """Stands for the dispatcher: `reply` answers every call; with `backwards` the last one comes in first.
 
-    def __init__(self, reply: Callable[[Call, str], str], backwards: bool = False):
+    Some experts may fail with a status.
+    """
+
+    def __init__(
+        self,
+        reply: Callable[[Call, str], str],
+        backwards: bool = False,
+        failing: Sequence[str] = (),
+        status: Status = Status.UNAVAILABLE,
+    ):
+        self.failing, self.status = failing, status
         self.reply = reply
         self.backwards = backwards
         self.calls: list[tuple[Call, str]] = []
@@ -66,7 +76,11 @@ class InstantExperts:
 
     def submit(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> None:
         self.calls.append((call, question))
-        self.ready.append((ticket, Observation(self.reply(call, question), Status.OK)))
+        status = self.status if call.expert in self.failing else Status.OK
+        self.ready.append((ticket, Observation(self.reply(call, question), status)))
+
+    def void(self, askers: Sequence[str]) -> None:
+        """There is no journal."""
 
     def check(self) -> None:
         """No call ends with an error of the user's."""

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 from maestro_jax.observe.progress import Progress
+from maestro_jax.parallel import preemption
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.config import RegistryConfig
+from maestro_jax.rollout import outages as outages_module
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
+from maestro_jax.rollout.outages import OutageConfig, Outages
 from maestro_jax.rollout.protocol import parse_turn
 from maestro_jax.types import Call, Observation, Status, StopReason, Task
 from maestro_jax.warm_start.demonstrations import (
@@ -88,6 +91,34 @@ def test_many_calls_come_back_in_order_with_few_in_flight(instant_experts: Any, 
     found = make_calls(experts, calls, 1.0, tick)
     assert [one.text for one in found] == [echo(call, task.question) for task, call in calls]
     assert heard[-1] == 200 and most <= 64
+
+
+def test_demonstrations_of_experts_that_stay_away_are_none(
+    make_router: Make, instant_experts: Any, tokens: Tokens, tasks: list[Task]
+) -> None:
+    """They once quoted error messages, and a run was trained on them."""
+    router = make_router()
+    experts = instant_experts(echo, failing=[expert.name for expert in router.registry.experts])
+    exchange, lines = Exchange(tokens, router.registry, experts, EPISODE), list[str]()
+    outages = Outages(OutageConfig(0.2, 0.0), ["Chart-Lens"], lambda: {"Chart-Lens": "no connection"}, lines.append)
+    with pytest.raises(preemption.Preempted) as stop:
+        write_demonstrations(tasks, router, exchange, 0, Progress(io.StringIO()), outages)
+    assert "100 % of 12 calls met an outage" in stop.value.reason
+
+
+def test_what_always_fails_reads_as_a_reply_that_gives_nothing(
+    make_router: Make, instant_experts: Any, tokens: Tokens, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outages_module, "FIRST_PAUSE", 0.0)
+    experts, router = instant_experts(echo, failing=["Chart-Lens"], status=Status.TIMEOUT), make_router()
+    exchange = Exchange(tokens, router.registry, experts, dataclasses.replace(EPISODE, max_calls=1))
+    outages = Outages(OutageConfig(0.99, 60.0), ["Chart-Lens"], dict, lambda line: None)
+    written = write_demonstrations(tasks, router, exchange, 0, Progress(io.StringIO()), outages)
+    first = [call for call, _ in experts.calls[: len(tasks)]]
+    assert {call.expert for call in first} > {"Chart-Lens"}
+    for one, call in zip(written, first, strict=True):
+        said = NO_HELP if call.expert == "Chart-Lens" else echo(call, one.task.question)
+        assert pieces(one)[-1] == (True, tokens.encode(answer_text(said)))
 
 
 # ---- demonstrations ----------------------------------------------------------------------------------------
@@ -223,7 +254,7 @@ def test_the_seed_decides_and_the_order_of_arrival_does_not(write: Callable[...,
     settings = {"rehearsal": 0.5, "second_call": 0.5}
 
     def reply(call: Call, question: str) -> str:
-        return NO_HELP if call.expert == "Tally" else echo(call, question)
+        return NO_HELP if call.expert == "Chart-Lens" else echo(call, question)
 
     forwards, _, _ = write(reply, **settings)
     backwards, _, _ = write(reply, backwards=True, **settings)
