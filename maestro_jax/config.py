@@ -263,14 +263,17 @@ class Config:
     mesh: MeshConfig
 
 
-def parse_config(raw: Any) -> Config:
+def parse_config(raw: Any, trains: bool = True) -> Config:
     """Checks a `ConfigDict` (or any nested mapping) and freezes it.
+
+    Args:
+      trains: whether it is to be trained with; else settings that only training uses may contradict each other.
 
     Raises:
       ConfigError: an unknown or missing key, a wrong type, or settings that contradict each other.
     """
     config = _read(Config, _plain(raw), "config")
-    _check(config)
+    _check(config, trains)
     return config
 
 
@@ -316,7 +319,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, trains: bool) -> None:
     rollout, grpo = config.rollout, config.grpo
     if not config.policy.init_from and not config.policy.architecture:
         raise ConfigError("config.policy.architecture is empty; fill it in, or set config.policy.init_from")
@@ -329,7 +332,7 @@ def _check(config: Config) -> None:
     for part in config.policy.freeze:
         if part not in FREEZABLE:
             raise ConfigError(f"config.policy.freeze has {part!r}; it may name {', '.join(FREEZABLE)}")
-    _check_data(config.data)
+    _check_data(config.data, trains)
     if min(rollout.member_buckets, default=1) < 1:
         raise ConfigError(
             f"config.rollout.member_buckets {rollout.member_buckets} are lengths in tokens; use 1 or more"
@@ -338,7 +341,10 @@ def _check(config: Config) -> None:
         raise ConfigError(f"config.rollout.room={rollout.room} is below 0; set it to 0, and it is computed")
     if rollout.room and rollout.turn_budget >= rollout.room:
         raise ConfigError(f"config.rollout.turn_budget={rollout.turn_budget} must be below room={rollout.room}")
-    _check_rollout(rollout, grpo)
+    _check_rollout(rollout)
+    if not trains:
+        return
+    _check_ahead(rollout, grpo)
     _check_grpo(grpo)
     _check_checkpoint(config.checkpoint)
     _check_evaluate(config.evaluate)
@@ -359,9 +365,15 @@ def _check(config: Config) -> None:
             raise ConfigError(f"config.warm_start.queries.{skill} is no skill of the registry; {cure}")
 
 
-def _check_data(data: DataConfig) -> None:
+def _check_data(data: DataConfig, trains: bool) -> None:
     if data.kind not in ("suite", *KINDS):
         raise ConfigError(f"config.data.kind {data.kind!r} is unknown; use one of suite, {', '.join(KINDS)}")
+    if not trains:
+        if data.kind != "suite" and not data.test_files:
+            raise ConfigError(
+                f'config.data.kind "{data.kind}" needs config.data.test_files; name the files of its tasks'
+            )
+        return
     if data.kind != "suite" and not ((data.train_files or data.mixture) and data.test_files):
         cure = "name files, or a mixture in place of the first"
         raise ConfigError(
@@ -379,7 +391,7 @@ def _check_data(data: DataConfig) -> None:
             raise ConfigError(f"{where}.weight={part.weight} draws nothing from it; use a number above 0")
 
 
-def _check_rollout(rollout: RolloutConfig, grpo: GrpoConfig) -> None:
+def _check_rollout(rollout: RolloutConfig) -> None:
     for key in ("decode_chunk", "turn_budget"):
         if getattr(rollout, key) < 1:
             raise ConfigError(f"config.rollout.{key}={getattr(rollout, key)} decodes nothing; use 1 or more")
@@ -387,6 +399,9 @@ def _check_rollout(rollout: RolloutConfig, grpo: GrpoConfig) -> None:
         raise ConfigError(f"config.rollout.max_marked={rollout.max_marked} is no share; use 0 to 1 (0.2 is usual)")
     if rollout.patience < 0:
         raise ConfigError(f"config.rollout.patience={rollout.patience} is below 0; use seconds (600 is usual)")
+
+
+def _check_ahead(rollout: RolloutConfig, grpo: GrpoConfig) -> None:
     if rollout.ahead < 0 or rollout.staleness < rollout.ahead:
         raise ConfigError(
             f"config.rollout.staleness={rollout.staleness} must be at least config.rollout.ahead={rollout.ahead}: "

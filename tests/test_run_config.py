@@ -247,6 +247,39 @@ def test_a_contradiction_names_the_cure(key: str, value: Any, says: str) -> None
     assert says in text and f"config.{key.split('.')[0]}." in text
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("warm_start.claims", {"charts": ("Nobody", "Nothing")}),
+        ("warm_start.steps", 10_000),
+        ("optimizer.decay_steps", 2),
+        ("grpo.group_size", 1),
+        ("checkpoint.every", 0),
+        ("rollout.ahead", 1),
+        ("rollout.member_buckets", (64, 96)),
+        ("data.mixture", ({**PART, "weight": 0},)),
+    ],
+)
+def test_settings_that_only_training_uses_are_checked_for_training_only(key: str, value: Any) -> None:
+    raw = with_value(key, value)
+    message(raw)
+    parse_config(raw, trains=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("rollout.turn_budget", 0, "decodes nothing"),
+        ("rollout.turn_budget", 10_000, "must be below room="),
+        ("data.kind", "jsonl", '"jsonl" needs config.data.test_files'),
+        ("policy.attention", "flash", "use one of auto, xla, blocks, splash"),
+    ],
+)
+def test_settings_that_an_evaluation_uses_are_checked(key: str, value: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config(with_value(key, value), trains=False)
+
+
 def test_training_files_beside_a_mixture_are_refused() -> None:
     config = with_value("data.mixture", (PART,))
     config.data.train_files = ("train.parquet",)
