@@ -199,17 +199,30 @@ def open_outages(config: Config, dispatcher: Dispatcher, progress: Progress, rep
 
 def open_data(config: Config, workdir: Path, progress: Progress) -> tuple[TaskSource, TaskSource]:
     """Training and held-out tasks; the suite is built on first use."""
+    return open_training(config, workdir, progress), open_held_out(config, workdir, progress)
+
+
+def open_training(config: Config, workdir: Path, progress: Progress) -> TaskSource:
     data = config.data
-    train: TaskSource | None = open_mixture(data.mixture) if data.mixture else None
+    if data.mixture:
+        return open_mixture(data.mixture)
     if data.kind in KINDS:
-        root = data.image_root
-        if train is None:
-            train = open_source(data.kind, data.train_files, split=data.train_split, image_root=root)
-        return train, open_source(data.kind, data.test_files, split=data.test_split, image_root=root)
-    directory = data.suite_directory or workdir / "suite"
-    counts = data.train_per_domain, data.test_per_domain
-    suite = cluster.from_main(lambda: str(build_suite(directory, *counts, config.seed, progress)))
-    return TfdsSource(suite, "train") if train is None else train, TfdsSource(suite, "test")
+        return open_source(data.kind, data.train_files, split=data.train_split, image_root=data.image_root)
+    return TfdsSource(open_suite(config, workdir, progress), "train")
+
+
+def open_held_out(config: Config, workdir: Path, progress: Progress) -> TaskSource:
+    data = config.data
+    if data.kind in KINDS:
+        return open_source(data.kind, data.test_files, split=data.test_split, image_root=data.image_root)
+    return TfdsSource(open_suite(config, workdir, progress), "test")
+
+
+def open_suite(config: Config, workdir: Path, progress: Progress) -> str:
+    """The directory of the suite, built if it is not there."""
+    directory = config.data.suite_directory or workdir / "suite"
+    counts = config.data.train_per_domain, config.data.test_per_domain
+    return cluster.from_main(lambda: str(build_suite(directory, *counts, config.seed, progress)))
 
 
 def first_tasks(source: TaskSource, count: int) -> TaskView:
@@ -231,14 +244,12 @@ def check_tasks(
     held_out: TaskSource | None,
     kept: Path,
     progress: Progress,
-    wanted: Callable[[str], bool] = lambda source: True,
 ) -> None:
     """That all tasks can be told apart and graded, before anything is computed; process 0 reads for all.
 
     Args:
       held_out: must be readable as a whole besides, for no row of it may be skipped.
       kept: file of what is known of the data's files already.
-      wanted: which sources of tasks are used.
 
     Raises:
       ConfigError: two tasks of a source share an id, nobody can grade one, or one that is held out is damaged.
@@ -249,10 +260,10 @@ def check_tasks(
         try:
             for number, source in enumerate(sources):
                 name = f"data source {number}" if len(sources) > 1 else "tasks"
-                found |= graded_sources(source, survey(source, name, kept, progress), wanted)
+                found |= graded_sources(source, survey(source, name, kept, progress))
             if held_out is not None:
                 rows = survey(held_out, "held-out tasks", kept, progress, whole=True)
-                found |= graded_sources(held_out, rows, wanted)
+                found |= graded_sources(held_out, rows)
         except UserError as error:
             return [], str(error)
         return sorted(found), ""
@@ -263,15 +274,14 @@ def check_tasks(
     check_sources(names)
 
 
-def graded_sources(source: TaskSource, rows: Mapping[str, int], wanted: Callable[[str], bool]) -> set[str]:
-    """The wanted ones; raises ConfigError with the row of one that has no grader."""
-    found = {name for name in rows if wanted(name)}
-    for name in sorted(found, key=rows.__getitem__):
+def graded_sources(source: TaskSource, rows: Mapping[str, int]) -> set[str]:
+    """All of them; raises ConfigError with the row of one that has no grader."""
+    for name in sorted(rows, key=rows.__getitem__):
         try:
             grader_for(name)
         except ConfigError as error:
             raise ConfigError(f"{source.where(rows[name])}: {error}, or correct the row") from None
-    return found
+    return set(rows)
 
 
 def open_mixture(parts: Sequence[MixedConfig]) -> Mixture:

@@ -8,6 +8,7 @@ gone (restart all); where JAX is the first to notice that, it ends the process w
 import atexit
 import gc
 import os
+import re
 import sys
 import threading
 import time
@@ -33,18 +34,24 @@ EXIT_SECONDS = 2.0  # for what libraries and we do at the exit
 TOGETHER_SECONDS = 10.0  # for all processes of a run that stop together
 
 
-def run(main: Callable[[Sequence[str]], Any], required: Sequence[str], arguments: int = 0) -> None:
+def run(
+    main: Callable[[Sequence[str]], Any],
+    required: Sequence[str],
+    arguments: int = 0,
+    own_config: Callable[[], str] | None = None,
+) -> None:
     """Parses flags and runs `main`; a `UserError` is printed as one line.
 
     Args:
       required: flags that must be given.
       arguments: most words that are no flags; `main` says which.
+      own_config: where --config is missing, says by the other flags which file to take; "" takes none.
     """
     tune_collector()
     preemption.listen()
     try:
         failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
-        app.run(main, flags_parser=lambda argv: _parse(argv, required, arguments))
+        app.run(main, flags_parser=lambda argv: _parse(argv, required, arguments, own_config))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _leave(EXIT_CONFIG)
@@ -93,9 +100,17 @@ def tune_collector() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-def _parse(argv: Sequence[str], required: Sequence[str], arguments: int) -> list[str]:
+def _parse(
+    argv: Sequence[str], required: Sequence[str], arguments: int, own_config: Callable[[], str] | None
+) -> list[str]:
     logging.set_verbosity(logging.WARNING)  # libraries report every file they open
     try:
+        given = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        if own_config and not any(re.match(r"--?config(=|$)", flag) for flag in given):
+            flags.FLAGS(argv, known_only=True)
+            if path := own_config():
+                sys.argv.insert(1, f"--config={path}")  # where ml_collections looks for overrides, too
+                argv = sys.argv
         rest = flags.FLAGS(argv)
     except UserError:
         raise

@@ -1,32 +1,45 @@
-"""Says, before a run, whether its registry is sound and its experts answer.
+"""Says, before a run, whether its registry is sound, its data can be used and its experts answer.
 
     python -m maestro_jax.doctor --config configs/qwen3_vl_4b.py [--seconds 60] [--static]
 
 One line for each finding, with its cure. First what the config alone shows: unknown names, cycles, missing services,
 stages that do not fit together, environment variables that are not set, `serve` commands that `experts up` would
-refuse. Then everything is built, the sandbox too where a skill needs one, and every endpoint gets one real request with
-the expert's own settings (`registry/trials.py`), also those of models behind services. Exit code 0 if all is well, else
-78.
+refuse. Then the data is gone through: every task needs an id and a grader, and where the tokenizer is at hand, one of
+each source is made into a prompt. Then everything is built, the sandbox too where a skill needs one, and every endpoint
+gets one real request with the expert's own settings (`registry/trials.py`), also those of models behind services. Exit
+code 0 if all is well, else 78.
 """
 
 import asyncio
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from maestro_jax import command
-from maestro_jax.config import parse_config
-from maestro_jax.errors import ConfigError
+from maestro_jax.assemble import fields, first_tasks, graded_sources, open_held_out, open_training
+from maestro_jax.config import Config, parse_config
+from maestro_jax.data.mixture import Mixture
+from maestro_jax.data.source import TaskSource
+from maestro_jax.data.survey import survey
+from maestro_jax.errors import ConfigError, DataError, UserError
+from maestro_jax.observe.progress import Progress
+from maestro_jax.policy.config import open_architecture
+from maestro_jax.policy.prompts import PromptConfig, Prompts
+from maestro_jax.policy.tokens import load_tokens
 from maestro_jax.registry.checks import problems
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Registry
+from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.registry.reading import read_registry
 from maestro_jax.registry.serving import servers_of
-from maestro_jax.registry.trials import try_experts
+from maestro_jax.registry.trials import Finding, try_experts
+from maestro_jax.rewards.graders import check_sources
 
 CONFIG = command.config_flag()
 SECONDS = flags.DEFINE_float(
@@ -49,13 +62,17 @@ def main(argv: Sequence[str]) -> None:
     told = f"{len(registry.experts)} experts, {len(registry.services)} services, {len(registry.skills)} skills"
     print(f"config: {told}, {counted(found)}")
 
-    # ---- Who answers ---------------------------------------------------------------------------
+    # ---- What there is to learn from, and who answers ------------------------------------------
     if not found and not STATIC.value:
+        data = []
+        for finding in data_findings(parse_config(raw)):
+            print_lines([finding.line])
+            data.append(finding)
         asyncio.run(build(registry))
         print_lines([f'expert "{expert.name}": ready' for expert in registry.experts if expert.implementation])
         trials = asyncio.run(try_experts(registry, SECONDS.value))
         print_lines([trial.line for trial in trials])
-        found = [trial.line for trial in trials if trial.is_problem]
+        found = [finding.line for finding in (*data, *trials) if finding.is_problem]
 
     if found:
         raise ConfigError(f"{counted(found)} in {file}; the lines above say what to do about each")
@@ -96,6 +113,55 @@ def contradictions(raw: Any) -> list[str]:
     except ConfigError as error:
         return [str(error)]
     return []
+
+
+def data_findings(config: Config) -> Iterator[Finding]:
+    """What there is to train on and what is held out, and what a run could not use of it."""
+    parts: dict[str, Callable[[], TaskSource]] = {}
+    with tempfile.TemporaryDirectory() as kept, Progress() as progress:
+        if config.data.kind == "suite":
+            yield Finding("data: the suite is built when a run starts", False)
+        if config.data.kind != "suite" or config.data.mixture:
+            parts["to train on"] = lambda: open_training(config, Path(kept), progress)
+        if config.data.kind != "suite":
+            most = config.evaluate.tasks
+            parts["held out"] = lambda: first_tasks(open_held_out(config, Path(kept), progress), most)
+        for what, opening in parts.items():
+            try:
+                source = opening()
+                for part in source.sources if isinstance(source, Mixture) else (source,):
+                    rows = survey(part, f"tasks {what}", Path(kept) / "data.json", progress, whole=what == "held out")
+                    check_sources(graded_sources(part, rows))
+                    tasks = "1 task" if len(part) == 1 else f"{len(part):,} tasks"
+                    yield Finding(f"data: {tasks} {what}, of {', '.join(rows)}", False)
+                    yield from prompt_findings(config, part, rows.values())
+            except UserError as error:
+                yield Finding(f"data: {error}", True)
+
+
+def prompt_findings(config: Config, source: TaskSource, rows: Iterable[int]) -> Iterator[Finding]:
+    """Which of these tasks no prompt can hold.
+
+    Raises:
+      ConfigError: tokenizer and policy do not fit together, so that there is no prompt at all.
+    """
+    policy = config.policy
+    directory = policy.tokenizer or policy.init_from
+    if not directory:
+        return  # a run trains one
+    if not (Path(directory) / "tokenizer.json").is_file():
+        yield Finding(f"data: no task is made into a prompt, since {directory} has no tokenizer.json here", False)
+        return
+    system = render_system_prompt(config.registry, config.rollout.max_calls)
+    architecture = open_architecture(policy.architecture, policy.init_from)
+    prompts = Prompts(load_tokens(directory), architecture, system, fields(PromptConfig, policy))
+    for row in rows:
+        try:
+            prompts.batch([source[row]])
+        except DataError as error:  # a run skips so many
+            yield Finding(f"data: {error}", not config.data.damage_limit)
+        except ConfigError as error:
+            yield Finding(f"data: {error}", True)
 
 
 async def build(config: RegistryConfig) -> None:

@@ -1,16 +1,16 @@
 """Evaluates a policy on held-out tasks: benchmark by benchmark, greedy and sampled, beside routing without learning.
 
-    python -m maestro_jax.evaluate --config configs/quickstart.py --checkpoint runs/quickstart --output runs/evaluation
+    python -m maestro_jax.evaluate --checkpoint runs/quickstart --output runs/evaluation
 
-The same command goes on where an earlier one stopped. --output receives evaluation.json, evaluation.md, accuracy.png,
-routing.png, and the graded episodes, one a line, in episodes.jsonl.
+A run is evaluated with its own settings; --config.KEY=VALUE changes one, and --config says which tasks and experts to
+take instead. The same command goes on where an earlier one stopped. --output receives evaluation.json, evaluation.md,
+accuracy.png, routing.png, and the graded episodes, one a line, in episodes.jsonl.
 """
 
-import collections
 import contextlib
-import itertools
+import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import numpy as np
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
+from ml_collections import config_flags
 
 from maestro_jax import command
 from maestro_jax.assemble import (
     check_same_run,
     check_tasks,
     fields,
-    open_data,
+    open_held_out,
     open_outages,
     open_params,
     policy_factory,
@@ -41,6 +42,8 @@ from maestro_jax.evaluation.baselines import summarise as summarise_baselines
 from maestro_jax.evaluation.episodes import Episode, by_source, marks_of, routing_of, run_episodes
 from maestro_jax.evaluation.log import RecordLog
 from maestro_jax.evaluation.report import markdown, summarise
+from maestro_jax.evaluation.selection import select
+from maestro_jax.evaluation.settings import Difference, changed_lines, combine, differences, ignored_lines
 from maestro_jax.observe.accuracy import plot_accuracy
 from maestro_jax.observe.figures import plot_routing
 from maestro_jax.observe.files import write_json
@@ -57,7 +60,7 @@ from maestro_jax.registry.prompt import render_system_prompt
 from maestro_jax.registry.replay import Replay, Resumed
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
-from maestro_jax.settings import Settings
+from maestro_jax.settings import Settings, flatten
 from maestro_jax.types import Task
 
 CONFIG = command.config_flag()
@@ -79,20 +82,37 @@ FREE_KEYS = (
     "checkpoint.",
     "registry.limits.",
     "registry.endpoints_from",
+    "data.train_files",
+    "data.train_split",
+    "data.mixture",
+    "evaluate.every",
+    "evaluate.tasks",
+    "rollout.ahead",
+    "rollout.staleness",
+    "rollout.member_buckets",
     "rollout.lanes",
     "rollout.parked",
     "rollout.max_marked",
     "rollout.patience",
 )
+# Of a run, only what it trained is evaluated.
+TRAINED_KEYS = ("policy.architecture.", "policy.freeze")
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
     began = time.monotonic()
-    raw = command.load_config(CONFIG)
-    config = parse_config(raw)
-    cluster.start()
+    given = Settings.of(command.load_config(CONFIG)).config
     run = find_run(Path(CHECKPOINT.value)) if CHECKPOINT.value else None
+    changed, ignored = dict[str, Difference](), dict[str, Difference]()
+    if run is not None:
+        trained = run.config
+        run = dataclasses.replace(run, config=combine(trained, given, overrides()))
+        changed = differences(flatten(trained), flatten(run.config), is_used)
+        ignored = differences(flatten(run.config), flatten(given), is_used)
+    raw = run.config if run else given
+    config = parse_config(raw, trains=False)
+    cluster.start()
     reader = ParamReader(run.checkpoints, run.step) if run else None
     policy = f"step {reader.step} of {CHECKPOINT.value}" if reader else config.policy.init_from
     if not policy:
@@ -105,17 +125,15 @@ def main(argv: Sequence[str]) -> None:
     changes = check_same_run(output / "config.json", settings, lambda key: key.startswith(FREE_KEYS))
 
     with Progress(curve="accuracy", quiet=not cluster.is_main()) as progress, contextlib.ExitStack() as closing:
-        for line in changes:
+        for line in (*changed_lines(changed), *ignored_lines(ignored), *changes):
             progress.note(line)
 
         # ---- Tasks, registry, tokens -----------------------------------------------------------
-        _, source = open_data(config, run.workdir if run else output, progress)
-        chosen = {name.strip().casefold() for name in BENCHMARKS.value}
-        kept = output / "data.json"
-        check_tasks((source,), None, kept, progress, lambda name: not chosen or name.casefold() in chosen)
-        limit = config.data.damage_limit
-        read = Batches(source, 1, check_task, seed=0, shuffle=False, epochs=1, damage_limit=limit)
-        tasks = itertools.chain.from_iterable(read)
+        source = open_held_out(config, run.workdir if run else output, progress)
+        source = select(source, BENCHMARKS.value, TASKS.value, progress.note)
+        check_tasks((source,), None, output / "data.json", progress)
+        limit, size = config.data.damage_limit, config.evaluate.batch
+        batches = Batches(source, size, check_task, seed=0, shuffle=False, epochs=1, damage_limit=limit)
         journal = Journal(str(cluster.own_path(output / "journal.jsonl")))
         closing.callback(journal.close)
         registry = None  # in a replay nobody is asked
@@ -147,7 +165,7 @@ def main(argv: Sequence[str]) -> None:
         names = ("episodes", "baselines")
         # What an earlier start left without an answer is asked again.
         logs = {name: RecordLog(output / f"{name}.jsonl", is_whole) if cluster.is_main() else None for name in names}
-        size, pairs = config.evaluate.batch, pairs_of(config.registry)
+        pairs = pairs_of(config.registry)
         greedy: list[Episode] = []
         sampled: list[Episode] = []
         right: list[Sequence[float]] = []
@@ -171,7 +189,7 @@ def main(argv: Sequence[str]) -> None:
             return [record["right"] for record in found]
 
         progress.phase("evaluate", len(source))
-        for number, part in enumerate(batches(tasks, size, BENCHMARKS.value, TASKS.value)):
+        for number, part in enumerate(batches):
             greedy += episodes(number, part, 1, True)
             sampled += episodes(number, part, SAMPLES.value, False) if SAMPLES.value else []
             right += baselines(number, part) if BASELINES.value else []
@@ -181,7 +199,6 @@ def main(argv: Sequence[str]) -> None:
             progress.update(len(greedy), {"accuracy": accuracy if known else None, "calls": calls, **missing})
         for name, made in [*by_source(greedy).items(), *by_source(sampled).items()]:
             outages.check(marks_of(made), f"episodes of {name}")
-        check_found(greedy, BENCHMARKS.value, progress)
         for log in filter(None, logs.values()):
             log.close()
 
@@ -190,6 +207,7 @@ def main(argv: Sequence[str]) -> None:
     # ---- Results -----------------------------------------------------------------------------------
     routed = summarise_baselines([e.source for e in greedy], pairs, np.array(right, float)) if right else None
     summary = {"policy": policy, "seed": config.seed} | summarise(greedy, sampled, routed, config.seed)
+    summary |= {"differences": {key: each._asdict() for key, each in changed.items()}}
     write_json(output / "evaluation.json", summary)
     text = markdown(summary)
     (output / "evaluation.md").write_text(text)
@@ -205,6 +223,10 @@ def is_whole(records: Sequence[dict[str, Any]]) -> bool:
     return not any(record.get("marked") or None in record.get("right", ()) for record in records)
 
 
+def config_of_run() -> str:
+    return str(find_run(Path(CHECKPOINT.value)).workdir / "config.json") if CHECKPOINT.value else ""
+
+
 def open_policy(
     config: Config, run: Run | None, reader: ParamReader | None, mesh: Mesh
 ) -> tuple[PolicyArchitecture, nnx.GraphDef, nnx.State]:
@@ -218,34 +240,14 @@ def open_policy(
     return architecture, graph, reader.load(abstract, shardings)
 
 
-def batches(tasks: Iterable[Task], size: int, benchmarks: Sequence[str], most: int) -> Iterator[list[Task]]:
-    """Tasks in their order, `size` at a time; of the named benchmarks, at most `most` of each (0: all)."""
-    wanted, met, part = {name.strip().casefold() for name in benchmarks}, collections.Counter[str](), []
-    for task in tasks:
-        source = task.source.casefold()
-        met[source] += 1
-        if (wanted and source not in wanted) or (most and met[source] > most):
-            continue
-        part.append(task)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part
+def overrides() -> list[str]:
+    """Keys of the config that the command line sets."""
+    return list(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
-def check_found(episodes: Sequence[Episode], benchmarks: Sequence[str], progress: Progress) -> None:
-    """Says which of the named benchmarks the data has no task of.
-
-    Raises:
-      ConfigError: it has none of any.
-    """
-    found = {episode.source.casefold() for episode in episodes}
-    missing = [name for name in benchmarks if name.strip().casefold() not in found]
-    if not episodes:
-        raise ConfigError(f"--benchmarks={','.join(missing)}: the data has no such tasks; see its `source` fields")
-    for name in missing:
-        progress.note(f"--benchmarks={name}: the data has no such tasks")
+def is_used(key: str) -> bool:
+    """Whether the evaluation of a run depends on a setting."""
+    return not key.startswith((*FREE_KEYS, *TRAINED_KEYS))
 
 
 def recorded(
@@ -263,4 +265,4 @@ def recorded(
 
 
 if __name__ == "__main__":
-    command.run(main, required=("config", "output"))
+    command.run(main, required=("config", "output"), own_config=config_of_run)

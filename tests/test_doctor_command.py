@@ -1,6 +1,9 @@
 """`python -m maestro_jax.doctor`: every finding on a line with its cure, exit code 0 or 78."""
 
+import base64
 import http.server
+import io
+import json
 import os
 import subprocess
 import sys
@@ -10,9 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from maestro_jax.policy.tokens import train_tokens
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.py"
+SUITE = "data: the suite is built when a run starts"
 READY = [f'expert "{name}": ready' for name in ("Glyph-Reader", "Chart-Lens", "Shape-Sight", "Tally", "Sym-Solver")]
 
 
@@ -42,7 +49,7 @@ SERVED = textwrap.dedent("""
 def test_a_sound_registry_is_ready() -> None:
     code, lines, errors = doctor(QUICKSTART)
     assert code == 0, errors
-    assert lines == ["config: 5 experts, 4 services, 7 skills, 0 problems", *READY]
+    assert lines == ["config: 5 experts, 4 services, 7 skills, 0 problems", SUITE, *READY]
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
@@ -94,7 +101,7 @@ def test_what_experts_up_would_refuse_is_told_too(tmp_path: Path) -> None:
 def test_an_expert_that_is_not_there_is_named_and_its_key_is_not(tmp_path: Path) -> None:
     config = written(tmp_path, SERVED.format(port=9, key="FAR_KEY").strip())
     code, lines, errors = doctor(config, "--seconds=5", environment={"FAR_KEY": "canary-4711"})
-    assert code == 78 and lines[1:-1] == READY
+    assert code == 78 and lines[1:-1] == [SUITE, *READY]
     assert lines[-1].startswith('expert "Far": ') and not lines[-1].endswith("ready")
     assert "4711" not in "".join(lines) + errors
 
@@ -123,8 +130,61 @@ def test_an_expert_that_refuses_what_a_run_would_ask_is_not_ready(tmp_path: Path
         config = written(tmp_path, SERVED.format(port=server.server_address[1], key="FAR_KEY").strip())
         code, lines, _ = doctor(config, environment={"FAR_KEY": "canary-4711"})
         server.shutdown()
-    assert code == 78 and lines[1:-1] == READY
+    assert code == 78 and lines[1:-1] == [SUITE, *READY]
     assert "HTTP 400; the server refuses the request" in lines[-1] and "max_tokens is too large" in lines[-1]
+
+
+def tasks(path: Path, *rows: dict[str, object]) -> str:
+    """A setting that names a JSONL file of these rows; what they do not say is the same in all."""
+    whole = [{"question": "How many?", "answers": ["3"], "source": "TallyQA"} | row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole))
+    return f"({str(path)!r},)"
+
+
+def own_data(path: Path, train: str, test: str) -> Path:
+    return written(
+        path, 'config.data.kind = "jsonl"', f"config.data.train_files = {train}", f"config.data.test_files = {test}"
+    )
+
+
+def test_the_data_is_opened_and_what_it_holds_is_told(tmp_path: Path) -> None:
+    train = tasks(tmp_path / "train.jsonl", *[{}] * 3, {"source": "SLAKE"})
+    code, lines, errors = doctor(own_data(tmp_path, train, tasks(tmp_path / "test.jsonl", {})))
+    assert code == 0, errors
+    assert lines[1:3] == [
+        "data: 4 tasks to train on, of TallyQA, SLAKE",
+        "data: 1 task held out, of TallyQA",
+    ]
+
+
+def test_every_row_of_the_data_needs_a_grader(tmp_path: Path) -> None:
+    """A run would end where it meets the row."""
+    train = tasks(tmp_path / "train.jsonl", {}, {}, {"source": "TallyQQ"})
+    code, lines, _ = doctor(own_data(tmp_path, train, f"({str(tmp_path / 'nowhere.jsonl')!r},)"))
+    assert code == 78 and lines[3:] == READY
+    assert f"{tmp_path}/train.jsonl line 3" in lines[1] and '"TallyQQ"' in lines[1]
+    assert lines[2].startswith(f"data: cannot read {tmp_path}/nowhere.jsonl: No such file")
+
+
+def test_a_task_that_no_prompt_can_hold_is_told(tmp_path: Path) -> None:
+    """Where the tokenizer is at hand, a task of each source is made into a prompt."""
+    train_tokens(["How many? 3"], 600, tmp_path / "tokenizer")
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(picture, "PNG")
+    shown = {"bytes": base64.b64encode(picture.getvalue()).decode()}
+    train = tasks(tmp_path / "train.jsonl", {}, {"source": "SLAKE", "images": [shown, shown]})
+    test = tasks(tmp_path / "test.jsonl", {"question": "How many? " * 500})
+    config = own_data(tmp_path, train, test)
+    with config.open("a") as file:
+        file.write(
+            f"\ndef with_tokenizer(get=get_config):\n    config = get()\n"
+            f"    config.policy.tokenizer = {str(tmp_path / 'tokenizer')!r}\n    return config\n"
+            "get_config = with_tokenizer\n"
+        )
+    code, lines, _ = doctor(config)
+    assert code == 78 and lines[5:] == READY
+    assert lines[2].startswith("data: task train/000002 has 2 images; set config.policy.images_per_task=2")
+    assert lines[4].startswith("data: the prompt of task test/000001 needs ") and "prefix_buckets" in lines[4]
 
 
 def test_the_rest_of_the_run_must_fit_too(tmp_path: Path) -> None:

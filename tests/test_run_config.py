@@ -256,7 +256,6 @@ def test_a_contradiction_names_the_cure(key: str, value: Any, says: str) -> None
         ("grpo.group_size", 1),
         ("checkpoint.every", 0),
         ("rollout.ahead", 1),
-        ("rollout.member_buckets", (64, 96)),
         ("data.mixture", ({**PART, "weight": 0},)),
     ],
 )
@@ -270,7 +269,7 @@ def test_settings_that_only_training_uses_are_checked_for_training_only(key: str
     ("key", "value", "says"),
     [
         ("rollout.turn_budget", 0, "decodes nothing"),
-        ("rollout.turn_budget", 10_000, "must be below room="),
+        ("rollout.room", 32, "must be below room="),
         ("data.kind", "jsonl", '"jsonl" needs config.data.test_files'),
         ("policy.attention", "flash", "use one of auto, xla, blocks, splash"),
     ],

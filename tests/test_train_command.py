@@ -752,6 +752,43 @@ def test_an_evaluation_refuses_what_it_cannot_do(job: Job, interrupted: Interrup
     assert_refused(job.finish(nothing), "no policy to evaluate", "--checkpoint", "config.policy.init_from")
 
 
+def test_a_run_is_evaluated_with_its_own_settings(
+    job: Job, interrupted: Interrupted, evaluated: Path, tmp_path: Path
+) -> None:
+    own = [f"--checkpoint={interrupted.workdir}", f"--output={tmp_path}", f"--samples={SAMPLES}", "--baselines"]
+    result = job.finish([sys.executable, "-m", "maestro_jax.evaluate", *own, "--config.evaluate.batch=2"])
+    assert result.returncode == 0, result.stderr
+    assert "config.evaluate.batch is 2 here; the run had 5" in result.stdout
+    assert measured(tmp_path) == measured(evaluated)
+    assert measured(tmp_path)["differences"] == {"evaluate.batch": {"run": "5", "here": "2"}}
+
+
+def test_a_config_file_says_which_tasks_a_run_is_evaluated_on_and_not_how(
+    job: Job, interrupted: Interrupted, tmp_path: Path
+) -> None:
+    """It is refused for nothing that only training would use. The tasks that are done are counted, no others."""
+    config, output = tmp_path / "given.py", tmp_path / "evaluation"
+    config.write_text(
+        "from configs import quickstart\n\n\ndef get_config():\n    config = quickstart.get_config()\n"
+        f"    config.data.suite_directory = {str(job.shared / 'suite')!r}\n"
+        "    config.data.train_per_domain, config.data.test_per_domain = 8, 1\n"
+        "    config.warm_start.claims.charts = ('Nobody', 'Nothing')\n    config.grpo.group_size = 1\n"
+        "    return config\n"
+    )
+    own = [f"--checkpoint={interrupted.workdir}", f"--output={output}", "--benchmarks=charts,counting", "--tasks=1"]
+    command = [sys.executable, "-m", "maestro_jax.evaluate", f"--config={config}", *own, "--config.rollout.max_calls=2"]
+    result = job.finish(command)
+    assert result.returncode == 0, result.stderr
+    assert "config.rollout.turn_budget of --config does not count (32): the run had 24" in result.stdout
+    assert "config.rollout.max_calls is 2 here; the run had 1" in result.stdout
+    assert "\nevaluate 2/2 " in result.stdout and "/5" not in result.stdout
+    used = read_settings(output / "config.json")
+    assert used is not None and (used.config["rollout"]["turn_budget"], used.config["rollout"]["max_calls"]) == (24, 2)
+    changed = measured(output)["differences"]
+    assert changed["rollout.max_calls"] == {"run": "1", "here": "2"} and "rollout.turn_budget" not in changed
+    assert "| rollout.max_calls | 1 | 2 |" in (output / "evaluation.md").read_text()
+
+
 # ---- published benchmarks ----------------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ class TaskSource(Protocol):
 class TaskView(Sequence[Task]):
     """Some tasks of a source, read whenever they are asked for: none is kept in memory."""
 
-    def __init__(self, source: TaskSource, rows: range):
+    def __init__(self, source: TaskSource, rows: Sequence[int]):
         self._source, self._rows = source, rows
 
     def __len__(self) -> int:
@@ -70,7 +70,8 @@ class TaskView(Sequence[Task]):
         return self._source.where(self._rows[index])
 
     def labels(self) -> Iterator[Label | None]:
-        return (label for row, label in enumerate(self._source.labels()) if row in self._rows)
+        rows = frozenset(self._rows)
+        return (label for row, label in enumerate(self._source.labels()) if row in rows)
 
     def stamp(self) -> list[Any]:
         return [self._source.stamp(), repr(self._rows)]

@@ -147,6 +147,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
     parts = ["# Evaluation", "", f"{tasks} tasks, one greedy episode each. {summary['policy']}.", ""]
     if missing:
         parts += [f"**{missing} of {tasks} not answered** (an expert failed): accuracy over {tasks - missing}.", ""]
+    if changed := summary.get("differences"):
+        head = [["setting", "the run", "here"]]
+        table = _table(head + [[key, each["run"], each["here"]] for key, each in changed.items()])
+        parts += ["## Settings that are not the run's", "", *table, ""]
     parts += ["## Accuracy (%)", "", *_accuracy_table(rows), ""]
     parts += [
         "In brackets: 95 % bootstrap interval over tasks. The average counts every benchmark alike. Tasks that are not "

@@ -1,0 +1,67 @@
+"""Which settings an evaluation of a run goes by, and what they change against the run.
+
+The run's own, so that the policy is measured as it was trained: what a config file says of episodes, prompts and reward
+does not count. It does say which tasks and which experts there are. `--config.KEY=VALUE` counts whatever the key.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+GIVEN = ("data", "registry", "evaluate", "mesh")  # groups that a config file decides
+SHOWN = 120  # characters of a value on the terminal
+
+
+class Difference(NamedTuple):
+    """A setting of two values, as they are printed."""
+
+    run: str
+    here: str
+
+
+def combine(run: Mapping[str, Any], given: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The run's settings, those of a config file as far as it decides, and overrides.
+
+    Args:
+      run: nested.
+      given: nested; the config file with its overrides.
+      overrides: dotted keys.
+    """
+    used = copy.deepcopy(dict(run)) | {group: given[group] for group in GIVEN}
+    for key in overrides:
+        *path, last = key.split(".")
+        if path and path[0] in GIVEN:
+            continue
+        here, there = used, given
+        for part in path:
+            here, there = here.setdefault(part, {}), there[part]
+        here[last] = there[last]
+    return used
+
+
+def differences(
+    run: Mapping[str, str], here: Mapping[str, str], is_used: Callable[[str], bool]
+) -> dict[str, Difference]:
+    """Settings in use that are not the run's, by their dotted keys; values as they are printed."""
+    keys = (key for key in sorted(run.keys() | here.keys()) if is_used(key))
+    found = {key: Difference(*(values.get(key, "(not set)") for values in (run, here))) for key in keys}
+    return {key: each for key, each in found.items() if each.run != each.here}
+
+
+def changed_lines(changed: Mapping[str, Difference]) -> list[str]:
+    return [
+        f"config.{key} is {_short(each.here)} here; the run had {_short(each.run)}" for key, each in changed.items()
+    ]
+
+
+def ignored_lines(ignored: Mapping[str, Difference]) -> list[str]:
+    """Of settings of a config file that do not count."""
+    return [
+        f"config.{key} of --config does not count ({_short(each.here)}): the run had {_short(each.run)}; to change it, "
+        f"give --config.{key}"
+        for key, each in ignored.items()
+    ]
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= SHOWN else f"{value[: SHOWN - 3]}..."
