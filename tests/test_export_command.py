@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from configs import quickstart
 from maestro_jax.assemble import open_params
 from maestro_jax.checkpoint import hf_export
-from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
+from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config, write_model_card
 from maestro_jax.checkpoint.hf_verify import verify_logits
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
@@ -282,3 +282,10 @@ def test_shards_have_an_index_and_stay_below_the_limit(tmp_path: Path) -> None:
         held = load_file(path).values()
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held) <= 100
     assert hf_export.SHARD_BYTES <= 5e9 and path.stat().st_mode & 0o044
+
+
+def test_the_card_says_what_its_figures_leave_out(tmp_path: Path) -> None:
+    summary = {"held_out_tasks": 250, "steps": 5, "accuracy": {"trained": 0.5}, "missing": {"trained": 12}}
+    write_model_card(tmp_path, 5, {}, summary)
+    card = (tmp_path / "README.md").read_text()
+    assert "trained (after RL): 12 of 250 tasks not answered; accuracy over the others." in card

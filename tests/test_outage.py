@@ -143,3 +143,21 @@ def test_a_run_through_outages_ends_with_the_figures_of_a_run_without(
     marked = json.loads((run.workdir / "summary.json").read_text())["marked"]
     assert marked and all(f"{expert} failed " in life.text for expert in marked)
     assert [row for row in run.metrics() if any(k.startswith("marked/") for k in row)]
+
+
+def test_an_evaluation_through_an_outage_ends_with_the_figures_of_one_without(
+    machine: Machine, server: outage.Server, undisturbed: Run, tmp_path: Path
+) -> None:
+    def evaluate(name: str) -> Life:
+        own = [f"--checkpoint={undisturbed.workdir}", f"--output={tmp_path / name}", "--samples=2", "--baselines"]
+        return machine.run("maestro_jax.evaluate", [*undisturbed.flags(1.0), *own])
+
+    assert evaluate("undisturbed").code == 0
+    Run(machine, server, tmp_path).once("^policy: ", server.stop)
+    assert_gave_up(evaluate("broken"), saved="")
+    assert not [path for path in (tmp_path / "broken").iterdir() if path.name.startswith(("evaluation", "accuracy"))]
+    server.start()
+    assert evaluate("broken").code == 0
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("broken", "undisturbed"))
+    assert one | {"latency": {}} == two | {"latency": {}} and one["missing"] == 0
+    assert any(row["routing"] for row in one["benchmarks"].values())  # somebody was asked

@@ -15,6 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from maestro_jax import command
 from maestro_jax.errors import ConfigError
 from maestro_jax.parallel import cluster
+from maestro_jax.rollout.outages import Marks, OutageConfig, Outages
+from maestro_jax.types import Status
 
 
 def talk() -> None:
@@ -58,6 +60,22 @@ def fail() -> None:
     if cluster.is_main():
         raise ConfigError("this host has no such file; put it there")
     cluster.gather(None)
+
+
+def outage() -> None:
+    """The experts of process 1 are out for a while; then those that process 0 asks for all, for too long."""
+    cluster.start()
+    failed, back = Status.UNAVAILABLE if jax.process_index() else Status.OK, time.monotonic() + 1.0
+    own = Marks.of((number < 2 and failed is not Status.OK, [("Lens", failed)]) for number in range(4))
+
+    def shunned() -> dict[str, str]:
+        return {"Lens": "away"} if jax.process_index() and time.monotonic() < back else {}
+
+    outages = Outages(OutageConfig(0.2, 60.0), ["Lens"], shunned, lambda line: print(line, flush=True))
+    goes_on = outages.tolerates(own.everywhere(), "episodes")
+    print(goes_on, outages.tolerates(Marks(total=8), "episodes"), flush=True)
+    stern = Outages(OutageConfig(0.2, 0.0), ["Lens"], dict, print)
+    cluster.from_main(lambda: stern.tolerates(Marks(4, 4, experts={"Lens": 4}), "calls"))
 
 
 def meet(seconds: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maestro_jax.errors import EXIT_CONFIG, EXIT_LOST, ConfigError
+from maestro_jax.errors import EXIT_CONFIG, EXIT_LOST, EXIT_PREEMPTED, ConfigError
 from maestro_jax.parallel import cluster
 from maestro_jax.parallel.cluster import Cluster, find_cluster, first_host
 from tests.parallel import processes
@@ -166,3 +166,13 @@ def test_a_process_that_fails_ends_the_other_and_keeps_its_own_code(tmp_path: Pa
     with processes.started([WORKER, "fail"], tmp_path) as running:
         assert running[0].wait(STARTED) == EXIT_CONFIG
         assert running[1].wait(PROMISE) in (EXIT_LOST, -signal.SIGABRT), running[1].text
+
+
+def test_processes_wait_for_an_expert_and_give_up_together(tmp_path: Path) -> None:
+    with processes.started([WORKER, "outage"], tmp_path) as running:
+        codes = [one.wait(STARTED) for one in running]
+        texts = [one.text for one in running]
+    assert codes == [EXIT_PREEMPTED] * 2, texts
+    for text in texts:  # 2 of 8, met by one of them only
+        assert "waiting for Lens (25 %): 25 % of episodes met an outage (away)" in text and "False True" in text
+        assert "stopped: waited 0 s (config.rollout.patience) for Lens (100 %): 100 % of calls met an outage" in text
