@@ -42,7 +42,7 @@ from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
 from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.pipeline import Batches
-from maestro_jax.data.source import TaskSource, TaskView
+from maestro_jax.data.source import OnDemand, RecentTasks, TaskSource, TaskView
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
@@ -90,6 +90,9 @@ CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
 SKIP_DOCTOR = flags.DEFINE_bool("skip_doctor", False, "Start without asking every server once, as doctor does.")
 REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are answered from there, nobody is asked.")
+
+# Of images of tasks that are demonstrated, which are gone through again and again.
+DEMONSTRATED_BYTES = 256 << 20
 
 # Settings that may change between a run and its continuation.
 FREE_KEYS = (
@@ -421,8 +424,8 @@ def warm_start(
         return state.params
     journal.begin("warm start")
     groups_needed = settings.steps * settings.groups
-    read = [source[i] for i in range(min(groups_needed, len(source)))]  # each once, however often it is demonstrated
-    tasks = [read[i % len(source)] for i in range(groups_needed) for _ in range(settings.group_size)]
+    rows = [i % len(source) for i in range(groups_needed) for _ in range(settings.group_size)]
+    tasks = OnDemand(rows, RecentTasks(source, DEMONSTRATED_BYTES).read)
     demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress, outages)
     size = settings.group_size
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]

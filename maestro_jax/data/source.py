@@ -4,15 +4,16 @@ import collections
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.types import Task
 
+T = TypeVar("T")
 FIELDS = ("id", "question", "images", "answers", "source")  # "choices" and "kind" may be there
 
 
@@ -46,25 +47,37 @@ class TaskSource(Protocol):
         ...
 
 
-class TaskView(Sequence[Task]):
-    """Some tasks of a source, read whenever they are asked for: none is kept in memory."""
+class OnDemand(Sequence[T]):
+    """Items that are made whenever they are asked for: none is kept in memory, and slices are such sequences, too.
 
-    def __init__(self, source: TaskSource, rows: Sequence[int]):
-        self._source, self._rows = source, rows
+    Args:
+      rows: what `make` is told of each.
+    """
+
+    def __init__(self, rows: Sequence[int], make: Callable[[int], T]):
+        self._rows, self._make = rows, make
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @overload
-    def __getitem__(self, index: int) -> Task: ...
+    def __getitem__(self, index: int) -> T: ...
 
     @overload
-    def __getitem__(self, index: slice) -> "TaskView": ...
+    def __getitem__(self, index: slice) -> "OnDemand[T]": ...
 
-    def __getitem__(self, index: int | slice) -> "Task | TaskView":
+    def __getitem__(self, index: int | slice) -> "T | OnDemand[T]":
         if isinstance(index, slice):
-            return TaskView(self._source, self._rows[index])
-        return self._source[self._rows[index]]
+            return OnDemand(self._rows[index], self._make)
+        return self._make(self._rows[index])
+
+
+class TaskView(OnDemand[Task]):
+    """The tasks at some rows of a source, as a source."""
+
+    def __init__(self, source: TaskSource, rows: Sequence[int]):
+        super().__init__(rows, source.__getitem__)
+        self._source = source
 
     def where(self, index: int) -> str:
         return self._source.where(self._rows[index])
@@ -196,6 +209,28 @@ def _open_records(directory: Path, split: str) -> Any:
             f"cannot open split {split!r} of {directory}, which has {', '.join(builder.info.splits)}; "
             "name one of these, or delete the directory and build it again if a file is missing"
         ) from error
+
+
+class RecentTasks:
+    """Reads tasks of a source; those that were read last stay in memory, up to so many bytes of images."""
+
+    def __init__(self, source: TaskSource, most_bytes: int):
+        self._source, self._most, self._bytes = source, most_bytes, 0
+        self._kept: collections.OrderedDict[int, Task] = collections.OrderedDict()
+
+    def read(self, index: int) -> Task:
+        task = self._kept.pop(index, None)
+        if task is None:
+            task = self._source[index]
+            self._bytes += _image_bytes(task)
+        self._kept[index] = task
+        while self._bytes > self._most:
+            self._bytes -= _image_bytes(self._kept.popitem(last=False)[1])
+        return task
+
+
+def _image_bytes(task: Task) -> int:
+    return sum(map(len, task.images))
 
 
 def file_stamps(paths: Iterable[Path]) -> list[list[Any]]:

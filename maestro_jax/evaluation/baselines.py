@@ -7,10 +7,11 @@ so they are upper bounds for one call: per domain, and per task.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
+from maestro_jax.data.source import OnDemand
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rewards.graders import grade_all
@@ -80,36 +81,15 @@ def run_pairs(
     Args:
       outages: as of `make_calls`.
     """
-    calls = _EveryPair(tasks, pairs)
+    read = functools.lru_cache(maxsize=1)(tasks.__getitem__)  # a task when its turn comes, for all of its pairs
+    count = len(pairs)
+    calls = OnDemand(range(len(tasks) * count), lambda n: (read(n // count), Call(*pairs[n % count], QUERY)))
     replies = make_calls(dispatcher, calls, deadline, tick, outages)
     graded = [task for full in tasks for task in [dataclasses.replace(full, images=())] * len(pairs)]
     texts = [reply.text if reply.status == Status.OK else "" for reply in replies]  # nothing is never right
     right = np.array(grade_all(list(zip(graded, texts, strict=True))), float)
     right[[reply.status.is_infrastructure for reply in replies]] = np.nan
     return right.reshape(len(tasks), len(pairs))
-
-
-class _EveryPair(Sequence[tuple[Task, Call]]):
-    """Every pair on every task; a task is read when its turn comes, and again only after another one."""
-
-    def __init__(self, tasks: Sequence[Task], pairs: Sequence[tuple[str, str]]):
-        self._tasks, self._pairs = functools.lru_cache(maxsize=1)(tasks.__getitem__), pairs
-        self._count = len(tasks) * len(pairs)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[Task, Call]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[Task, Call]]: ...
-
-    def __getitem__(self, index: int | slice) -> tuple[Task, Call] | list[tuple[Task, Call]]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(self._count)[index]]
-        task, pair = divmod(range(self._count)[index], len(self._pairs))
-        return self._tasks(task), Call(*self._pairs[pair], QUERY)
 
 
 def summarise(source_of_task: Sequence[str], pairs: Sequence[tuple[str, str]], right: np.ndarray) -> Baselines:

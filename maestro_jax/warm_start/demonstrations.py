@@ -19,6 +19,7 @@ import numpy as np
 
 from maestro_jax import failpoints
 from maestro_jax.config import WarmStartConfig
+from maestro_jax.data.source import OnDemand
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel import cluster, preemption
 from maestro_jax.policy.tokens import Tokens
@@ -158,20 +159,22 @@ def write_demonstrations(
     seed: int,
     progress: Progress,
     outages: Outages | None = None,
-) -> list[Demonstration]:
+) -> Sequence[Demonstration]:
     """One demonstration per entry of `tasks` (a task may stand there several times); process 0 writes for all.
 
     Args:
+      tasks: read again whenever a demonstration is asked for.
       exchange: runs the calls and renders observations exactly as in a rollout.
       progress: told about every answered call; how many there are depends on the draws in here.
       outages: as of `make_calls`. What is left without an answer then reads as one that gives nothing.
     """
 
     def write() -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
-        return [(made.ids, made.authored) for made in _write_all(tasks, router, exchange, seed, progress, outages)]
+        return list(_write_all(tasks, router, exchange, seed, progress, outages))
 
     told = cluster.from_main(write)
-    return [Demonstration(task, tuple(ids), tuple(own)) for task, (ids, own) in zip(tasks, told, strict=True)]
+    written = [(tuple(ids), tuple(own)) for ids, own in told]
+    return OnDemand(range(len(tasks)), lambda number: Demonstration(tasks[number], *written[number]))
 
 
 def _write_all(
@@ -181,17 +184,19 @@ def _write_all(
     seed: int,
     progress: Progress,
     outages: Outages | None,
-) -> list[Demonstration]:
+) -> Iterator[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """Ids of each demonstration, and whose they are."""
     rng = np.random.default_rng(seed)
 
-    def answers(calls: Sequence[tuple[Task, Call]]) -> Iterator[Observation]:
+    def answers(asked: Sequence[tuple[int, Call]]) -> Iterator[Observation]:
+        calls = OnDemand(range(len(asked)), lambda n: (tasks[asked[n][0]], asked[n][1]))
         for reply in make_calls(exchange.dispatcher, calls, exchange.config.deadline, progress.tick, outages):
             is_lost = outages is not None and reply.status.is_infrastructure
             yield Observation(NO_HELP, Status.OK) if is_lost else reply
 
     first = [router.choose(task.source, rng) for task in tasks]
     rehearsed = rng.random(len(tasks)) < router.config.rehearsal
-    real = [(task, call) for task, call, skip in zip(tasks, first, rehearsed, strict=True) if not skip]
+    real = [(number, call) for number, call in enumerate(first) if not rehearsed[number]]
     progress.phase("demonstrations", len(real))
     answered = answers(real)
     words = [str(answer) for task in tasks for answer in task.answers[:1]] or ["answer"]
@@ -204,15 +209,13 @@ def _write_all(
         may_repeat and reply.text == NO_HELP and rng.random() < router.config.second_call for reply in replies
     ]
     second = [router.choose(task.source, rng) if more else None for task, more in zip(tasks, wants_more, strict=True)]
-    again = [(task, call) for task, call in zip(tasks, second, strict=True) if call is not None]
+    again = [(number, call) for number, call in enumerate(second) if call is not None]
     if again:
         progress.phase("demonstrations, second calls", len(again))
     later = answers(again)
-    demonstrations = []
     for task, call, reply, other in zip(tasks, first, replies, second, strict=True):
         steps = [(call, reply)] if other is None else [(call, reply), (other, next(later))]
-        demonstrations.append(_write(task, router.thought(task.source), steps, exchange))
-    return demonstrations
+        yield _write(router.thought(task.source), steps, exchange)
 
 
 def random_text(words: Sequence[str], pieces: Sequence[str], rng: np.random.Generator) -> str:
@@ -238,7 +241,9 @@ def letter_pieces(tokens: Tokens) -> list[str]:
     return [text for text in texts if text.strip().isalpha()]
 
 
-def _write(task: Task, thought: str, steps: Sequence[tuple[Call, Observation]], exchange: Exchange) -> Demonstration:
+def _write(
+    thought: str, steps: Sequence[tuple[Call, Observation]], exchange: Exchange
+) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """A thought, calls with what came back, and an answer that quotes the last reply as far as it was shown."""
     tokens = exchange.tokens
     pieces: list[tuple[list[int], bool]] = [(tokens.encode(thought), True)]
@@ -249,7 +254,7 @@ def _write(task: Task, thought: str, steps: Sequence[tuple[Call, Observation]], 
     pieces.append(([*opening, *exchange.body_ids(steps[-1][1].text), *closing], True))
     ids = [token for piece, _ in pieces for token in piece]
     authored = [by_policy for piece, by_policy in pieces for _ in piece]
-    return Demonstration(task, tuple(ids), tuple(authored))
+    return tuple(ids), tuple(authored)
 
 
 def tokenizer_texts(system: str, tasks: Sequence[Task], router: WeakRouter, frames: Sequence[str]) -> list[str]:

@@ -13,13 +13,14 @@ import pytest
 from maestro_jax.assemble import check_tasks
 from maestro_jax.data.jsonl import JsonlSource
 from maestro_jax.data.opening import open_source
-from maestro_jax.data.source import Label, TaskSource, TaskView
+from maestro_jax.data.source import Label, RecentTasks, TaskSource, TaskView
 from maestro_jax.data.store import write_tasks
 from maestro_jax.data.survey import survey
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.evaluation.selection import select
 from maestro_jax.observe.progress import Progress
 from maestro_jax.types import Task
+from tests.data.listed import Listed
 from tests.data.verl_rows import row, write_rows
 
 
@@ -178,8 +179,23 @@ def test_a_view_reads_a_task_when_it_is_asked_for(tmp_path: Path) -> None:
     view = TaskView(source, range(4))
     part = view[2:]
     assert len(part) == 2 and [task.id for task in part] == ["a/000003", "a/000004"] and part[-1].id == "a/000004"
-    assert part.where(1) == source.where(3) and [label.id for label in part.labels() if label] == [t.id for t in part]
+    whole = TaskView(source, range(2, 4))
+    assert whole.where(1) == source.where(3) and [label.id for label in whole.labels() if label] == [t.id for t in part]
     with pytest.raises(DataError, match="line 2"):
         view[1]
     with pytest.raises(IndexError):
         view[4]
+
+
+def test_recent_tasks_are_kept_up_to_their_bytes() -> None:
+    reads: list[int] = []
+
+    class Source(Listed):
+        def __getitem__(self, index: int) -> Task:  # type: ignore[override]
+            reads.append(index)
+            return Task(f"{index}", "What?", (b"x" * 100,), ("1",), "ChartQA")
+
+    recent = RecentTasks(Source(), most_bytes=250)
+    assert [recent.read(index).id for index in (0, 0, 1, 0, 2, 0, 1)] == list("0010201")
+    assert reads == [0, 1, 2, 1]  # 1 had not been read for longest
+    assert RecentTasks(Source(), most_bytes=10).read(7).id == "7"

@@ -1,8 +1,6 @@
 """Fixed routings: every pair on every task, and what is drawn from that matrix."""
 
-import dataclasses
 import json
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,7 @@ from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig, Skil
 from maestro_jax.rollout import outages
 from maestro_jax.rollout.outages import RETRIES, OutageConfig, Outages
 from maestro_jax.types import Call, Observation, Status, Task
-from tests.data.listed import Listed
+from tests.data.listed import Fresh
 
 SOURCES = ("counting", "reading", "charts")
 PAIRS = [("A", "X"), ("A", "Y"), ("B", "X"), ("B", "Y")]
@@ -125,21 +123,6 @@ def test_replies_are_graded_against_their_own_task() -> None:
     assert (found.single_pair, found.domain_oracle["overall"]) == (("A", "X"), 1.0)
 
 
-class Read(Listed):
-    """Tasks that are made anew whenever they are read."""
-
-    def __init__(self, count: int):
-        super().__init__(task(number, "counting") for number in range(count))
-        self.alive: weakref.WeakValueDictionary[int, Task] = weakref.WeakValueDictionary()
-        self.reads = self.most_alive = 0
-
-    def __getitem__(self, index: int) -> Task:  # type: ignore[override]
-        self.reads += 1
-        made = self.alive[self.reads] = dataclasses.replace(super().__getitem__(index))
-        self.most_alive = max(self.most_alive, len(self.alive))
-        return made
-
-
 class Forgetful(Desk):
     def submit(self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> None:
         super().submit(ticket, call, question, (), deadline)
@@ -147,7 +130,10 @@ class Forgetful(Desk):
 
 def test_tasks_are_in_memory_while_they_are_asked_about() -> None:
     """With their images; without, they are graded."""
-    source, desk = Read(500), Forgetful({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS})
+    source, desk = (
+        Fresh(task(number, "counting") for number in range(500)),
+        Forgetful({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS}),
+    )
     view = TaskView(source, range(len(source)))
     found = run_baselines(view, registry(X=(), Y=()), desk, 9.0, lambda done: None)  # type: ignore[arg-type]
     assert found.random["overall"] == 1.0 and len(desk.calls) == 500 * len(PAIRS)

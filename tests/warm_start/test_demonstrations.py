@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maestro_jax.data.source import OnDemand
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel import preemption
 from maestro_jax.policy.tokens import Tokens
@@ -38,6 +39,7 @@ DRAWS = 3000
 EPISODE = EpisodeConfig(
     max_calls=2, observation_tokens=48, observation_multiple=8, deadline=1.0, turn_budget=64, room=256
 )
+from tests.data.listed import Fresh
 
 
 def share(router: WeakRouter, source: str, holds: Callable[[Call], bool]) -> float:
@@ -133,7 +135,8 @@ def write(make_router: Make, instant_experts: Any, tokens: Tokens, tasks: list[T
     ) -> tuple[list[Demonstration], Any, Exchange]:
         experts, router = instant_experts(reply, backwards), make_router(**settings)
         exchange = Exchange(tokens, router.registry, experts, dataclasses.replace(EPISODE, max_calls=max_calls))
-        return write_demonstrations(tasks, router, exchange, seed, Progress(io.StringIO())), experts, exchange
+        written = write_demonstrations(tasks, router, exchange, seed, Progress(io.StringIO()))
+        return list(written), experts, exchange
 
     return run
 
@@ -236,6 +239,18 @@ def test_tasks_without_answers_can_be_rehearsed(
     exchange = Exchange(tokens, router.registry, instant_experts(echo), EPISODE)
     unanswered = [dataclasses.replace(task, answers=()) for task in tasks]
     assert len(write_demonstrations(unanswered, router, exchange, 0, Progress(io.StringIO()))) == len(tasks)
+
+
+def test_tasks_are_read_when_they_are_needed(
+    instant_experts: Any, make_router: Make, tokens: Tokens, tasks: list[Task]
+) -> None:
+    router = make_router(rehearsal=0.5)
+    exchange = Exchange(tokens, router.registry, instant_experts(echo), EPISODE)
+    source = Fresh(tasks * 20)
+    view = OnDemand(range(240), source.__getitem__)
+    written = write_demonstrations(view, router, exchange, 0, Progress(io.StringIO()))
+    assert [one.task.id for one in written] == [task.id for task in tasks * 20]
+    assert source.most_alive < 5
 
 
 def test_progress_ends_at_the_number_of_calls(
