@@ -130,10 +130,8 @@ class Forgetful(Desk):
 
 def test_tasks_are_in_memory_while_they_are_asked_about() -> None:
     """With their images; without, they are graded."""
-    source, desk = (
-        Fresh(task(number, "counting") for number in range(500)),
-        Forgetful({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS}),
-    )
+    source = Fresh(task(number, "counting") for number in range(500))
+    desk = Forgetful({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS})
     view = TaskView(source, range(len(source)))
     found = run_baselines(view, registry(X=(), Y=()), desk, 9.0, lambda done: None)  # type: ignore[arg-type]
     assert found.random["overall"] == 1.0 and len(desk.calls) == 500 * len(PAIRS)

@@ -33,13 +33,13 @@ from maestro_jax.warm_start.demonstrations import (
     tokenizer_texts,
     write_demonstrations,
 )
+from tests.data.listed import Fresh
 
 Make = Callable[..., WeakRouter]
 DRAWS = 3000
 EPISODE = EpisodeConfig(
     max_calls=2, observation_tokens=48, observation_multiple=8, deadline=1.0, turn_budget=64, room=256
 )
-from tests.data.listed import Fresh
 
 
 def share(router: WeakRouter, source: str, holds: Callable[[Call], bool]) -> float:

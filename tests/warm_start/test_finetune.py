@@ -48,7 +48,7 @@ def test_members_are_padded_and_only_authored_tokens_count(prompts: Prompts, tas
 
 def test_a_long_demonstration_names_the_cure(prompts: Prompts, tasks: list[Task], mesh: Mesh) -> None:
     long = [[Demonstration(tasks[0], tuple(range(9)), (True,) * 9)]]
-    with pytest.raises(DataError, match="a demonstration needs 9, the largest bucket is 8; raise config.rollout.room"):
+    with pytest.raises(DataError, match="a demonstration needs 9, the largest bucket is 8; set config.rollout.room=0"):
         collate(long, prompts, BUCKETS, mesh)
 
 
