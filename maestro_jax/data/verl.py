@@ -256,7 +256,7 @@ def _json_texts(truth: Any) -> list[Any]:
     if isinstance(truth, str) and truth.lstrip().startswith("["):
         try:
             parsed = json.loads(truth)
-        except ValueError:
+        except (ValueError, RecursionError):
             return [truth]
         if parsed and isinstance(parsed, list) and all(isinstance(item, str) for item in parsed):
             return parsed

@@ -281,7 +281,7 @@ def _load(path: str, kept: _Recent[str, Reply | ServiceResult]) -> None:
             lines += 1
             try:
                 kept.put(*_from_line(line))
-            except (ValueError, KeyError, TypeError, binascii.Error):
+            except (ValueError, KeyError, TypeError, RecursionError, binascii.Error):
                 damaged += 1
     if damaged:
         logger.warning("reply cache %s: skipped %d damaged of %d lines", path, damaged, lines)

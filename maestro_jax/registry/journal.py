@@ -286,7 +286,7 @@ def read_lines(path: str, start: int = 0) -> Iterator[dict[str, Any]]:
                 return
             try:
                 yield _checked(json.loads(text))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 behind = f" behind byte {start}" if start else ""
                 logger.warning("%s line %d%s is damaged and left out", path, number, behind)
 

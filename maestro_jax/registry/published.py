@@ -80,7 +80,7 @@ def _read(path: Path) -> Mapping[str, list[str]]:
         values = json.loads(path.read_text())
         if all(isinstance(url, str) for urls in values.values() for url in urls):
             return values
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         pass
     raise ConfigError(f"{path} is not what `experts up --publish` writes; remove it")
 

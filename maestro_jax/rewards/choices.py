@@ -12,7 +12,8 @@ import string
 from collections.abc import Callable, Mapping
 
 from maestro_jax.rewards.numbers import exact_text
-from maestro_jax.rewards.reading import fold_text, stated
+from maestro_jax.rewards.reading import fold_text, parse_number, stated
+from maestro_jax.rewards.wording import count_in, only_one_of, predicate, without_article
 from maestro_jax.types import Task
 
 UNKNOWN_CHOICES = 10  # letters that may stand in an answer where nobody says how many options there were
@@ -27,6 +28,8 @@ _LETTER_FIRST = re.compile(
     r"|([A-Z])(?:[.):,;\n]| [-–—]| (?=because\b|since\b|as\b)))\s*(.+)",
     re.DOTALL,
 )
+_LETTER_AND_TEXT = re.compile(r"([A-Z]),? (.+)", re.DOTALL)
+_LISTED = re.compile(r", | or | and |/")
 _LETTER_LAST = re.compile(r"(.+)[(\[]([A-Z])[)\]]", re.DOTALL)
 _MENTIONED = re.compile(
     r"(?<![\w'])([B-Z])(?![\w'])|\((A)\)|(?:\b(?:or|and|not|option|choice|than|nor)\s|[,/&] ?)(A)\b"
@@ -77,12 +80,14 @@ def chosen(answer: str, task: Task, same: Same) -> str | None:
         return letter
     if match := _LETTER_LAST.fullmatch(form):
         return match[2] if _of_text(match[1], options, same) == match[2] else None
+    if (match := _LETTER_AND_TEXT.fullmatch(form)) and _of_text(match[2], options, same) == match[1]:
+        return match[1]
     match = _LETTER_FIRST.fullmatch(form)
     if match is None:
-        return None
+        return _in_a_sentence(form, letters, options, same)
     letter, rest = (match[1] or match[2]).upper(), match[3]
     of_rest = _of_text(rest, options, same)
-    if letter not in letters or of_rest not in (None, letter):
+    if letter not in letters or of_rest not in (None, letter) or _several(rest, options, same):
         return None
     return None if of_rest is None and _others(rest, letters, letter) else letter
 
@@ -107,11 +112,35 @@ def _options(task: Task, same: Same) -> dict[str, str]:
 
 
 def _of_text(text: str, options: Mapping[str, str], same: Same) -> str | None:
-    """The letter of the one option whose text it is."""
+    """The letter of the one option whose text it is, with an article before it or without."""
     equal = [letter for letter, option in options.items() if same(text, option)]
+    if not equal and (bare := without_article(text)) != text:
+        equal = [letter for letter, option in options.items() if same(bare, option)]
     if len(equal) > 1:  # such as "20" and "20 %", which are the same number
         equal = [letter for letter in equal if fold_text(text) == fold_text(options[letter])]
     return equal[0] if len(equal) == 1 else None
+
+
+def _several(rest: str, options: Mapping[str, str], same: Same) -> bool:
+    """Whether a short list of nothing but options stands behind a letter."""
+    parts = _LISTED.split(rest, maxsplit=len(options))
+    letters = {_of_text(part, options, same) for part in parts} if 1 < len(parts) <= len(options) else {None}
+    return None not in letters and len(letters) > 1
+
+
+def _in_a_sentence(form: str, letters: str, options: Mapping[str, str], same: Same) -> str | None:
+    """The letter of the one option that a sentence names, and no letter but that."""
+    text = fold_text(form)
+    if (said := predicate(text)) and (letter := _of_text(said, options, same)):
+        return letter
+    if (count := count_in(text)) is not None:
+        numbers = {letter: parse_number(option) for letter, option in options.items()}
+        equal = [letter for letter, number in numbers.items() if number and not number.sign and number.value == count]
+        return equal[0] if len(equal) == 1 else None
+    if len(options) < 2:  # nobody says what the others are
+        return None
+    letter = only_one_of(text, {letter: without_article(fold_text(option)) for letter, option in options.items()})
+    return None if letter is None or _others(form, letters, letter) else letter
 
 
 def _others(text: str, letters: str, letter: str) -> bool:

@@ -3,16 +3,9 @@
 import re
 
 from maestro_jax.rewards.reading import fold_text, parse_number, parse_yes_no, stated
+from maestro_jax.rewards.wording import NUMBER_WORDS, count_in, parse_words, predicate
 
-_WORDS = dict(
-    zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split(),
-        range(21),
-        strict=True,
-    )
-)
-_HEDGES = {"yes", "no", "or", "not", *_WORDS} - {"one"}  # "the one that is circled"
+_HEDGES = {"yes", "no", "or", "not", *NUMBER_WORDS} - {"one"}  # "the one that is circled"
 _BRACED = re.compile(r"\{([^{}]*)\}")
 _DIGITS = r"[{(]?(\d{1,4})[)}]?"
 _GRID = (
@@ -30,11 +23,22 @@ _GRID_TURNED = (
 def counted(answer: str, gold: str) -> bool:
     """TallyQA's metric, exact accuracy (Acharya et al. 2019, section 5): the gold number, in digits or words.
 
-    Words, up to twenty, are read as in VLMEvalKit vlmeval/dataset/utils/tallyqa.py, which takes the first number
-    anywhere in the answer; here "4 or 5" says neither.
+    VLMEvalKit vlmeval/dataset/utils/tallyqa.py reads words up to twenty, and takes the first number anywhere in the
+    answer; here a count may stand with its noun ("there are three dogs"), and "4 or 5" says neither.
     """
-    said, true = parse_count(answer), parse_count(gold)
+    said, true = said_count(answer), parse_count(gold)
     return said is not None and said == true
+
+
+def said_count(answer: str) -> int | None:
+    """The count that an answer states: alone, with its noun, or in a sentence of one number."""
+    count = parse_count(answer)
+    if count is not None or parse_number(answer) is not None:
+        return count
+    whole = fold_text(answer)
+    said = predicate(whole)
+    count = count_in(whole)
+    return count_in(said) if count is None and said else count
 
 
 def blind(answer: str, gold: str) -> bool:
@@ -58,7 +62,7 @@ def parse_count(text: str) -> int | None:
     """A whole number that `text` is, with no sign of money, percent or angle."""
     number = parse_number(text)
     if number is None:
-        return _WORDS.get(fold_text(text))
+        return parse_words(fold_text(text))
     whole = number.value.to_integral_value()
     return int(whole) if not number.sign and whole == number.value else None
 

@@ -99,12 +99,13 @@ _COMMANDS = (
     "triangle"
 ).split()
 _TOKENS = re.compile(
-    rf"(?:\\(?:{'|'.join(_COMMANDS)})(?![A-Za-z])|\\[%{{}}]|sin|cos|tan|log|ln|tg|\d+|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
-    r"|[-+*/^_=<>≤≥()\[\]{}.,:;!|']|\s)+"
+    rf"(?:\\(?:{'|'.join(_COMMANDS)})(?![A-Za-z])|\\[%{{}}]|sin|cos|tan|log|ln|tg|\d|(?<![A-Za-z])[A-Za-z](?![A-Za-z])"
+    r"|[-+*/^_=<>≤≥()\[\]{}.,:;!|']|\s)++"  # possessive: what has been read is not tried in other ways
 )
 _SIGNS = str.maketrans(dict.fromkeys("\u2212\u2013\ufe63\uff0d", "-") | {"\u00a0": " ", "\u2009": " ", "\u202f": " "})
 _LEFT = " \t\r\n,;:\"'“”*_`~"
 _RIGHT = _LEFT + "."
+_SPACES = re.compile(" {2,}")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:\D|$))")
 _LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
 _TWO_NUMBERS = re.compile(r"\d\s+[\d.]")
@@ -128,6 +129,7 @@ def expression(text: str) -> Expression | None:
     form = stated(_DROPPED.sub("", form.translate(_SIGNS))).lstrip(_LEFT).rstrip(_RIGHT)
     for pattern, replacement in _REWRITTEN:
         form = pattern.sub(replacement, form)
+    form = _SPACES.sub(" ", form)  # some stand where signs were dropped; patterns may try all divisions of a run
     form = _WRAPPED_UNIT.sub(r" \1\2", form).lstrip(_LEFT).rstrip(_RIGHT)
     if match := _NAMED.match(form):
         form = form[match.end() :]

@@ -15,7 +15,7 @@ from maestro_jax.rewards.counts import blind, counted
 from maestro_jax.rewards.equations import Equations
 from maestro_jax.rewards.maths import Equation, maths
 from maestro_jax.rewards.medical import medical
-from maestro_jax.rewards.numbers import exact_integer, exact_number, exact_text, relaxed_accuracy
+from maestro_jax.rewards.numbers import exact_integer, exact_number, relaxed_accuracy, worded_text
 from maestro_jax.rewards.ocrbench import ocrbench
 from maestro_jax.rewards.programs import Programs, TestRun, passes_tests
 from maestro_jax.types import Task
@@ -34,8 +34,8 @@ def any_gold(equal: Callable[[str, str], bool]) -> Grader:
 
 GRADERS: dict[str, Grader] = {
     # the offline suite
-    "visual_qa": any_gold(exact_text),
-    "reading": any_gold(exact_text),
+    "visual_qa": any_gold(worded_text),
+    "reading": any_gold(worded_text),
     "counting": any_gold(exact_integer),
     "charts": any_gold(relaxed_accuracy),
     "geometry": any_gold(exact_number),

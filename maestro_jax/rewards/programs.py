@@ -22,7 +22,8 @@ from maestro_jax.types import Task
 CPU_SECONDS = 2.0  # as in the authors' execution.py
 _ATTEMPTS = 2  # where the sandbox itself fails
 
-_FENCE = re.compile(r"```[ \t]*([A-Za-z0-9_+-]*)[ \t]*\r?\n(.*?)```", re.DOTALL)
+# Possessive: two runs of spaces that may share one would be tried in every division of it.
+_FENCE = re.compile(r"```[ \t]*+([A-Za-z0-9_+-]*+)[ \t]*+\r?\n(.*?)```", re.DOTALL)
 _PYTHON = ("", "python", "python3", "py")
 _FUNCTION = re.compile(r"^def solution\b", re.MULTILINE)
 

@@ -6,13 +6,25 @@ percent signs, unicode minus, full-width letters, `\\boxed{}`, a lead-in such as
 """
 
 import dataclasses
+import functools
 import re
 import unicodedata
 from decimal import Decimal
 
 MAX_EXPONENT = 99
+MAX_MARKS = 30  # on one letter
+_REMEMBERED = 256  # texts: a grader reads the same answer and options in several ways
 
-_MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2212\u2013\ufe63\uff0d", "-"))
+_MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"))
+_DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d", "-"))
+_RANGE = re.compile(r"(?<=\d)(?: - ?|- | to )(?=\d)")
+# "\u00bd" and its like, with what they are in ASCII; behind a digit they make a mixed number.
+_VULGAR = {
+    sign: unicodedata.normalize("NFKC", sign).replace("\u2044", "/")
+    for sign in map(chr, (*range(0xBC, 0xBF), *range(0x2150, 0x215F)))
+}
+_VULGAR_SIGN = re.compile(f"( ?)([{''.join(_VULGAR)}])")
+_FRACTION = re.compile(r"(-?) ?(?:([0-9]{1,9}) )?([0-9])/([0-9]{1,2}) ?(\\?%)?")
 _FULL_WIDTH = str.maketrans({code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | {0x3000: " "})
 _QUOTES = "\"'`*_“”‘’„«»"
 _EDGES = _QUOTES + " \t\r\n.,;:!?…()[]{}"
@@ -43,12 +55,14 @@ class Number:
     sign: str
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def stated(text: str) -> str:
     """What an answer states: the content of its `\\boxed{}`, else what follows "the answer is", else all of it.
 
     Statements that differ are none: then the whole text stays, which is not what any single one says.
     """
-    lines = (" ".join(line.split()) for line in text.translate(_FULL_WIDTH).splitlines())
+    text = _VULGAR_SIGN.sub(_in_ascii, text.translate(_FULL_WIDTH))
+    lines = (" ".join(line.split()) for line in text.splitlines())
     text = "\n".join(line for line in lines if line)
     boxes = _boxed(text)
     if boxes:
@@ -60,9 +74,11 @@ def stated(text: str) -> str:
     return said[-1] if said and len({_folded(piece) for piece in said}) == 1 else text
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def fold_text(text: str) -> str:
-    """Case, whitespace, edge punctuation, quotes and a lead-in phrase folded away."""
-    whole = " ".join(unicodedata.normalize("NFC", stated(text)).casefold().split())
+    """Case, whitespace, edge punctuation, quotes, a lead-in phrase and kinds of dashes folded away."""
+    whole = " ".join(_composed(stated(text)).translate(_DASHES).casefold().split())
+    whole = _RANGE.sub("-", whole)
     # A text of nothing but punctuation stays as it is: "?" is not "!".
     return _folded(whole) or whole
 
@@ -73,6 +89,8 @@ def parse_number(text: str) -> Number | None:
     Separators count only where they group by three: "1,000" is 1000, "1,00" is no number.
     """
     plain = stated(text.translate(_MINUS_SIGNS)).lstrip(_QUOTES + " \t\r\n([{").rstrip(_EDGES)
+    if has_vulgar_fraction(text):
+        return parse_fraction(plain)
     match = _NUMBER.fullmatch(plain)
     if match is None or (match["sign"] and match["inner"]) or (match["money"] and match["unit"]):
         return None
@@ -90,6 +108,40 @@ def parse_yes_no(text: str) -> str | None:
     if match is None or (match[2] and _DOUBT.search(match[2])):
         return None
     return match[1]
+
+
+def _in_ascii(sign: re.Match[str]) -> str:
+    """A vulgar fraction as "1/2", with a space before it where it may follow a whole number."""
+    return f" {_VULGAR[sign[2]]}"
+
+
+def has_vulgar_fraction(text: str) -> bool:
+    """Whether "½" or its like stands in `text`; after `stated` that is "1/2", which may also be a date or a score."""
+    return _VULGAR_SIGN.search(text) is not None
+
+
+def parse_fraction(plain: str) -> Number | None:
+    """The value of "1/2" or "1 1/2"."""
+    match = _FRACTION.fullmatch(plain)
+    if match is None or not int(match[4]):
+        return None
+    value = int(match[2] or 0) + Decimal(match[3]) / Decimal(match[4])
+    return Number(-value if match[1] else value, (match[5] or "").lstrip("\\"))
+
+
+def _composed(text: str) -> str:
+    """NFC; a text in which more marks stand on a letter than Unicode's stream-safe form has stays as it is.
+
+    Sorting a pile of marks takes the square of its height (UAX #15, section 13, limits it to 30).
+    """
+    if text.isascii():
+        return text
+    height = 0
+    for character in text:
+        height = height + 1 if unicodedata.combining(character) else 0
+        if height > MAX_MARKS:
+            return text
+    return unicodedata.normalize("NFC", text)
 
 
 def _folded(text: str) -> str:

@@ -29,7 +29,7 @@ OBSERVATION_OPEN, OBSERVATION_CLOSE = "<information>", "</information>"
 TAG_NAMES = ("think", "search", "information", "answer")
 
 _TAG = re.compile(rf"</?(?:{'|'.join(TAG_NAMES)})>")
-_LOOSE_TAG = rf"<\s*/?\s*(?:{'|'.join(TAG_NAMES)})\s*/?\s*>"
+_LOOSE_TAG = rf"<\s*+(?:/\s*+)?(?:{'|'.join(TAG_NAMES)})\s*+(?:/\s*+)?>"
 _SAFE_BRACKETS = str.maketrans({"<": "‹", ">": "›"})
 
 # Error observations carry no tags: they pass the same neutralisation as foreign text.

@@ -21,7 +21,7 @@ from maestro_jax.errors import DataError
 from maestro_jax.types import Task
 
 COLUMNS = ("question", "answer", "images", "question_type", "visual_indices")
-_INSTRUCTION = re.compile(r"\s*Please answer (?:directly )?with only the letter.*$", re.DOTALL)
+_INSTRUCTION = re.compile(r"(?<!\s)\s*Please answer (?:directly )?with only the letter.*$", re.DOTALL)
 
 
 def tasks(directory: Path) -> dict[str, Tasks]:

@@ -17,6 +17,8 @@ from maestro_jax.registry.specialists import prompting
 
 _COLOURFUL = 40  # spread of RGB above which a pixel is a mark and not ink, grid or paper
 _SIMILAR = 0.75  # two words are the same label when this similar
+# Of what is compared with each other, since text and question are foreign; charts have less.
+_MOST_LABELS, _MOST_TICKS, _MOST_WORDS, _LONGEST_WORD = 32, 64, 64, 48
 _NUMBER = re.compile(r"^(\d+(?:\.\d+)?)\W?$")  # OCR may read the tick itself as a dash
 
 
@@ -195,6 +197,8 @@ def _labels(text: Sequence[prompting.Item], base: int) -> list[tuple[str, float]
             for word in re.finditer(r"\S+", item.text):
                 part = (word.start() + word.end()) / 2 / len(item.text)
                 labels.append((word[0], item.left + part * item.width))
+                if len(labels) == _MOST_LABELS:
+                    return labels
     return labels
 
 
@@ -202,8 +206,8 @@ def _scale(text: Sequence[prompting.Item], rgb: np.ndarray, left: int) -> tuple[
     """Offset and slope of `value = offset + slope * row`, through the numbers left of the plot; None without two."""
     grid = _grid_rows(rgb, left)
     found = [(item, _NUMBER.match(item.text.replace(",", ""))) for item in text if item.right < left]
-    rows = [_snapped(item.center[1], grid) for item, number in found if number]
-    values = [float(number[1]) for _, number in found if number]
+    rows = [_snapped(item.center[1], grid) for item, number in found if number][:_MOST_TICKS]
+    values = [float(number[1]) for _, number in found if number][:_MOST_TICKS]
     slopes = [
         (values[j] - values[i]) / (rows[j] - rows[i])
         for i in range(len(rows))
@@ -232,7 +236,7 @@ def _snapped(row: float, grid: np.ndarray) -> float:
 
 def _named(question: str, labels: Sequence[str], count: int) -> list[str]:
     """The labels that the question names best, in its order; at most `count`."""
-    words = [word.strip("?,.:;!'\"") for word in question.split()]
+    words = [word.strip("?,.:;!'\"") for word in question.split(maxsplit=_MOST_WORDS)[:_MOST_WORDS]]
     matches = [
         (score, place, label)
         for place, word in enumerate(words)
@@ -250,7 +254,7 @@ def _likeness(word: str, label: str) -> float:
     """1 for equal, a little less for equal but for case; numbers are equal or nothing."""
     if word == label:
         return 1.0
-    if any(char.isdigit() for char in word):
+    if any(char.isdigit() for char in word) or max(len(word), len(label)) > _LONGEST_WORD:
         return 0.0
     return 0.95 * difflib.SequenceMatcher(None, word.lower(), label.lower()).ratio()
 

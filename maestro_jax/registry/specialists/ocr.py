@@ -23,6 +23,8 @@ from maestro_jax.registry.specialists import prompting
 _MEMORY = 4096
 # Two words are the same label when this similar; OCR confuses about one letter in six on small text.
 _SIMILAR = 0.75
+# Of what is compared with each other, since page and question are foreign; the first of each count.
+_MOST_BOXES, _MOST_WORDS, _LONGEST_LABEL = 256, 32, 64
 _TINY_WORDS = frozenset(("the", "on", "in", "of", "is", "to", "at", "for", "what", "which"))
 
 
@@ -118,7 +120,7 @@ class GlyphReader:
 
 def find_value(page: Sequence[prompting.Item], question: str) -> str | None:
     """The text that belongs to the key named in the question: the rest of its box, or right of it, or below it."""
-    scored = [(_key_score(item.text, question), item) for item in page]
+    scored = [(_key_score(item.text, question), item) for item in page[:_MOST_BOXES]]
     score, key = max(scored, key=lambda pair: pair[0], default=(0.0, None))
     if key is None or score < _SIMILAR:
         return None
@@ -143,13 +145,21 @@ def _below(key: prompting.Item, page: Sequence[prompting.Item]) -> prompting.Ite
 def _key_score(text: str, question: str) -> float:
     """How well a label (before any colon) is named by the question: 0 to 1, long labels first among equals."""
     label = plain(text.partition(":")[0])
-    words = [plain(word) for word in question.split()]
-    if len(label) < 2:
+    if not 2 <= len(label) <= _LONGEST_LABEL:
         return 0.0
+    words = [plain(word) for word in question.split(maxsplit=_MOST_WORDS)[:_MOST_WORDS]]
     # The network drops spaces, so that a label may be two words of the question run together.
     spans = [word for word in words if word not in _TINY_WORDS] + [a + b for a, b in itertools.pairwise(words)]
-    best = max((difflib.SequenceMatcher(None, label, span).ratio() for span in spans if span), default=0.0)
+    best = max((_likeness(label, span) for span in spans), default=0.0)
     return best + 0.001 * len(label) if best >= _SIMILAR else 0.0
+
+
+def _likeness(label: str, span: str) -> float:
+    """The ratio of difflib where it can reach `_SIMILAR`, else 0, which their lengths or letters say sooner."""
+    if 2.0 * min(len(label), len(span)) < _SIMILAR * (len(label) + len(span)):
+        return 0.0
+    matcher = difflib.SequenceMatcher(None, label, span)
+    return matcher.ratio() if matcher.quick_ratio() >= _SIMILAR else 0.0
 
 
 def plain(text: str) -> str:

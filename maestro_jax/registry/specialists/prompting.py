@@ -16,7 +16,7 @@ from maestro_jax.registry.interface import Message
 
 UNKNOWN = "I cannot tell."
 
-_ITEM = re.compile(r"^(?P<text>.*) @ (?P<box>-?\d+,-?\d+,-?\d+,-?\d+)$")
+_ITEM = re.compile(r"^(?P<text>.*) @ (?P<box>-?\d{1,9}(?:,-?\d{1,9}){3})$")
 _HEADERS = ("text in the image:", "objects:", "caption:", "question:", "focus:")
 
 

@@ -15,7 +15,8 @@ from maestro_jax.registry.specialists.prompting import UNKNOWN, last_user
 
 _CORNERS = {"triangle": 3, "quadrilateral": 4, "rectangle": 4, "pentagon": 5, "hexagon": 6}
 _QUANTITY = re.compile(r"^(?:[a-z]\s*=\s*)?(\d+(?:\.\d+)?)\s*(?:°|º|o|mm|cm|km|m)?$", re.IGNORECASE)
-_EXPRESSION = re.compile(r"\d+(?:\.\d+)?(?:\s*[-+*/]\s*\d+(?:\.\d+)?)+")
+# Possessive and from the start of a number on: a long one without an operator is not tried from every digit.
+_EXPRESSION = re.compile(r"(?<!\d)\d++(?:\.\d++)?+(?:\s*+[-+*/]\s*+\d++(?:\.\d++)?+)+")
 _OPERATORS: dict[type, Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -49,7 +50,7 @@ def evaluate(expression: str) -> float | None:
     """The value of +, -, *, / over plain numbers; None when it has none."""
     try:
         return _evaluate(ast.parse(expression, mode="eval").body)
-    except (SyntaxError, ZeroDivisionError, OverflowError, ValueError, TypeError, KeyError):
+    except (SyntaxError, ArithmeticError, ValueError, TypeError, KeyError, RecursionError, MemoryError):
         return None
 
 
