@@ -35,7 +35,7 @@ from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.vision import ImageBatch
 from maestro_jax.settings import Settings, read_settings
-from maestro_jax.train import note_shape
+from maestro_jax.train import is_free, note_shape
 from tests.data import verl_rows
 from tests.data.benchmarks import layouts
 
@@ -451,6 +451,21 @@ def test_a_workdir_that_cannot_be_made_is_refused(job: Job, tmp_path: Path) -> N
 def test_more_held_out_tasks_than_there_are_are_refused(job: Job, tmp_path: Path) -> None:
     says = "config.evaluate.tasks=6, and the data has 5 held-out tasks; set it to 5 or less, or to 0 for all"
     assert_refused(job.run(tmp_path, **{"evaluate.tasks": 6}), says)
+
+
+@pytest.mark.parametrize(
+    ("key", "bound", "free"),
+    [
+        ("data.damage_limit", "", True),  # its own error says to raise it
+        ("grpo.steps", "", True),
+        ("seed", "", False),
+        ("seed", "registry.", True),
+        ("registry.services", "registry.", False),
+        ("registry.services", None, True),
+    ],
+)
+def test_what_may_differ_from_the_work_directory(key: str, bound: str | None, free: bool) -> None:
+    assert is_free(key, bound) == free
 
 
 def test_a_start_that_makes_nothing_does_not_bind_the_next(job: Job, tmp_path: Path) -> None:
