@@ -57,7 +57,8 @@ def collate(
       most: tokens in the loss of the group that has most in any batch, so that all are compiled for the same.
     """
     longest = max(len(member.ids) for group in groups for member in group)
-    width = bucket(longest, buckets, "a demonstration", "set config.rollout.room=0, which is computed")
+    cure = "set config.rollout.room=0, which is computed, or raise turn_budget: an answer quotes a whole observation"
+    width = bucket(longest, buckets, "a demonstration", cure)
     shape = (len(groups), len(groups[0]), width)
     tokens, mask, length = np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape[:2], np.int32)
     for g, group in enumerate(groups):

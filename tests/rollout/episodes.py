@@ -47,7 +47,7 @@ VOCABULARY = 384  # rows of the tables; some belong to no token, as in the publi
 
 def make_tokens(directory: Path) -> Tokens:
     # As in a run's system prompt, two line ends are often one token.
-    texts = [*toy.CALLS, toy.ANSWER, "how many 0 1 2 3 4 5 6 7 8 9?", "Experts:\n\nSkills:", *observation_frames()] * 50
+    texts = [*toy.CALLS, toy.ANSWER, "how many 0 1 2 3 4 5 6 7 8 9?", "Experts\n\nSkills", *observation_frames()] * 50
     tokens = train_tokens(texts, VOCABULARY - 16 - len(WORDS), directory)
     tokenizer: Any = tokens.tokenizer
     tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in WORDS])
