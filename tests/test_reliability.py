@@ -31,6 +31,7 @@ from maestro_jax.observe.files import read_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.registry.replay import read_calls
 from tests import hanging
+from tests.conftest import QUICK_FLAGS
 from tests.parallel import processes
 from tests.test_train_command import TINY
 from tests.zygote import SECONDS, Zygote
@@ -124,7 +125,7 @@ class Machine:
         self.lives = 0
         self._environ = os.environ | {
             "JAX_PLATFORMS": "cpu",  # one device, not the eight of the tests
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+            "XLA_FLAGS": " ".join(QUICK_FLAGS),
             "JAX_COMPILATION_CACHE_DIR": str(directory / "programs"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             "OPENBLAS_NUM_THREADS": "1",

@@ -13,7 +13,8 @@ _OPERATION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\(")
 CALLED = re.compile(
     r"(?:calls|condition|body|to_apply|called_computation|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
 )
-_CONDITION = re.compile(r" while\(.* condition=%([\w.\-]+)")
+_CONDITION = re.compile(r" while\(.*condition=%([\w.\-]+)")
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
@@ -79,8 +80,7 @@ def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
             called = CALLED.findall(line)
             if not called:
                 continue
-            condition = _CONDITION.search(line)
-            inner = count * (trips(computations.get(condition[1], [])) if condition else 1)
+            inner = count * trips(line, computations)
             for names in called:
                 for each in names.split(", "):
                     visit(each.removeprefix("%"), inner)
@@ -89,8 +89,18 @@ def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     return times
 
 
-def trips(condition: list[str]) -> int:
-    """How often a loop runs that counts from 0 to a constant, as `jax.lax.scan` does (or less); else 1."""
-    bounds = [int(n) for line in condition for n in _BOUND.findall(line)]
-    compares = any("direction=LT" in line for line in condition)
+def trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often what an operation calls runs: a loop as often as it may, any other once.
+
+    CPUs' and GPUs' compilers write beside a loop how often it runs, and may put the comparison into a fusion; that for
+    TPUs leaves the comparison with a constant in the condition, as `jax.lax.scan` counts. An unknown length is 1.
+    """
+    condition = _CONDITION.search(line)
+    if not condition:
+        return 1
+    if known := _KNOWN_TRIPS.search(line):
+        return int(known[1])
+    tested = computations.get(condition[1], [])
+    bounds = [int(n) for each in tested for n in _BOUND.findall(each)]
+    compares = any("direction=LT" in each for each in tested)
     return bounds[0] if len(bounds) == 1 and compares else 1

@@ -14,7 +14,12 @@ from maestro_jax.aot.topology import refusal
 from maestro_jax.aot.traffic import moved
 
 # TPU programs compile six times as fast so, and need nearly the same memory (docs/performance.md).
-QUICK = {"exec_time_optimization_effort": -1.0}
+# jax 0.11.1 knows levels of effort instead of its amount.
+QUICK: dict[str, float | str] = (
+    {"exec_time_optimization_effort": -1.0}
+    if hasattr(jax.config, "jax_exec_time_optimization_effort")
+    else {"optimization_level": "O0"}
+)
 
 
 @dataclasses.dataclass(frozen=True)

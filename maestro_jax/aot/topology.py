@@ -82,8 +82,8 @@ def tpu_target(name: str) -> Target:
     except Exception as error:  # the plugin raises whatever its C++ side does
         if "libtpu" in str(error) or "Unable to find" in str(error) or "not in the list" in str(error):
             raise ConfigError(
-                "the TPU compiler is not installed; run `pip install 'maestro_jax[tpu]'`, or without a TPU "
-                f"`pip install --no-deps 'libtpu==0.0.42.*'` (the one for jax 0.10.2, here is {jax.__version__})"
+                f"the TPU compiler that goes with jax {jax.__version__} is not installed; "
+                f"run `pip install 'jax[tpu]=={jax.__version__}'`, which needs no TPU"
             ) from error
         raise ConfigError(
             f"--topology {name!r} is not a slice the TPU compiler knows ({_first_line(error)}); "

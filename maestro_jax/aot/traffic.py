@@ -36,7 +36,7 @@ class Instruction:
     operands: tuple[str, ...]  # names
     index: str  # of a parameter
     called: tuple[str, ...]
-    condition: str  # of a loop
+    line: str  # as printed
 
     @classmethod
     def parse(cls, line: str) -> "Instruction | None":
@@ -46,7 +46,6 @@ class Instruction:
         root, name, shape, kind, rest = found.groups()
         inside, _, attributes = rest.partition(")")
         called = [each.removeprefix("%") for names in CALLED.findall(attributes) for each in names.split(", ")]
-        condition = re.search(r"condition=%([\w.\-]+)", attributes)
         return cls(
             name=name,
             root=bool(root),
@@ -55,7 +54,7 @@ class Instruction:
             operands=tuple(_NAME.findall(inside)),
             index=inside.strip(),
             called=tuple(called),
-            condition=condition[1] if condition else "",
+            line=line,
         )
 
 
@@ -83,7 +82,7 @@ class _Module:
         if kind in _FREE or kind.endswith("-done"):
             return 0
         if kind == "while":
-            return trips(self.lines[each.condition]) * sum(map(self.moved, each.called))
+            return trips(each.line, self.lines) * sum(map(self.moved, each.called))
         if kind in ("conditional", "call"):
             return max(self.moved(name) for name in each.called)
         results, operands = _results(each, among), [among[name].results for name in each.operands]

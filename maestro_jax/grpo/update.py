@@ -240,7 +240,7 @@ def make_train_step(
         trained, frozen = split_frozen(state.params, config.freeze)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = nnx.merge_state(optax.apply_updates(trained, updates), frozen)
-        norms = {"grad_norm": optax.global_norm(gradients), "update_norm": optax.global_norm(updates)}
+        norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
         return TrainState(params, opt_state, state.step + 1), norms
 
     def whole(state: TrainState, batch: GroupBatch, left_out: LossCount) -> tuple[TrainState, Metrics]:

@@ -6,8 +6,10 @@ what was sampled, an observation is encoded by the exchange. Nothing is ever dec
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,13 +112,11 @@ def byte_level_alphabet() -> dict[str, int]:
 
 def load_tokens(directory: str | Path) -> Tokens:
     """Loads `tokenizer.json` and its chat template from a checkpoint directory, never from a hub."""
-    from transformers import PreTrainedTokenizerFast
-
     directory = Path(directory)
     if not (directory / "tokenizer.json").is_file():
         raise ConfigError(f"{directory} has no tokenizer.json; point config.policy.tokenizer at a checkpoint directory")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+        tokenizer = _tokenizer_class().from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
         raise ConfigError(f"{directory}/tokenizer.json cannot be read ({error}); copy it again") from error
     # Qwen3 also adds plain words such as <think>: those are text, and must stay visible to the parser.
@@ -128,6 +128,21 @@ def load_tokens(directory: str | Path) -> Tokens:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _separate_template(directory)
     return Tokens(tokenizer, added[END_OF_TURN], added[IMAGE], frozenset(added.values()), tuple(added))
+
+
+def _tokenizer_class() -> Any:
+    """`transformers.PreTrainedTokenizerFast`, without the note that there is no PyTorch: nothing here needs it."""
+    logger = logging.getLogger("transformers")
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "PyTorch was not found" not in record.getMessage()
+
+    logger.addFilter(wanted)
+    try:
+        from transformers import PreTrainedTokenizerFast
+    finally:
+        logger.removeFilter(wanted)
+    return PreTrainedTokenizerFast
 
 
 def _separate_template(directory: Path) -> str:
@@ -150,7 +165,6 @@ def train_tokens(texts: Iterable[str], vocab_size: int, directory: str | Path) -
       directory: receives tokenizer.json, tokenizer_config.json and chat_template.jinja.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -167,7 +181,7 @@ def train_tokens(texts: Iterable[str], vocab_size: int, directory: str | Path) -
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = _tokenizer_class()(
         tokenizer_object=backend, eos_token=END_OF_TURN, pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
     )
     tokenizer.save_pretrained(str(directory))

@@ -240,6 +240,11 @@ def load_implementation(path: str, where: str) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # an import runs foreign code: anything may be raised
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if module.startswith("maestro_jax.") and missing and not missing.startswith("maestro_jax"):
+            cure = f"the package {missing} is missing; install it with `pip install '.[suite]'`"
+        elif "libGL" in reason:
+            cure = "run `pip uninstall opencv-python`, then `pip install --force-reinstall opencv-python-headless`"
         raise ConfigError(f'{where}: implementation "{path}" does not import ({reason}); {cure}') from error
     if not callable(found):
         raise ConfigError(f'{where}: implementation "{path}" is not a class; {cure}')

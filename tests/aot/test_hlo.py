@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maestro_jax.aot.hlo import collectives
@@ -41,6 +42,63 @@ def test_loops_within_loops_multiply() -> None:
 
     found = [c for c in collectives(program(body, 5)) if c.kind == "all-reduce" and c.shapes == (("f32", (8,)),)]
     assert sum(c.times for c in found) == 15
+
+
+# As XLA for CPUs prints a loop over five layers (jaxlib 0.12.0.1, shortened), and libtpu 0.0.50.
+CPU = """\
+%compare (a: s32[], b: s32[]) -> pred[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %lt.3 = pred[] compare(%a, %b), direction=LT, metadata={op_name="jit(f)/while/cond/lt" stack_frame_id=4}
+}
+
+%body (p: (s32[], f32[1,8,16])) -> (s32[], f32[1,8,16]) {
+  %p = (s32[], f32[1,8,16]{2,0,1}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %w = f32[1,1,16]{2,0,1} constant({...})
+  %all-gather = f32[1,8,16]{2,0,1} all-gather(%w), channel_id=1, replica_groups=mesh['fsdp'=8] {'fsdp'}, dimensions={1}
+  ROOT %tuple.8 = (s32[], f32[1,8,16]{2,0,1}) tuple(%i, %all-gather)
+}
+
+%region_1.2_spmd (p.1: (s32[], f32[1,8,16])) -> pred[] {
+  %p.1 = (s32[], f32[1,8,16]{2,0,1}) parameter(0)
+  %constant.5.clone = s32[] constant(5)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  ROOT %wrapped_compare = pred[] fusion(%i.1, %constant.5.clone), kind=kLoop, calls=%compare
+}
+
+ENTRY %main.3_spmd (p.2: (s32[], f32[1,8,16])) -> (s32[], f32[1,8,16]) {
+  %p.2 = (s32[], f32[1,8,16]{2,0,1}) parameter(0)
+  ROOT %while.8 = (s32[], f32[1,8,16]{2,0,1}) while(%p.2), condition=%region_1.2_spmd, body=%body, \
+backend_config={"dynamic_variables":[],"known_init_step":{"init":"0","step":"1"},"known_trip_count":{"n":"5"}}
+}
+"""
+TPU = """\
+%body (p: (s32[]{:T(128)}, f32[1,8,16])) -> (s32[], f32[1,8,16]) {
+  %p = (s32[]{:T(128)}, f32[1,8,16]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %w = f32[1,1,16]{2,1,0:T(1,128)} constant({...})
+  %all-gather = f32[1,8,16]{2,1,0:T(8,128)} all-gather(%w), channel_id=1, replica_groups={{0,1}}, dimensions={1}
+  ROOT %tuple.8 = (s32[]{:T(128)}, f32[1,8,16]{2,1,0:T(8,128)}) tuple(%i, %all-gather)
+}
+
+%wide.region_1.2 (p.1: (s32[], f32[1,8,16])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(5)
+  %p.1 = (s32[]{:T(128)}, f32[1,8,16]{2,1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %lt.0 = pred[]{:T(512)} compare(%i.1, %constant.3), direction=LT, metadata={op_name="jit(f)/while/cond/lt"}
+}
+
+ENTRY %main.3 (p.2: (s32[], f32[1,8,16])) -> (s32[], f32[1,8,16]) {
+  %p.2 = (s32[]{:T(128)}, f32[1,8,16]{2,1,0:T(8,128)}) parameter(0)
+  ROOT %while = (s32[]{:T(128)}, f32[1,8,16]{2,1,0:T(8,128)}) while(%p.2), condition=%wide.region_1.2, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize("text", [CPU, TPU], ids=["CPU", "TPU"])
+def test_loops_count_in_the_text_of_either_compiler(text: str) -> None:
+    assert [(found.kind, found.times) for found in collectives(text)] == [("all-gather", 5)]
 
 
 def test_what_the_tpu_compiler_writes_when_it_refuses() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+import warnings
 from typing import Any
 
 import jax
@@ -203,6 +204,13 @@ def test_groups_without_contrast_may_be_left_out_and_still_count(kept: list[int]
     wanted = make_job((1, 1, 1), aggregation="constant").run([batch])
     same = {"loss", "grad_norm", "update_norm"}  # the others are over the tokens that a policy was run on
     assert_same_update(*(dataclasses.replace(x, metrics={n: x.metrics[n] for n in same}) for x in (found, wanted)))
+
+
+def test_nothing_deprecated_is_called_of_optax() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run((1, 1, 1))
+    assert not [str(each.message) for each in told if "optax" in str(each.message)]
 
 
 def test_state_is_donated_and_keeps_its_shards(sharded: Run) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,11 @@ def test_a_chat_template_in_a_file_of_its_own_is_found_and_a_missing_one_named(
         load_tokens(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert load_tokens(tmp_path).tokenizer.chat_template == template  # type: ignore[attr-defined]
+
+
+def test_nothing_is_said_where_there_is_no_torch(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['torch'] = None; from maestro_jax.policy.tokens import train_tokens"
+    command = [sys.executable, "-c", f"{program}; train_tokens(['some text'], 300, sys.argv[1])", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (tmp_path / "tokenizer.json").is_file(), result.stderr
+    assert (result.stdout, result.stderr) == ("", "")

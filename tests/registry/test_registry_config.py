@@ -1,13 +1,15 @@
 """The registry config: what is accepted, how names resolve, and how each mistake reads."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import Pair
+from maestro_jax.registry.config import Pair, load_implementation
 from maestro_jax.registry.reading import parse_registry
 from maestro_jax.registry.stages import AskStage, ServiceStage
 
@@ -187,3 +189,21 @@ def test_each_mistake_is_one_line_with_its_cure(raw: Raw, parts: dict[str, Any],
     with pytest.raises(ConfigError) as caught:
         parse_registry(raw(**parts))
     assert str(caught.value) == message and "\n" not in message
+
+
+def test_a_missing_package_of_the_suite_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("maestro_jax.registry.specialists")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ConfigError, match="the package cv2 is missing; install it with `pip install '.\\[suite\\]'`"):
+        load_implementation("maestro_jax.registry.specialists.ocr:OcrService", 'service "ocr"')
+
+
+def test_an_opencv_that_wants_a_screen_is_told_from_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = "ImportError('libGL.so.1: cannot open shared object file: No such file or directory')"
+    (tmp_path / "wants_a_screen.py").write_text(f"raise {error}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="pip uninstall opencv-python.*opencv-python-headless"):
+        load_implementation("wants_a_screen:Service", 'service "ocr"')

@@ -8,10 +8,10 @@ import collections
 import difflib
 import hashlib
 import itertools
-import logging
 import re
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,17 +52,25 @@ class Engine:
         rgb = prompting.pixels(image)
         if rgb is None or min(rgb.shape[:2]) < 8:
             return ()
-        found, _ = self._loaded()(np.ascontiguousarray(rgb[:, :, ::-1]), use_cls=False)
-        return reading_order([_item(polygon, text) for polygon, text, _ in found or () if text.strip()])
+        found = self._loaded()(np.ascontiguousarray(rgb[:, :, ::-1]), use_cls=False)
+        boxes = zip(found.boxes, found.txts, strict=True) if found.txts else ()
+        return reading_order([_item(polygon, text) for polygon, text in boxes if text.strip()])
 
     def _loaded(self) -> Any:
         if self._network is None:
-            from rapidocr_onnxruntime import RapidOCR  # half a second: only when something is to be read
+            import rapidocr  # half a second: only when something is to be read
 
-            self._network = RapidOCR(det_limit_side_len=256, det_limit_type="max", intra_op_num_threads=1)
-            # The package gives each of its loggers a handler of its own; a page without text is no news.
-            for name in [name for name in logging.root.manager.loggerDict if name.lower().startswith("rapidocr")]:
-                logging.getLogger(name).setLevel(logging.ERROR)
+            models = Path(rapidocr.__file__).parent / "models"
+            self._network = rapidocr.RapidOCR(
+                params={
+                    "Global.log_level": "error",  # a page without text is no news
+                    "Det.model_path": str(models / "ch_PP-OCRv4_det_mobile.onnx"),  # unnamed ones may be downloaded
+                    "Rec.model_path": str(models / "ch_PP-OCRv4_rec_mobile.onnx"),
+                    "Det.limit_side_len": 256,
+                    "Det.limit_type": "max",
+                    "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+                }
+            )
         return self._network
 
 

@@ -1,4 +1,6 @@
 import logging
+import socket
+import types
 
 import numpy as np
 import pytest
@@ -31,9 +33,9 @@ class CountingNetwork:
     def __init__(self) -> None:
         self.runs = 0
 
-    def __call__(self, image: np.ndarray, use_cls: bool) -> tuple[list, list]:
+    def __call__(self, image: np.ndarray, use_cls: bool) -> types.SimpleNamespace:
         self.runs += 1
-        return [([[1, 2], [9, 2], [9, 8], [1, 8]], "word", 0.9)], []
+        return types.SimpleNamespace(boxes=np.array([[[1, 2], [9, 2], [9, 8], [1, 8]]]), txts=("word",))
 
 
 @pytest.fixture
@@ -67,6 +69,14 @@ def test_service_writes_boxes_in_reading_order():
 def test_service_says_nothing_about_a_blank_or_broken_image(capfd):
     assert OcrService().run((picture(), b"not an image"), "") == ("", ())
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_network_is_loaded_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no connection is made here")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert [item.text for item in Engine().read(picture((10, 40, "Offline")))] == ["Offline"]
 
 
 def test_network_logs_only_errors():
