@@ -145,6 +145,7 @@ def test_a_run_through_outages_ends_with_the_figures_of_a_run_without(
     assert [row for row in run.metrics() if any(k.startswith("marked/") for k in row)]
 
 
+@pytest.mark.slow  # three starts of another command
 def test_an_evaluation_through_an_outage_ends_with_the_figures_of_one_without(
     machine: Machine, server: outage.Server, undisturbed: Run, tmp_path: Path
 ) -> None:
