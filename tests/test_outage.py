@@ -150,10 +150,16 @@ def test_an_evaluation_through_an_outage_ends_with_the_figures_of_one_without(
     machine: Machine, server: outage.Server, undisturbed: Run, tmp_path: Path
 ) -> None:
     def evaluate(name: str) -> Life:
-        own = [f"--checkpoint={undisturbed.workdir}", f"--output={tmp_path / name}", "--samples=2", "--baselines"]
+        own = [
+            f"--checkpoint={undisturbed.workdir}/checkpoints/2",
+            f"--output={tmp_path / name}",
+            "--samples=2",
+            "--baselines",
+        ]
         return machine.run("maestro_jax.evaluate", [*undisturbed.flags(1.0), *own])
 
     assert evaluate("undisturbed").code == 0
+    asked = server.answered
     Run(machine, server, tmp_path).once("^policy: ", server.stop)
     assert_gave_up(evaluate("broken"), saved="")
     assert not [path for path in (tmp_path / "broken").iterdir() if path.name.startswith(("evaluation", "accuracy"))]
@@ -161,4 +167,4 @@ def test_an_evaluation_through_an_outage_ends_with_the_figures_of_one_without(
     assert evaluate("broken").code == 0
     one, two = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("broken", "undisturbed"))
     assert one | {"latency": {}} == two | {"latency": {}} and one["missing"] == 0
-    assert any(row["routing"] for row in one["benchmarks"].values())  # somebody was asked
+    assert server.answered > asked  # the comparison is not empty
