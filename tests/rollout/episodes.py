@@ -42,15 +42,16 @@ CALL_WORDS = [f"<search> {expert}@@{skill}: {expert.lower()}</search>" for exper
 CUT_CALL = ("<search> Glyph@@Reading: cut</sea", "rch> so")
 ANSWER_WORD = "<answer> seven </answer>"
 WORDS = (*CALL_WORDS, *CUT_CALL, ANSWER_WORD)
+FILLER = " ."  # of observations; a word of its own, not one that is learned: what the policy says hangs on the ids
 VOCABULARY = 384  # rows of the tables; some belong to no token, as in the published checkpoint
 
 
 def make_tokens(directory: Path) -> Tokens:
-    # As in a run's system prompt, two line ends are often one token.
-    texts = [*toy.CALLS, toy.ANSWER, "how many 0 1 2 3 4 5 6 7 8 9?", "Experts\n\nSkills", *observation_frames()] * 50
+    frames = [frame.replace(FILLER, "") for frame in observation_frames()]
+    texts = [*toy.CALLS, toy.ANSWER, "how many 0 1 2 3 4 5 6 7 8 9?", *frames] * 50
     tokens = train_tokens(texts, VOCABULARY - 16 - len(WORDS), directory)
     tokenizer: Any = tokens.tokenizer
-    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in WORDS])
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in (*WORDS, FILLER)])
     tokenizer.save_pretrained(str(directory))
     return load_tokens(directory)
 
