@@ -26,9 +26,10 @@ from tests.rollout import episodes
 GROUPS, MEMBERS = 4, 4
 TASKS = [episodes.task(number) for number in range(GROUPS)]
 DEADLINE = 0.5  # seconds
-EPISODE = dataclasses.replace(episodes.EPISODE, deadline=DEADLINE)
+ROOM = 160  # for every reply, so that who heard another one has other tokens
+EPISODE = dataclasses.replace(episodes.EPISODE, deadline=DEADLINE, room=ROOM)
 CONFIG = dataclasses.replace(
-    episodes.ENGINE, lanes=GROUPS * MEMBERS // 2, parked_tokens=2 * EPISODE.room, parked_on_host=2**30
+    episodes.ENGINE, room=ROOM, lanes=GROUPS * MEMBERS // 2, parked_tokens=2 * ROOM, parked_on_host=2**30
 )
 At = tuple[int, int]
 
