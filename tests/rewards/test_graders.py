@@ -221,9 +221,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", READ)
 def test_hostile_answers_are_cheap_and_wrong(source: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert not any(verdict_of(source, answer, ["100", "red"]) for answer in HOSTILE)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_a_too_long_answer_is_wrong_even_if_padded_with_spaces() -> None:
