@@ -13,6 +13,7 @@ is broken off: what grows exponentially would never come back.
 """
 
 import ast
+import functools
 import gc
 import logging
 import re
@@ -130,7 +131,7 @@ def problem(reader: Reader, shape: tuple[str, str, str]) -> str | None:
     for length in (n for n in LENGTHS if n <= reader.cap):
         times[length] = best(length, 1)
         short, long = times.get(length // 4, NOTHING), times[length]
-        if bad(short, long) and long < 10 * ENOUGH:
+        if bad(short, long) and long < PATIENCE:
             short, long = best(length // 4, TRIES), best(length, TRIES)
         if bad(short, long):
             shown = {length // 4: short, length // 2: best(length // 2, 1), length: long}
@@ -138,6 +139,14 @@ def problem(reader: Reader, shape: tuple[str, str, str]) -> str | None:
         if long >= ENOUGH:
             return None
     return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_older() -> Iterator[None]:
+    """What was there before is not gone through at every collection."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -279,6 +288,7 @@ def compiles(node: ast.AST) -> bool:
     return any(isinstance(part, ast.Attribute) and ast.unparse(part) == "re.compile" for part in ast.walk(node))
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     return {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
@@ -288,6 +298,7 @@ def patterns_of(tree: ast.Module) -> set[str]:
     return {name.id for node in made for name in ast.walk(node) if isinstance(name, ast.Name) and name.id.isupper()}
 
 
+@functools.cache
 def functions_that_match() -> set[str]:
     """ "module function" for all of the package."""
     trees, found = modules(), set()
@@ -305,6 +316,7 @@ def imported(tree: ast.Module, name: str) -> bool:
     return any(isinstance(n, ast.ImportFrom) and name in [a.name for a in n.names] for n in ast.walk(tree))
 
 
+@functools.cache
 def functions_of_rewards_with_a_text() -> set[str]:
     found = set()
     for module, tree in modules().items():
