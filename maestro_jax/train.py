@@ -63,7 +63,7 @@ from maestro_jax.observe.figures import plot_curves, plot_routing
 from maestro_jax.observe.files import read_json, write_json
 from maestro_jax.observe.metrics import MetricsWriter, read_metrics
 from maestro_jax.observe.progress import Progress
-from maestro_jax.observe.table import summary_table
+from maestro_jax.observe.table import summary_table, whole_figures
 from maestro_jax.parallel import cluster, preemption
 from maestro_jax.parallel.mesh import batch_shards, make_mesh
 from maestro_jax.policy.config import PolicyArchitecture, open_architecture
@@ -225,16 +225,7 @@ def main(argv: Sequence[str]) -> None:
             return result
 
         def cached(name: str, kind: Any, compute: Callable[[], Any]) -> Any:
-            """A result that is computed once per work directory and then read from its JSON file."""
-            path = workdir / f"{name}.json"
-            values = cluster.from_main(lambda: read_json(path))
-            if values is None:
-                journal.begin(name)
-                values = compute().to_json()
-                journal.sync()
-                if cluster.is_main():
-                    write_json(path, values)
-            return kind.from_json(values)
+            return kept_if_whole(workdir / f"{name}.json", journal, kind, compute)
 
         baselines = cached(
             "baselines", Baselines, lambda: measure_baselines(config, held_out, dispatcher, progress, outages)
@@ -320,7 +311,7 @@ def main(argv: Sequence[str]) -> None:
         "wall_seconds": training.seconds,
     }
     write_json(workdir / "summary.json", summary)
-    plot_curves(measured, lines_of(summary["accuracy"]), workdir / "curves.png")
+    plot_curves(measured, lines_of(whole_figures(summary)), workdir / "curves.png")
     panels = {"Before reinforcement learning": before.routing, "After reinforcement learning": last.routing}
     plot_routing(panels, workdir / "routing.png", baselines.by_pair)
     print(summary_table(summary))
@@ -468,6 +459,23 @@ def warm_start(
         raise
     store.close()
     return state.params
+
+
+def kept_if_whole(path: Path, journal: Journal, kind: Any, compute: Callable[[], Any]) -> Any:
+    """A result that is computed once and then read from its JSON file; one with gaps is computed again at every start.
+
+    Args:
+      kind: its class, with `to_json`, `from_json` and the number of what is `missing`.
+    """
+    values = cluster.from_main(lambda: read_json(path))
+    if values is not None:
+        return kind.from_json(values)
+    journal.begin(path.stem)
+    found = kind.from_json(compute().to_json())  # the same types as from the file
+    journal.sync()
+    if cluster.is_main() and not found.missing:
+        write_json(path, found.to_json())
+    return found
 
 
 def make_planner(config: Config, architecture: PolicyArchitecture, root: int, mesh: Mesh) -> Planner:

@@ -208,7 +208,8 @@ class Training:
             **self._behind,
             "seed": self.config.seed,
             "settings": dict(self._hashes),
-            "evaluated": self._evaluated.to_json() if self._evaluated else None,
+            # With gaps it is none to keep: a run that goes on asks again.
+            "evaluated": self._evaluated.to_json() if self._evaluated and not self._evaluated.missing else None,
             "row": self._row,
             "seconds": self.seconds,
         }
@@ -255,9 +256,10 @@ class Stopwatch(Iterator[T]):
 
 
 def held_out(found: Evaluation) -> dict[str, float]:
-    """Metrics of an evaluation."""
-    missing = {"held_out_missing": found.missing} if found.missing else {}
-    return {"held_out_accuracy": found.accuracy, "held_out_reward": found.reward, **missing}
+    """Metrics of an evaluation; with gaps, under names of their own, which no curve shows."""
+    if found.missing:
+        return {"held_out_missing": found.missing, "held_out_answered_accuracy": found.accuracy}
+    return {"held_out_accuracy": found.accuracy, "held_out_reward": found.reward}
 
 
 def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dict[str, float]:

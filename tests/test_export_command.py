@@ -285,7 +285,9 @@ def test_shards_have_an_index_and_stay_below_the_limit(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_its_figures_leave_out(tmp_path: Path) -> None:
-    summary = {"held_out_tasks": 250, "steps": 5, "accuracy": {"trained": 0.5}, "missing": {"trained": 12}}
+    accuracy, missing = {"trained": 0.987, "warm_start": 0.321, "random": 0.123}, {"trained": 12, "warm_start": 0}
+    summary = {"held_out_tasks": 250, "steps": 5, "accuracy": accuracy, "missing": missing}
     write_model_card(tmp_path, 5, {}, summary)
     card = (tmp_path / "README.md").read_text()
+    assert "| warm_start | 0.321 |" in card and "| random | 0.123 |" in card and "0.987" not in card
     assert "trained (after RL): 12 of 250 tasks not answered; accuracy over the others." in card

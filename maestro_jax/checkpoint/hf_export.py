@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.observe.table import gaps
+from maestro_jax.observe.table import gaps, whole_figures
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.tokens import load_tokens
 
@@ -175,7 +175,7 @@ def write_model_card(output: Path, step: int, settings: Mapping[str, str], summa
     if summary is not None:
         lines += [f"Accuracy on {summary['held_out_tasks']} held-out tasks after {summary['steps']} steps:", ""]
         lines += ["| routing | accuracy |", "|---|---|"]
-        lines += [f"| {name} | {value:.3f} |" for name, value in summary["accuracy"].items()]
+        lines += [f"| {name} | {value:.3f} |" for name, value in whole_figures(summary).items()]
         lines += [f"\n{gap}." for gap in gaps(summary)]
         lines.append("")
     lines += ["## Settings of the run", "", "```", *public_settings(settings), "```", ""]

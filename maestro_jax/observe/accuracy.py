@@ -19,13 +19,14 @@ _ROW = 0.42  # inches
 
 
 def plot_accuracy(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draws a bar for each benchmark and for their average.
+    """Draws a bar for each benchmark and for their average; where tasks are missing, it says so and draws none.
 
     Args:
       summary: of `evaluation.report.summarise`.
       path: the PNG file to write.
     """
-    rows = {**summary["benchmarks"], "average": summary["average"]}
+    missing = sum(row.get("missing", 0) for row in summary["benchmarks"].values())
+    rows = {**summary["benchmarks"], "average": {**summary["average"], "missing": missing}}
     top, bottom = 1.15, 1.35
     height = top + _ROW * len(rows) + bottom
     figure = new_figure(9.5, height)
@@ -59,6 +60,9 @@ def _label(name: str, row: Mapping[str, Any]) -> str:
 
 def _draw_bars(axes: "Axes", rows: Mapping[str, Mapping[str, Any]]) -> None:
     for at, (name, row) in enumerate(rows.items()):
+        if row.get("missing"):
+            axes.text(0.01, at, f"no result: {row['missing']} not answered", va="center", fontsize=10, color=GREY)
+            continue
         accuracy = row["accuracy"]
         axes.barh(at, accuracy["mean"], height=0.62, color=BLUE, alpha=1.0 if name == "average" else 0.72)
         axes.plot([accuracy["low"], accuracy["high"]], [at, at], color="black", linewidth=1.6)

@@ -68,6 +68,17 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def whole_figures(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracies for which every task had an answer; others are no results to draw or to publish."""
+    missing = summary.get("missing", {})
+    of_a_policy = ("warm_start", "trained")
+    return {
+        name: value
+        for name, value in summary["accuracy"].items()
+        if not missing.get(name if name in of_a_policy else "baselines")
+    }
+
+
 def gaps(summary: Mapping[str, Any]) -> list[str]:
     """What the figures do not count, and how much of the training experts failed; nothing where all is well."""
     missing, tasks = summary.get("missing", {}), summary.get("held_out_tasks", 0)
