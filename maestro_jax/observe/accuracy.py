@@ -55,20 +55,22 @@ def plot_accuracy(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> N
 
 
 def _label(name: str, row: Mapping[str, Any]) -> str:
-    return f"{name} ({row['tasks']})" if "tasks" in row else name
+    counts = [f"{row['tasks']}"] if "tasks" in row else []
+    counts += [f"{row['missing']} not answered"] if row.get("missing") else []
+    return f"{name} ({', '.join(counts)})" if counts else name
 
 
 def _draw_bars(axes: "Axes", rows: Mapping[str, Mapping[str, Any]]) -> None:
     for at, (name, row) in enumerate(rows.items()):
         if row.get("missing"):
-            axes.text(0.01, at, f"no result: {row['missing']} not answered", va="center", fontsize=10, color=GREY)
+            axes.text(1.03, at, "-", va="center", fontsize=10)
             continue
         accuracy = row["accuracy"]
         axes.barh(at, accuracy["mean"], height=0.62, color=BLUE, alpha=1.0 if name == "average" else 0.72)
         axes.plot([accuracy["low"], accuracy["high"]], [at, at], color="black", linewidth=1.6)
         axes.text(1.03, at, f"{100 * accuracy['mean']:.1f}", va="center", fontsize=10)
     axes.set_yticks(range(len(rows)), [_label(name, row) for name, row in rows.items()], fontsize=10.5)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first one on top; rows without a bar have their place, too
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     finish(axes, grid="x")
