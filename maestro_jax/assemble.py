@@ -36,6 +36,7 @@ from maestro_jax.rollout.exchange import EpisodeConfig
 from maestro_jax.rollout.limits import Limits, check_room, check_turns
 from maestro_jax.rollout.outages import OutageConfig, Outages
 from maestro_jax.settings import Settings, read_settings
+from maestro_jax.types import Status
 
 T = TypeVar("T")
 
@@ -157,9 +158,9 @@ def check_same_run(path: Path, mine: Settings, is_free: Callable[[str], bool]) -
 
 
 def holds_calls(workdir: Path) -> bool:
-    """Whether experts were asked for a run there, which counts and is answered from the journal."""
+    """Whether experts have answered a run there: that is paid for, and later starts are answered from the journal."""
     found = (line for path in journals(str(workdir / "journal.jsonl")) for line in read_lines(str(path)))
-    return any(line["kind"] in ("call", "request") for line in found)
+    return any(line["kind"] in ("call", "request") and line["status"] == Status.OK.name for line in found)
 
 
 def settings_hashes(settings: Mapping[str, str]) -> dict[str, str]:

@@ -122,6 +122,10 @@ def _parse(
             raise ConfigError(f"{error}; see --help") from error
         if isinstance(error, AttributeError | KeyError):  # ml_collections, on an override of a key that is not there
             raise ConfigError(_unknown_key(argv, str(error))) from error
+        if isinstance(error, IndexError | TypeError | ValueError):  # likewise, on a value that does not fit its key
+            raise ConfigError(
+                f"an override does not fit its setting: {error}; compare the --config.KEY=VALUE given"
+            ) from error
         raise
     if len(rest) - 1 > arguments:
         stray = rest[1 + arguments]
@@ -176,6 +180,8 @@ class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
         settings = read_settings(Path(path))
         if settings is None:
             raise ConfigError(f"cannot load the config file: there is no {path}; check --config")
+        if "registry" not in settings.config:
+            raise ConfigError(f"{path} holds no settings of a run; name the config.json in a run's directory")
         return ConfigDict(settings.config).lock()
 
 

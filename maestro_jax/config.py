@@ -354,7 +354,8 @@ def _check(config: Config, trains: bool) -> None:
     if (between := warm_start.checkpoint_every) < 1:
         raise ConfigError(f"config.warm_start.checkpoint_every={between} is no number of steps; use 1 or more")
     for source, pair in warm_start.claims.items() if warm_start.steps else ():
-        found = config.registry.resolve(*pair)
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+        found = config.registry.resolve(*pair) if is_pair else "write (expert, skill)"
         if isinstance(found, str):
             raise ConfigError(f"config.warm_start.claims.{source} {pair!r} is not in the registry: {found}")
     skills = [skill.name for skill in config.registry.skills]

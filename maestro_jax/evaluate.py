@@ -10,7 +10,7 @@ accuracy.png, routing.png, and the graded episodes, one a line, in episodes.json
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from maestro_jax.checkpoint.run import Run, find_run
 from maestro_jax.config import Config, parse_config
 from maestro_jax.data.pipeline import Batches, check_task
 from maestro_jax.errors import ConfigError
-from maestro_jax.evaluation.baselines import pairs_of, run_pairs
+from maestro_jax.evaluation.baselines import check_pairs, pairs_of, run_pairs
 from maestro_jax.evaluation.baselines import summarise as summarise_baselines
 from maestro_jax.evaluation.episodes import Episode, by_source, marks_of, routing_of, run_episodes
 from maestro_jax.evaluation.log import RecordLog
@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
                 return [episode.to_json() for episode in made]
 
             name = f"{number} greedy" if is_greedy else f"{number} sampled {members} times"
-            return [Episode.from_json(record) for record in recorded(logs["episodes"], name, journal, compute)]
+            return [Episode.from_json(record) for record in recorded(logs, "episodes", name, journal, compute)]
 
         def baselines(number: int, part: Sequence[Task]) -> list[Sequence[float]]:
             def compute() -> list[dict[str, Any]]:
@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> None:
                 rows = [[None if np.isnan(x) else x for x in row] for row in found.tolist()]  # JSON has no NaN
                 return [{"task": task.id, "right": row} for task, row in zip(part, rows, strict=True)]
 
-            found = recorded(logs["baselines"], f"{number}", journal, lambda: cluster.from_main(compute))
+            found = recorded(logs, "baselines", f"{number}", journal, lambda: cluster.from_main(compute))
             return [record["right"] for record in found]
 
         progress.phase("evaluate", len(source))
@@ -199,6 +199,8 @@ def main(argv: Sequence[str]) -> None:
             progress.update(len(greedy), {"accuracy": accuracy if known else None, "calls": calls, **missing})
         for name, made in [*by_source(greedy).items(), *by_source(sampled).items()]:
             outages.check(marks_of(made), f"episodes of {name}")
+        if right:
+            check_pairs(pairs, np.array(right, float), outages)
         for log in filter(None, logs.values()):
             log.close()
 
@@ -212,7 +214,8 @@ def main(argv: Sequence[str]) -> None:
     text = markdown(summary)
     (output / "evaluation.md").write_text(text)
     plot_accuracy(summary, output / "accuracy.png")
-    plot_routing({policy: routing_of(greedy)}, output / "routing.png", routed.by_pair if routed else None)
+    best = routed.by_pair if routed and not routed.missing else None
+    plot_routing({policy: routing_of(greedy)}, output / "routing.png", best)
     print(text)
     seconds = time.monotonic() - began
     print(f"written to {output} in {seconds:.0f} s: evaluation.json, .md, accuracy.png, routing.png, episodes.jsonl")
@@ -251,12 +254,22 @@ def is_used(key: str) -> bool:
 
 
 def recorded(
-    log: RecordLog | None, batch: str, journal: Journal, compute: Callable[[], list[dict[str, Any]]]
+    logs: Mapping[str, RecordLog | None],
+    name: str,
+    batch: str,
+    journal: Journal,
+    compute: Callable[[], list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
-    """The records of a batch, computed unless an earlier start has them; the log is process 0's."""
-    found = cluster.from_main(lambda: log.get(batch) if log else None)
+    """The records of a batch, computed unless an earlier start has them; the logs are process 0's.
+
+    One that is made again since it had gaps leaves what follows it in the journal.
+    """
+    log = logs[name]
+    found, is_alone = cluster.from_main(
+        lambda: (log.get(batch) if log else None, any(other.is_ahead for other in logs.values() if other))
+    )
     if found is None:
-        journal.begin(batch)
+        journal.begin(batch, alone=is_alone)
         found = compute()
         journal.sync()
         if log:

@@ -73,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
             write_config_files(architecture, run.tokenizer, DTYPE.value, run.pixels, partial)
         else:
             copy_base(base, partial)
-        write_model_card(partial, reader.step, flatten(run.config), read_json(run.workdir / "summary.json"))
+        summary = read_json(run.workdir / "summary.json")
+        is_of_this = summary is not None and summary["steps"] == reader.step  # else it says how another policy does
+        write_model_card(partial, reader.step, flatten(run.config), summary if is_of_this else None)
 
         # ---- Verify, then the real name --------------------------------------------------------
         if VERIFY.value:

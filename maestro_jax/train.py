@@ -162,7 +162,10 @@ def main(argv: Sequence[str]) -> None:
         dispatcher = Dispatcher(answered, journal)
         closing.callback(dispatcher.close)
         store = open_store(config, workdir, progress)
-        if store.latest() is None:  # else training knows from where on (`Training.begin`)
+        # Else training knows from where on (`Training.begin`). A figure with gaps asks only what failed once more.
+        has_trained = store.latest() is not None
+        figures = [workdir / f"{name}.json" for name in ("baselines", "before", "before_sampled")]
+        if not has_trained or not cluster.from_main(lambda: all(path.exists() for path in figures)):
             recall(answered, {}, progress)
         router = WeakRouter(config.registry, config.warm_start)
         system = render_system_prompt(config.registry, config.rollout.max_calls)
@@ -225,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
             return result
 
         def cached(name: str, kind: Any, compute: Callable[[], Any]) -> Any:
-            return kept_if_whole(workdir / f"{name}.json", journal, kind, compute)
+            return kept_if_whole(workdir / f"{name}.json", journal, kind, compute, alone=has_trained)
 
         baselines = cached(
             "baselines", Baselines, lambda: measure_baselines(config, held_out, dispatcher, progress, outages)
@@ -304,7 +307,8 @@ def main(argv: Sequence[str]) -> None:
         "calls": {"warm_start": before.calls, "trained": last.calls},
         "held_out_tasks": len(held_out),
         # What has no answer counts neither as right nor as wrong: of the tasks, and of the baselines' calls.
-        "missing": {"warm_start": before.missing, "trained": last.missing, "baselines": baselines.missing},
+        "missing": {"warm_start": before.missing, "trained": last.missing, "baselines": baselines.missing}
+        | {"warm_start_sampled": sampled.missing},
         "marked": marked_by_expert(measured),
         "steps": config.grpo.steps,
         "seed": config.seed,
@@ -313,7 +317,7 @@ def main(argv: Sequence[str]) -> None:
     write_json(workdir / "summary.json", summary)
     plot_curves(measured, lines_of(whole_figures(summary)), workdir / "curves.png")
     panels = {"Before reinforcement learning": before.routing, "After reinforcement learning": last.routing}
-    plot_routing(panels, workdir / "routing.png", baselines.by_pair)
+    plot_routing(panels, workdir / "routing.png", None if baselines.missing else baselines.by_pair)
     print(summary_table(summary))
     print(f"\nwritten to {workdir}: summary.json, curves.png, routing.png, metrics.jsonl; {store.directory}")
 
@@ -461,16 +465,17 @@ def warm_start(
     return state.params
 
 
-def kept_if_whole(path: Path, journal: Journal, kind: Any, compute: Callable[[], Any]) -> Any:
+def kept_if_whole(path: Path, journal: Journal, kind: Any, compute: Callable[[], Any], alone: bool) -> Any:
     """A result that is computed once and then read from its JSON file; one with gaps is computed again at every start.
 
     Args:
       kind: its class, with `to_json`, `from_json` and the number of what is `missing`.
+      alone: what followed it in the journal stays (`Journal.begin`).
     """
     values = cluster.from_main(lambda: read_json(path))
     if values is not None:
         return kind.from_json(values)
-    journal.begin(path.stem)
+    journal.begin(path.stem, alone)
     found = kind.from_json(compute().to_json())  # the same types as from the file
     journal.sync()
     if cluster.is_main() and not found.missing:

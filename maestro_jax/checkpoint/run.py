@@ -41,8 +41,10 @@ class Run:
 
 
 def has_begun(workdir: Path) -> bool:
-    """Whether a run there has made what later starts take over: steps of a warm start, or baselines and all behind."""
-    return (workdir / "baselines.json").is_file() or any((workdir / "warm_start").glob("[0-9]*"))
+    """Whether a run there has made what later starts take over: checkpoints, figures, or metrics of training."""
+    made = ("baselines.json", "before.json", "before_sampled.json", "metrics.jsonl")
+    saved = (path for name in ("warm_start", "checkpoints") for path in (workdir / name).glob("*"))
+    return any((workdir / name).is_file() for name in made) or any(path.name.isdigit() for path in saved)
 
 
 def find_run(path: Path) -> Run:

@@ -90,7 +90,7 @@ class JsonlSource:
                     yield _label(opened.read(length), f"{file.path} line {line}", f"{file.name}/{line:06d}")
 
     def stamp(self) -> list[Any]:
-        return ["jsonl", *file_stamps(file.path for file in self._files)]
+        return ["jsonl", str(self._image_root), *file_stamps(file.path for file in self._files)]
 
     def _find(self, index: int) -> tuple[_File, int]:
         """File of a task, and which of its lines that are not blank."""

@@ -87,6 +87,10 @@ class Row:
     def _text(self, value: Any, field: str) -> str:
         if not isinstance(value, str) or not value.strip():
             raise self.error(field, f"expected a text, found {describe(value)}; fill it or remove the row")
+        if not _is_unicode(value):
+            raise self.error(
+                field, "holds half of a surrogate pair, which is no character; correct it or remove the row"
+            )
         return value.strip()
 
     def _picture(self, entry: Any, field: str) -> bytes:
@@ -105,4 +109,9 @@ def describe(value: Any) -> str:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool) and _is_unicode(str(value))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written to a file."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)

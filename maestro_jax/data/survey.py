@@ -37,7 +37,8 @@ def survey(source: TaskSource, name: str, kept: Path, progress: Progress, *, who
     """
     stamp = json.dumps([_VERSION, whole, source.stamp()]).encode()
     key = hashlib.blake2b(stamp, digest_size=16).hexdigest()
-    known = read_json(kept) or {}
+    found = read_json(kept)
+    known = found if isinstance(found, dict) else {}
     if key not in known:
         known[key] = _survey(source, name, progress, whole)
         write_json(kept, known)

@@ -91,7 +91,7 @@ class VerlParquetSource:
                 yield Label(self._name(file, row), source) if source else None
 
     def stamp(self) -> list[Any]:
-        return ["verl", *file_stamps(self._paths)]
+        return ["verl", str(self._image_root), *file_stamps(self._paths)]
 
     def _name(self, file: int, row: int) -> str:
         return f"{self._names[file]}/{row:06d}"

@@ -15,7 +15,7 @@ from maestro_jax.data.source import OnDemand
 from maestro_jax.registry.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rewards.graders import grade_all
-from maestro_jax.rollout.outages import Outages
+from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.types import Call, Status, Task
 from maestro_jax.warm_start.demonstrations import make_calls
 
@@ -55,6 +55,8 @@ def run_baselines(
     """Calls every pair on every task; `tick` hears how many calls have been answered."""
     pairs = pairs_of(registry)
     right = run_pairs(tasks, pairs, dispatcher, deadline, tick, outages)
+    if outages is not None:
+        check_pairs(pairs, right, outages)
     return summarise([task.source for task in tasks], pairs, right)
 
 
@@ -90,6 +92,17 @@ def run_pairs(
     right = np.array(grade_all(list(zip(graded, texts, strict=True))), float)
     right[[reply.status.is_infrastructure for reply in replies]] = np.nan
     return right.reshape(len(tasks), len(pairs))
+
+
+def check_pairs(pairs: Sequence[tuple[str, str]], right: np.ndarray, outages: Outages) -> None:
+    """Refuses the figure of a pair that hardly ever answered: it might be the best one by a single task.
+
+    Raises:
+      Preempted: as of `Outages.check`.
+    """
+    for (expert, skill), lost in zip(pairs, np.isnan(right).sum(axis=0).tolist(), strict=True):
+        marks = Marks(len(right), lost, 0, {expert: lost} if lost else {})
+        outages.check(marks, f"calls of {expert} with {skill}")
 
 
 def summarise(source_of_task: Sequence[str], pairs: Sequence[tuple[str, str]], right: np.ndarray) -> Baselines:

@@ -28,6 +28,7 @@ class RecordLog:
     ):
         self._path = Path(path)
         self._batches: dict[str, list[dict[str, Any]]] = {}
+        self._met: set[str] = set()  # asked for or added since the start
         try:
             self._file = open(self._path, "a+b")
             self._file.truncate(self._read())
@@ -38,7 +39,13 @@ class RecordLog:
 
     def get(self, batch: str) -> list[dict[str, Any]] | None:
         """The records of a batch, or None if it is not there."""
+        self._met.add(batch)
         return self._batches.get(batch)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it holds batches that nobody has asked for yet."""
+        return bool(self._batches.keys() - self._met)
 
     def add(self, batch: str, records: Sequence[dict[str, Any]]) -> None:
         """Appends a batch; on disk when this returns."""
@@ -51,7 +58,10 @@ class RecordLog:
         """The file without these batches takes the place of the old one in one move."""
         self._batches = {name: records for name, records in self._batches.items() if name not in without}
         temporary = self._path.with_name(f".{self._path.name}.tmp")
-        temporary.write_bytes(b"".join(_lines(name, records) for name, records in self._batches.items()))
+        with open(temporary, "wb") as file:
+            file.write(b"".join(_lines(name, records) for name, records in self._batches.items()))
+            file.flush()
+            os.fsync(file.fileno())
         self._file.close()
         temporary.replace(self._path)
         self._file = open(self._path, "a+b")

@@ -63,6 +63,7 @@ def summarise(
         benchmarks[source]["baselines"] = {name: getattr(baselines, name)[source] for name in BASELINE_NAMES}
     return {
         "tasks": len(greedy),
+        "baselines_missing": baselines.missing if baselines else 0,
         "missing": len(greedy) - len(answered(greedy)),
         "benchmarks": benchmarks,
         "average": _average(list(benchmarks.values()))
@@ -99,6 +100,8 @@ def _sampled(episodes: Sequence[Episode]) -> dict[str, Any]:
     for episode in episodes:
         drawn.setdefault(episode.task, []).append(episode)
     tasks = {task: own for task, own in drawn.items() if not any(e.marked for e in own)}
+    if not tasks:
+        return {"samples": len(next(iter(drawn.values()))), "missing": len(drawn)}
     right = np.array([[e.outcome == 1.0 for e in own] for own in tasks.values()])
     samples = right.shape[1]
     votes = [majority([e.answer for e in own], [e.outcome for e in own]) for own in tasks.values()]
@@ -147,6 +150,13 @@ def markdown(summary: Mapping[str, Any]) -> str:
     parts = ["# Evaluation", "", f"{tasks} tasks, one greedy episode each. {summary['policy']}.", ""]
     if missing:
         parts += [f"**{missing} of {tasks} not answered** (an expert failed): accuracy over {tasks - missing}.", ""]
+    if sampled := sum(row.get("sampled", {}).get("missing", 0) for row in benchmarks.values()):
+        parts += [
+            f"**{sampled} of {tasks} tasks lack a sample's answer**: mean, pass and majority over the others.",
+            "",
+        ]
+    if calls := summary["baselines_missing"]:
+        parts += [f"**{calls} calls of the baselines not answered**: their figures are over the others.", ""]
     if changed := summary.get("differences"):
         head = [["setting", "the run", "here"]]
         table = _table(head + [[key, each["run"], each["here"]] for key, each in changed.items()])
@@ -174,7 +184,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 def _accuracy_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     first = next(iter(rows.values()))
-    sampled = list(first["sampled"]["pass"]) if "sampled" in first else []
+    drawn = [row["sampled"] for row in rows.values() if "mean" in row.get("sampled", {})]
+    sampled = list(drawn[0]["pass"]) if drawn else []
     baselines = list(BASELINE_NAMES) if "baselines" in first else []
     head = ["benchmark", "tasks", "greedy", "format kept", "not answered"]
     if sampled:
@@ -186,9 +197,9 @@ def _accuracy_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
         counted = [str(row.get(key, "")) for key in ("tasks", "missing")]
         cells = [name, counted[0], interval, _percent(row["kept_format"]), counted[1]]
         if sampled:
-            drawn = row["sampled"]
-            cells += [_percent(drawn["mean"]), *(_percent(drawn["pass"][k]) for k in sampled[1:])]
-            cells += [_percent(drawn["majority"])]
+            own = row.get("sampled", {})
+            found = [own["mean"], *(own["pass"][k] for k in sampled[1:]), own["majority"]] if "mean" in own else []
+            cells += [_percent(share) for share in found] or ["-"] * (len(sampled) + 1)
         table.append(cells + [_percent(row["baselines"][name]) for name in baselines])
     return _table(table)
 

@@ -24,10 +24,10 @@ def combine(run: Mapping[str, Any], given: Mapping[str, Any], overrides: Iterabl
 
     Args:
       run: nested.
-      given: nested; the config file with its overrides.
+      given: nested; the config file with its overrides. Groups that it lacks stay the run's.
       overrides: dotted keys.
     """
-    used = copy.deepcopy(dict(run)) | {group: given[group] for group in GIVEN}
+    used = copy.deepcopy(dict(run)) | {group: given[group] for group in GIVEN if group in given}
     for key in overrides:
         *path, last = key.split(".")
         if path and path[0] in GIVEN:

@@ -33,7 +33,8 @@ def plot_accuracy(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> N
     left = 0.35 + 0.1 * max(len(_label(name, row)) for name, row in rows.items())
     axes = figure.add_axes((left / 9.5, bottom / height, (9.5 - left - 0.75) / 9.5, _ROW * len(rows) / height))
     _draw_bars(axes, rows)
-    _draw_baselines(axes, rows)
+    if not summary.get("baselines_missing"):
+        _draw_baselines(axes, rows)
     figure.text(
         0.25 / 9.5, 1 - 0.4 / height, "How many questions does the policy answer right?", fontsize=15, weight="bold"
     )

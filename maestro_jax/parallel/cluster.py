@@ -29,7 +29,7 @@ import jax
 from jax._src import distributed  # the coordinator's key-value store has no public name
 from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
-from maestro_jax.errors import EXIT_LOST, ConfigError
+from maestro_jax.errors import EXIT_LOST, ConfigError, UserError
 from maestro_jax.parallel import preemption
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ _TPU_PORT = 8482  # of the coordinator on a TPU host; JAX's own choice there
 
 _LOSS = re.compile(r"Gloo \S+ failed|NCCL|UNAVAILABLE")
 _STOP = "maestro/stop"
+_REFUSED = "$refused"  # tells an error of the user's from what was computed
 _exchanges = itertools.count()
 _apart: list[bool] = []  # not empty while process 0 computes something on its own
 
@@ -280,19 +281,27 @@ def from_main(compute: Callable[[], T]) -> T:
     """What process 0 computes (plain JSON); the others wait for it, and so for all that it did before.
 
     Nothing in `compute` reaches the others but this: where it is told to stop, they stop as well.
+
+    Raises:
+      UserError: in all of them, what `compute` ended with.
     """
     if jax.process_count() == 1 or _apart:
         return compute()
     told: Any = (False, None)
+    refused: UserError | None = None
     if is_main():
         _apart.append(True)
         try:
             told = (False, compute())
         except preemption.Preempted as stop:
             told = (True, stop.reason)
+        except UserError as error:
+            refused, told = error, (False, {_REFUSED: str(error)})
         finally:
             _apart.clear()
     stopped, value = gather(told)[0]
+    if isinstance(value, dict) and _REFUSED in value:
+        raise refused or UserError(value[_REFUSED])
     if stopped and value:
         preemption.give_up(value)
     if stopped:

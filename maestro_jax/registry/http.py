@@ -44,7 +44,6 @@ MAX_BODY = 2**20  # bytes of a reply; more are not read
 CONNECT_SECONDS = 5.0
 FAIR_SHARE = 0.5  # of what an attempt may take; a server that is silent for so long has failed, whoever gave up on it
 LIST_SECONDS = 5.0  # to hear which models there are
-PROBE_SECONDS = 15.0  # for one token
 PROBE = Message("user", "Reply with one word: ready.")
 IDLE_SECONDS = 4.0  # a kept connection; uvicorn closes after 5, and a request must not meet that
 QUOTE_SECONDS = 1.0  # to hear why a server refuses
@@ -285,7 +284,8 @@ class HttpExpert:
         Not for the list of models: servers whose engine is dead still have it.
         """
         body = self._body(Request((PROBE,), dataclasses.replace(self._sampling, max_tokens=1)))
-        seconds = min(PROBE_SECONDS, self._config.attempt_timeout)
+        # As long as any request may take: a server that thinks for long before its first token is well.
+        seconds = self._config.attempt_timeout
         try:
             while lease := await self.endpoints.probe(endpoint):
                 with lease:

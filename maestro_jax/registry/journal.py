@@ -3,7 +3,8 @@
 Lines are JSON objects of four kinds:
 
     section   a part of the run begins ("warm start", "step 7"). A section that begins again, since the run was
-              interrupted in it, replaces its first attempt and all sections that followed that.
+              interrupted in it, replaces its first attempt and all sections that followed that; one that is made again
+              "alone" (a figure with gaps) replaces its first attempt only.
     call      what came back to the policy for one call: who asked, a hash of what, the observation.
     request   what one expert or service answered while a call ran: its version, a hash of the request, the reply.
               Replies from the cache are none: nobody was asked. All were paid for, in replaced sections, too.
@@ -83,9 +84,14 @@ class Journal:
         except OSError as error:
             raise self._broken(error) from error
 
-    def begin(self, section: str) -> None:
+    def begin(self, section: str, alone: bool = False) -> None:
+        """Begins a part of the run.
+
+        Args:
+          alone: it is made again after others that stay: it replaces its first attempt only.
+        """
         self.section = section
-        self._write({"kind": "section", "name": section})
+        self._write({"kind": "section", "name": section} | ({"alone": True} if alone else {}))
 
     def call(self, asker: str, call: Call, question: str, images: tuple[bytes, ...], observation: Observation) -> None:
         of_call = {"request": call_key(call, question, images), "expert": call.expert, "skill": call.skill}

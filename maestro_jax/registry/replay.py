@@ -97,18 +97,19 @@ def read_calls(path: str) -> Iterator[tuple[CallKey, Observation]]:
     Raises:
       OSError: the file cannot be read.
     """
-    sections: dict[str, list[tuple[CallKey, Observation]]] = {"": []}
+    sections: dict[str, list[tuple[CallKey, Observation]]] = {"": []}  # in the order in which they first began
+    section = ""
     for line in read_lines(path):
         if line["kind"] == "section":
-            names = list(sections)
-            for later in names[names.index(line["name"]) :] if line["name"] in sections else ():
-                del sections[later]
-            sections[line["name"]] = []
+            section, names = line["name"], list(sections)
+            if section in sections and not line.get("alone"):
+                for later in names[names.index(section) :]:
+                    del sections[later]
+            sections[section] = []
         elif line["kind"] == "call":
-            section, calls = next(reversed(sections.items()))
-            calls.append((CallKey(section, line["asker"], line["request"]), _observation(line)))
+            sections[section].append((CallKey(section, line["asker"], line["request"]), _observation(line)))
         elif line["kind"] == "void":
-            _remove_last(next(reversed(sections.values())), line["askers"])
+            _remove_last(sections[section], line["askers"])
     for calls in sections.values():
         yield from calls
 

@@ -144,6 +144,7 @@ class Exchange:
             assert call is not None  # it waits for this one
             trajectory.askers.append(trajectory.asker)
             if (kept := trajectory.kept_answer) is not None:
+                trajectory.timing.called -= kept.seconds  # the deadline counts what it took
                 with self.lock:
                     self._unsent.append((number, kept))
                 continue

@@ -123,7 +123,7 @@ class Outages:
         self.on_wait: Callable[[Mapping[str, float]], None] = lambda shares: None
         self._config, self._called, self._shunned, self._note = config, frozenset(called), shunned, note
         self._replayed = replayed
-        self._began: float | None = None  # when this outage was met, on process 0's clock
+        self._waited = 0.0  # seconds, in this outage; what runs again in between is no waiting
         self._pauses = 0
 
     def tolerates(self, marks: Marks, what: str) -> bool:
@@ -154,8 +154,10 @@ class Outages:
         """
         retries = 0
         while (marks := count()).marked > marks.refused and not self._replayed:
-            if self._out(marks):
-                self._wait(marks, what)
+            if self._out(marks) or marks.share > self._config.max_marked:
+                self._wait(
+                    marks, what
+                )  # some are out that nobody shuns: classes of this process, servers that are busy
             elif retries < RETRIES:
                 self._pause(FIRST_PAUSE * 2**retries)
                 retries += 1
@@ -194,11 +196,16 @@ class Outages:
 
     def _wait(self, marks: Marks, what: str) -> None:
         """Returns when it is worth while to ask again."""
+        if set(marks.experts) == {NOBODY} and self._pauses >= RETRIES:
+            raise RuntimeError(
+                f"{marks.marked} of {marks.total} {what} fail again and again, and no expert did: see the log"
+            )
         self.on_wait(marks.shares)
+        before, entered = self._waited, self._look(marks)[0]
         while True:
             now, out = self._look(marks)
-            self._began = now if self._began is None else self._began
-            left = self._began + self._config.patience - now
+            self._waited = before + now - entered
+            left = self._config.patience - self._waited
             who = listed(marks, out)
             if left <= 0:
                 preemption.give_up(
@@ -211,15 +218,18 @@ class Outages:
                 f"waiting for {who}: {100 * marks.share:.0f} % of {what} met an outage ({reason(marks, out)}), "
                 f"next try in {seconds:.0f} s, gives up in {left:.0f} s"
             )
-            if not self._still_out(marks, now + seconds, bool(out)):
+            out = self._out_until(marks, now + seconds, bool(out))
+            self._waited = before + self._look(marks)[0] - entered
+            # The longest pause ends with a try whoever is out: a server may answer requests and no probe.
+            if not out or seconds == LONGEST_PAUSE:
                 return
 
-    def _still_out(self, marks: Marks, until: float, was_out: bool) -> bool:
-        """Whether experts cannot be asked even then; ends early when they are back."""
+    def _out_until(self, marks: Marks, until: float, was_out: bool) -> dict[str, str]:
+        """Who cannot be asked even then; ends early when they are back."""
         while True:
             now, out = self._look(marks)
             if (was_out and not out) or now >= until:
-                return bool(out)
+                return out
             time.sleep(min(LOOK_SECONDS, until - now))
 
     def _pause(self, seconds: float) -> None:
@@ -245,7 +255,7 @@ class Outages:
         return told[0][2], of_these if marks.marked else {}
 
     def _end(self) -> None:
-        self._began, self._pauses = None, 0
+        self._waited, self._pauses = 0.0, 0
 
 
 def listed(marks: Marks, out: Mapping[str, str] | None = None) -> str:

@@ -261,7 +261,9 @@ class Scheduler:
             if taken is not None or not self.queue or len(self.admitted) == self.capacity.prefill_groups:
                 continue
             group = self.queue.popleft()
-            group.slot, group.version = slot, version
+            group.slot = slot
+            if not any(member.finished for member in group.members):  # those of a group that runs again keep their age
+                group.version = version
             orders.slots[len(self.admitted)] = slot
             self.slots[slot] = group
             self.admitted.append(group)

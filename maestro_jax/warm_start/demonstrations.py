@@ -166,7 +166,7 @@ def write_demonstrations(
       tasks: read again whenever a demonstration is asked for.
       exchange: runs the calls and renders observations exactly as in a rollout.
       progress: told about every answered call; how many there are depends on the draws in here.
-      outages: as of `make_calls`. What is left without an answer then reads as one that gives nothing.
+      outages: as of `make_calls`. What is left without an answer then is a rehearsal.
     """
 
     def write() -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
@@ -186,21 +186,21 @@ def _write_all(
     outages: Outages | None,
 ) -> Iterator[tuple[tuple[int, ...], tuple[bool, ...]]]:
     """Ids of each demonstration, and whose they are."""
-    rng = np.random.default_rng(seed)
+    rng, rng_of_lost = np.random.default_rng(seed), np.random.default_rng([seed, 1])
 
     def answers(asked: Sequence[tuple[int, Call]]) -> Iterator[Observation]:
         calls = OnDemand(range(len(asked)), lambda n: (tasks[asked[n][0]], asked[n][1]))
         for reply in make_calls(exchange.dispatcher, calls, exchange.config.deadline, progress.tick, outages):
             is_lost = outages is not None and reply.status.is_infrastructure
-            yield Observation(NO_HELP, Status.OK) if is_lost else reply
+            yield Observation(random_text(words, pieces, rng_of_lost), Status.OK) if is_lost else reply
 
+    words = [str(answer) for task in tasks for answer in task.answers[:1]] or ["answer"]
+    pieces = letter_pieces(exchange.tokens)
     first = [router.choose(task.source, rng) for task in tasks]
     rehearsed = rng.random(len(tasks)) < router.config.rehearsal
     real = [(number, call) for number, call in enumerate(first) if not rehearsed[number]]
     progress.phase("demonstrations", len(real))
     answered = answers(real)
-    words = [str(answer) for task in tasks for answer in task.answers[:1]] or ["answer"]
-    pieces = letter_pieces(exchange.tokens)
     replies = [
         Observation(random_text(words, pieces, rng), Status.OK) if skip else next(answered) for skip in rehearsed
     ]

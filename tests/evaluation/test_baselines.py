@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as npst
 
 from maestro_jax.data.source import TaskView
 from maestro_jax.errors import ConfigError
-from maestro_jax.evaluation.baselines import QUERY, Baselines, run_baselines, summarise
+from maestro_jax.evaluation.baselines import QUERY, Baselines, check_pairs, run_baselines, summarise
 from maestro_jax.parallel import preemption
 from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig, SkillConfig
 from maestro_jax.rollout import outages
@@ -181,7 +181,7 @@ def test_baselines_of_experts_that_refuse_everything_are_the_users_to_mend() -> 
 
 def test_a_call_that_always_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outages, "FIRST_PAUSE", 0.0)
-    tasks = [task(number, "counting") for number in range(3)]
+    tasks = [task(number, "counting") for number in range(6)]
 
     class Stubborn(Desk):
         def submit(self, ticket: int, call: Call, *told: Any) -> None:
@@ -191,6 +191,14 @@ def test_a_call_that_always_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
     desk = Stubborn({Pair(*pair): Observation("7" if pair[1] == "X" else "8", Status.OK) for pair in PAIRS})
     found = run_baselines(tasks, registry(X=(), Y=()), desk, 9.0, lambda done: None, patient({}, print))  # type: ignore[arg-type]
-    assert len(desk.calls) == 12 + RETRIES
+    assert len(desk.calls) == 24 + RETRIES
     assert (found.missing, found.by_pair["counting"][("A", "X")], found.task_oracle["overall"]) == (1, 1.0, 1.0)
-    assert found.random["overall"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+    assert found.random["overall"] == pytest.approx((1 / 3 + 5 / 2) / 6)
+
+
+def test_a_pair_that_hardly_ever_answered_is_no_best_one() -> None:
+    right = np.zeros((20, len(PAIRS)))
+    right[0, 0], right[1:, 0] = 1.0, np.nan
+    with pytest.raises(preemption.Preempted) as stop:
+        check_pairs(PAIRS, right, patient({}, print))
+    assert stop.value.reason.startswith("19 of 20 calls of A with X have no answer of A (95 %)")

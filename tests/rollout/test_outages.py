@@ -144,7 +144,7 @@ def test_what_met_an_outage_is_in_the_end_what_it_would_have_been(bench: Bench, 
 
 
 def test_nobody_who_has_answered_is_asked_again(bench: Bench, healthy: Rollout) -> None:
-    experts = Failing(Status.TIMEOUT, second_calls=True)
+    experts, bench.max_marked = Failing(Status.TIMEOUT, second_calls=True), 1.0
     patient = bench.outages(experts)
     retried, patient._pause = [], lambda seconds: setattr(experts, "out", bool(retried.append(seconds)))  # type: ignore[method-assign]
     assert_equal(bench.run(experts, patient), healthy)
@@ -165,12 +165,48 @@ def test_a_run_through_an_outage_is_replayed(bench: Bench, tmp_path: Path) -> No
 
 
 def test_what_always_fails_is_left_when_its_expert_is_there(bench: Bench, healthy: Rollout) -> None:
-    experts = Failing(Status.TIMEOUT)
+    experts, bench.max_marked = Failing(Status.TIMEOUT), 1.0
     found = bench.run(experts, bench.outages(experts))
     hit = [any(call.expert == "Lens" for call, _ in m.calls) for m in members(found)]
     assert [m.marked for m in members(found)] == hit and any(hit) and not bench.lines
     asked = Counter(line["asker"] for line in bench.calls() if line["status"] == "TIMEOUT")
     assert max(asked.values()) == 1 + RETRIES
+
+
+def test_experts_that_nobody_shuns_are_waited_for_like_others(bench: Bench, healthy: Rollout) -> None:
+    experts, bench.back_after = Failing(Status.TIMEOUT), 2 + RETRIES
+    assert_equal(bench.run(experts, bench.outages(experts)), healthy)
+    assert len(bench.lines) == 2 + RETRIES
+
+
+def test_a_server_that_answers_requests_and_no_probe_is_asked_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outages, "LONGEST_PAUSE", 0.02)
+    asked: list[int] = []
+    patient = Outages(OutageConfig(0.0, 60.0), ["Lens"], lambda: {"Lens": "half-open"}, lambda line: None)
+    of = {True: Marks(4, 4, 0, {"Lens": 4}), False: Marks(4, 0)}
+    assert patient.insist(lambda: of[len(asked) < 1], lambda: asked.append(1), "calls").marked == 0
+    assert asked == [1]
+
+
+def test_only_waiting_uses_patience_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(outages.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(outages.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    patient = Outages(OutageConfig(0.0, 1.0), ["Lens"], dict, lambda line: None)
+    marks = Marks(4, 4, 0, {"Lens": 4})
+    for _ in range(3):
+        assert not patient.tolerates(marks, "episodes")
+        clock[0] += 700.0  # the episodes run again
+    with pytest.raises(preemption.Preempted):
+        for _ in range(20):
+            patient.tolerates(marks, "episodes")
+
+
+def test_faults_of_our_own_are_no_outage() -> None:
+    patient = Outages(OutageConfig(0.0, 60.0), ["Lens"], dict, lambda line: None)
+    with pytest.raises(RuntimeError, match="4 of 4 episodes fail again and again, and no expert did"):
+        for _ in range(RETRIES + 1):
+            patient.tolerates(Marks(4, 4, 0, {outages.NOBODY: 4}), "episodes")
 
 
 def test_an_outage_that_never_ends_stops_the_run(bench: Bench) -> None:
