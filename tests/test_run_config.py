@@ -179,6 +179,11 @@ def test_an_unknown_expert_in_the_claims_lists_the_known_ones() -> None:
     assert 'Unknown expert "Chart-Lense"' in text and "Chart-Lens," in text
 
 
+def test_a_claim_is_an_expert_and_a_skill() -> None:
+    text = message(with_value("warm_start.claims.charts", ("Chart-Lens",)))
+    assert "config.warm_start.claims.charts" in text and "write (expert, skill)" in text
+
+
 def test_an_unknown_skill_in_the_claims_lists_the_known_ones() -> None:
     text = message(with_value("warm_start.claims.charts", ("Chart-Lens", "Chart_Solver")))
     assert 'Unknown skill "Chart_Solver"' in text and "Chart_Problem_Solver" in text

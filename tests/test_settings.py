@@ -15,6 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
+from maestro_jax.command import _ConfigParser
 from maestro_jax.config import parse_config
 from maestro_jax.errors import EXIT_CONFIG, ConfigError
 from maestro_jax.settings import Settings, read_settings
@@ -140,3 +141,9 @@ def test_an_unknown_group_in_the_file_is_refused(tmp_path: Path) -> None:
     Settings.of(raw | {"grp": raw["grpo"]}).write(tmp_path / "config.json")
     result = check(tmp_path / "config.json")
     assert result.returncode == EXIT_CONFIG and "unknown key config.grp; did you mean" in result.stderr
+
+
+def test_a_file_without_the_settings_of_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "architecture.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(ConfigError, match="architecture.json holds no settings of a run; name the config.json"):
+        _ConfigParser("config").parse(str(tmp_path / "architecture.json"))

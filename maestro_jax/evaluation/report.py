@@ -156,7 +156,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
             "",
         ]
     if calls := summary["baselines_missing"]:
-        parts += [f"**{calls} calls of the baselines not answered**: their figures are over the others.", ""]
+        parts += [f"**{calls} of the baselines' calls not answered**: their figures are over the others.", ""]
     if changed := summary.get("differences"):
         head = [["setting", "the run", "here"]]
         table = _table(head + [[key, each["run"], each["here"]] for key, each in changed.items()])

@@ -97,6 +97,8 @@ def test_a_source_can_be_sent_to_another_process(write: Write, root: pathlib.Pat
         ({"images": ["../outside.png"]}, r"field images\[0\]: .* leads outside image_root"),
         ({"images": ["link.png"]}, r"field images\[0\]: .* leads outside image_root"),
         ({"images": ["https://example.com/a.png"]}, r"field images\[0\]: path is a URL, which is never fetched"),
+        ({"id": "\ud800"}, "field id: holds half of a surrogate pair"),
+        ({"answers": ["\udfff"]}, "field answers: "),
         ({"choices": ["cat"]}, "field choices: expected 2 to 26 options, found 1"),
         ({"choices": ["cat", ""]}, r"field choices\[1\]: expected a text"),
         (

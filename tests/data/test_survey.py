@@ -161,6 +161,20 @@ def test_data_is_gone_through_once_and_again_when_it_has_changed(tmp_path: Path,
     assert Counting.passes == 3
 
 
+def test_images_are_looked_for_again_where_their_root_is_another(tmp_path: Path, kept: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {})
+    stamps = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        stamps.append(JsonlSource(path, tmp_path / name).stamp())
+    assert stamps[0] != stamps[1]
+
+
+def test_what_is_kept_may_be_anything(tmp_path: Path, kept: Path) -> None:
+    kept.write_text("7")
+    check(JsonlSource(write_lines(tmp_path / "a.jsonl", {})), kept=kept)
+
+
 def test_a_long_pass_is_told(tmp_path: Path, kept: Path) -> None:
     stream = io.StringIO()
     with Progress(stream) as progress:

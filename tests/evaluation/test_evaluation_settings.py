@@ -58,3 +58,8 @@ def test_differences_are_those_of_settings_in_use() -> None:
 def test_a_line_is_short() -> None:
     (line,) = changed_lines({"policy.architecture": Difference("x" * 1000, "y" * 1000)})
     assert len(line) < 300
+
+
+def test_a_file_may_hold_some_of_the_groups_only() -> None:
+    used = combine(RUN, {group: FILE[group] for group in ("data", "registry")}, [])
+    assert used == RUN | {"data": FILE["data"], "registry": FILE["registry"]}

@@ -1,5 +1,6 @@
 """The report: what is averaged over what, and that every measured thing is in its tables."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -109,3 +110,19 @@ def test_episodes_survive_their_json() -> None:
     assert [Episode.from_json(json.loads(json.dumps(e.to_json()))) for e in GREEDY] == GREEDY
     assert list(by_source(GREEDY)) == ["a", "b"]
     assert routing_of(GREEDY)["a"] == {PAIR: 4, ("Reader|2", "Reading"): 4}
+
+
+def test_a_benchmark_all_of_whose_tasks_lack_a_sample_has_no_figure_of_samples() -> None:
+    drawn = [dataclasses.replace(e, marked=e.sample == 0 and e.source == "a") for e in SAMPLED]
+    summary = summarise(GREEDY, drawn, None, seed=0) | {"policy": "p"}
+    assert summary["benchmarks"]["a"]["sampled"] == {"samples": 4, "missing": 4}
+    assert "**4 of 5 tasks lack a sample's answer**" in (text := markdown(summary))
+    assert next(row for row in text.splitlines() if row.startswith("| a |")).count("| - ") == 4
+
+
+def test_gaps_of_the_baselines_are_told() -> None:
+    right = np.array([[1.0, 0.0]] * 4 + [[np.nan, 0.0]])
+    routed = summarise_baselines([e.source for e in GREEDY], [PAIR, ("Reader|2", "Reading")], right)
+    assert "**1 of the baselines' calls not answered**" in markdown(
+        summarise(GREEDY, [], routed, seed=0) | {"policy": "p"}
+    )

@@ -62,6 +62,16 @@ def fail() -> None:
     cluster.gather(None)
 
 
+def refuse() -> None:
+    """What process 0 does for all ends with an error of the user's."""
+    cluster.start()
+
+    def read() -> None:
+        raise ConfigError("row 7 has no grader; correct it")
+
+    cluster.from_main(read)
+
+
 def outage() -> None:
     """The experts of process 1 are out for a while; then those that process 0 asks for all, for too long."""
     cluster.start()

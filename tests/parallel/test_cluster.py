@@ -168,6 +168,14 @@ def test_a_process_that_fails_ends_the_other_and_keeps_its_own_code(tmp_path: Pa
         assert running[1].wait(PROMISE) in (EXIT_LOST, -signal.SIGABRT), running[1].text
 
 
+def test_what_process_0_refuses_for_all_is_the_users_to_mend_in_all(tmp_path: Path) -> None:
+    with processes.started([WORKER, "refuse"], tmp_path) as running:
+        codes = [one.wait(STARTED) for one in running]
+        texts = [one.text for one in running]
+    assert codes == [EXIT_CONFIG] * 2, texts
+    assert all("error: row 7 has no grader; correct it" in text for text in texts)
+
+
 def test_processes_wait_for_an_expert_and_give_up_together(tmp_path: Path) -> None:
     with processes.started([WORKER, "outage"], tmp_path) as running:
         codes = [one.wait(STARTED) for one in running]
