@@ -369,7 +369,10 @@ def _replies() -> dict[str, Reader]:
             _JSON,
         ),
         "lines of a reply cache": Reader(
-            _lines(cache.ReplyCache, lambda text: {"key": text, "text": text, "seconds": 0.0, "usage": _USAGE}),
+            _lines(
+                lambda path: cache.ReplyCache(path).close(),
+                lambda text: {"key": text, "text": text, "seconds": 0.0, "usage": _USAGE},
+            ),
             BODY,
             _JSON,
         ),
