@@ -54,7 +54,7 @@ def run(
         app.run(main, flags_parser=lambda argv: _parse(argv, required, arguments, own_config))
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        _leave(EXIT_CONFIG)
+        _leave(EXIT_CONFIG, together=error.agreed)
     except preemption.Preempted as stop:
         saved = f": {stop.saved}" if stop.saved else ""
         why = stop.reason or f"by {preemption.heard()}"

@@ -7,7 +7,13 @@ EXIT_CONFIG = 78  # something the user has to change; do not restart
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names what is wrong, where, and the cure."""
+    """Bad input. The message is one line that names what is wrong, where, and the cure.
+
+    Attributes:
+      agreed: whether all processes of the run end with it; then they wait for each other.
+    """
+
+    agreed = False
 
 
 class ConfigError(UserError):

@@ -301,7 +301,9 @@ def from_main(compute: Callable[[], T]) -> T:
             _apart.clear()
     stopped, value = gather(told)[0]
     if isinstance(value, dict) and _REFUSED in value:
-        raise refused or UserError(value[_REFUSED])
+        error = refused or UserError(value[_REFUSED])
+        error.agreed = True
+        raise error
     if stopped and value:
         preemption.give_up(value)
     if stopped:

@@ -29,6 +29,8 @@ PROGRAM = "main.py"  # the program's name in its working directory
 # SIGTERM is ignored: a scheduler sends it to all processes of a run that it stops, and no program is judged by it.
 _LIMITED = 'trap "" TERM; ulimit -c 0; ulimit -n 64; ulimit -f "$1"; ulimit -t "$2"; ulimit -v "$3"; shift 3; exec "$@"'
 _BLOCK = 512
+# What Python 3.13 writes where there is not even memory for the traceback.
+_NO_MEMORY_TO_SAY_SO = "MemoryError()\nlost sys.stderr"
 _NO_LIMIT = "unlimited"
 _PATIENCE = 10  # times the wall time that a program may wait for a core
 
@@ -114,12 +116,12 @@ def judge(code: int | None, stdout: bytes, stderr: bytes, limits: Limits) -> Ran
       code: as `subprocess` gives it; None if the wall time was used up.
     """
     texts = [found[: limits.output_bytes].decode("utf-8", "replace") for found in (stdout, stderr)]
-    last_line = texts[1].rstrip().rpartition("\n")[2]
+    written = texts[1].rstrip()
     if max(len(stdout), len(stderr)) > limits.output_bytes:
         status = RanStatus.OUTPUT
     elif code is None or _signal(code) in (signal.SIGXCPU, signal.SIGKILL):
         status = RanStatus.TIMEOUT
-    elif code and last_line.startswith("MemoryError"):
+    elif code and (written.rpartition("\n")[2].startswith("MemoryError") or written.endswith(_NO_MEMORY_TO_SAY_SO)):
         status = RanStatus.MEMORY
     else:
         status = RanStatus.ERROR if code else RanStatus.OK
