@@ -301,9 +301,9 @@ def from_main(compute: Callable[[], T]) -> T:
             _apart.clear()
     stopped, value = gather(told)[0]
     if isinstance(value, dict) and _REFUSED in value:
-        error = refused or UserError(value[_REFUSED])
-        error.agreed = True
-        raise error
+        shared = refused or UserError(value[_REFUSED])
+        shared.agreed = True
+        raise shared
     if stopped and value:
         preemption.give_up(value)
     if stopped:
