@@ -165,13 +165,17 @@ def test_a_second_moment_falls_though_a_step_is_less_than_its_last_place(moments
 
 @pytest.mark.parametrize("b2", [0.95, 0.999])
 def test_training_follows_fp32_moments(b2: float) -> None:
-    """A small regression, features of very different sizes: the loss falls as with fp32 moments."""
+    """A small regression, features of very different sizes: over many orders of its data, the loss falls as with fp32.
+
+    One order says little: at a thousandth of the loss it differs by 7 % (standard deviation), to either side.
+    """
+    orders = 32
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((512, 32)) * np.logspace(-2, 1, 32)).astype(np.float32)
     y = np.tanh(x @ rng.standard_normal((32, 8)) / 10).astype(np.float32)
     start = {"a": 0.1 * rng.standard_normal((32, 64)), "b": 0.1 * rng.standard_normal((64, 8)), "c": np.zeros(8)}
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
-    batches = jnp.asarray(rng.integers(0, 512, (500, 64)))
+    batches = jnp.asarray(rng.integers(0, 512, (orders, 500, 64)))
 
     def loss(params: dict, rows: jax.Array) -> jax.Array:
         return jnp.mean((jnp.tanh(x[rows] @ params["a"]) @ params["b"] + params["c"] - y[rows]) ** 2)
@@ -188,12 +192,16 @@ def test_training_follows_fp32_moments(b2: float) -> None:
             updates, state = optimizer.update(gradients, state, params)
             return (optax.apply_updates(params, updates), state), value
 
-        curve = jax.jit(lambda c, b, step=step: jax.lax.scan(step, c, b)[1])((params, optimizer.init(params)), batches)
-        curves[moments] = np.asarray(curve).reshape(10, 50).mean(axis=1)
-    assert curves["float32"][-1] < 0.01 * curves["float32"][0]
-    # Measured, largest over ten stretches of 50 steps: 0.3 to 2.4 % of the loss (bfloat16), 2.2 to 2.6 % (int8).
+        def train(batches: jax.Array, step: Any = step, optimizer: Any = optimizer) -> jax.Array:
+            return jax.lax.scan(step, (params, optimizer.init(params)), batches)[1]
+
+        curves[moments] = np.asarray(jax.jit(jax.vmap(train))(batches)).reshape(orders, 10, 50).mean(axis=2)
+    assert curves["float32"][:, -1].mean() < 0.01 * curves["float32"][:, 0].mean()
+    # Measured with 64 orders, the largest of ten stretches of 50 steps, jax 0.10.2 and 0.12.0: 0.2 % (bfloat16) and
+    # 1.3 % (int8). With 32, the standard error of the latter is 1.3 %.
     for moments in ("bfloat16", "int8"):
-        np.testing.assert_allclose(curves[moments], curves["float32"], rtol=0.05)
+        ratio = np.exp(np.log(curves[moments] / curves["float32"]).mean(axis=0))
+        np.testing.assert_allclose(ratio, 1, rtol=0.05)
 
 
 # ---- in a train state --------------------------------------------------------------------------------------
