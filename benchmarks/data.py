@@ -28,19 +28,19 @@ from benchmarks import pairs
 from benchmarks.pairs import Figure, Result
 from configs import quickstart, qwen3_vl_4b
 from maestro_jax import command
-from maestro_jax.assemble import fields
 from maestro_jax.config import parse_config
 from maestro_jax.data.pipeline import READ_THREADS, Batches
 from maestro_jax.data.source import TfdsSource
 from maestro_jax.data.store import write_tasks
-from maestro_jax.data.suite.build import build_suite
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.config import open_architecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import load_tokens
-from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.registry.description.prompt import render_system_prompt
+from maestro_jax.session import fields
+from maestro_jax.suite.tasks.build import build_suite
 from maestro_jax.types import Task
 
 RUN = flags.DEFINE_string("run", "", "Work directory of a quickstart run: its tasks, tokenizer and seconds.")

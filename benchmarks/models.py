@@ -24,7 +24,7 @@ from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params
 from maestro_jax.policy import preprocess
-from maestro_jax.policy.attention import suited_to
+from maestro_jax.policy.attention.interface import suited_to
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy, PrefixBatch

@@ -8,9 +8,9 @@ from typing import Any
 from benchmarks.peers.load import drive
 from benchmarks.peers.protocol import serve
 from maestro_jax.command import tune_collector
+from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.registry.dispatch import Registry
-from maestro_jax.registry.journal import Journal
-from maestro_jax.registry.reading import parse_registry
+from maestro_jax.registry.record.journal import Journal
 from maestro_jax.types import Call
 
 _DEADLINE = 300.0

@@ -25,13 +25,13 @@ from benchmarks.models import TOWER
 from benchmarks.pairs import MismatchError
 from benchmarks.traces import FIRST_TASK, NAME_LENGTH, NAME_MARK, OPENING, Trace, call_name, task_name, write_turn
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.policy.cascade import LaneKV, View, take
+from maestro_jax.policy.attention.cascade import LaneKV, View, take
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.text import Context, LayerKV
 from maestro_jax.policy.tokens import CHAT_TEMPLATE, END_OF_TURN, SPECIAL_TOKENS, Tokens, load_tokens
-from maestro_jax.registry.config import Pair
+from maestro_jax.registry.description.config import Pair
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout.engine import Engine, EngineConfig, lane_key
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange

@@ -27,7 +27,6 @@ from benchmarks.data import resident
 from benchmarks.pairs import Figure
 from configs import quickstart
 from maestro_jax import command
-from maestro_jax.assemble import fields
 from maestro_jax.config import parse_config
 from maestro_jax.data.pipeline import Batches
 from maestro_jax.data.source import Label, TaskView
@@ -36,12 +35,13 @@ from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.config import open_architecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import train_tokens
+from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.registry.dispatch import Dispatcher, Registry
-from maestro_jax.registry.journal import Journal
-from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.registry.record.journal import Journal
 from maestro_jax.rewards.graders import grade_all
+from maestro_jax.session import fields
+from maestro_jax.suite.demonstrations import make_calls
 from maestro_jax.types import Call, Task
-from maestro_jax.warm_start.demonstrations import make_calls
 
 TASKS = flags.DEFINE_integer("tasks", 10_000, "How many tasks.", lower_bound=100)
 MIB = flags.DEFINE_integer("mib", 2, "MiB of each picture.", lower_bound=1)
@@ -132,7 +132,7 @@ def soak(count: int, size: int, scratch: Path) -> dict[str, Any]:
 def figures(found: dict[str, Any], count: int) -> dict[str, float]:
     """MiB of the process when it is warm and at its end, and what each thousand tasks adds between.
 
-    `growth_mib` leaves out the replies, which the cache keeps up to a bound of its own (`registry/cache.py`).
+    `growth_mib` leaves out the replies, which the cache keeps up to a bound of its own (`registry/record/cache.py`).
     """
     done, mib, replies = np.array(found["seen"], float).T / [[1], [2**20], [2**20]]
     warm = done >= WARM * count

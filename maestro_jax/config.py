@@ -18,9 +18,9 @@ from maestro_jax.grpo.losses import AGGREGATIONS, KL_ESTIMATORS, SURROGATES
 from maestro_jax.grpo.optimizer import MOMENTS, OptimizerConfig
 from maestro_jax.grpo.update import FREEZABLE
 from maestro_jax.parallel.mesh import MeshConfig
-from maestro_jax.policy.attention import BACKENDS
-from maestro_jax.registry.config import RegistryConfig
-from maestro_jax.registry.reading import parse_registry
+from maestro_jax.policy.attention.interface import BACKENDS
+from maestro_jax.registry.description.config import RegistryConfig
+from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.rewards.reward import RewardConfig
 
 T = TypeVar("T")
@@ -86,8 +86,8 @@ class PolicyConfig:
       freeze: what is not trained and has no optimiser state: "vision" (the tower with its mergers), "embeddings"
         (with tied embeddings, the head is the same parameter), both or nothing.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
-      attention: how attention of whole sequences is computed (`policy/attention.py`): "xla", "blocks", "splash" (TPU),
-        or "auto", which takes what suits the devices.
+      attention: how attention of whole sequences is computed (`policy/attention/`): "xla", "blocks", "splash" (TPU), or
+        "auto", which takes what suits the devices.
       prefix_buckets: static lengths of a task's prompt, in tokens.
       image_buckets: static sizes of an image, in patches.
     """
@@ -192,7 +192,7 @@ class GrpoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised fine-tuning on demonstrations of a weak router (`warm_start/demonstrations.py`).
+    """Supervised fine-tuning on demonstrations of a weak router (`suite/demonstrations.py`).
 
     Attributes:
       steps: updates; 0 leaves the warm start out.

@@ -6,7 +6,7 @@ One line for each finding, with its cure. First what the config alone shows: unk
 stages that do not fit together, environment variables that are not set, `serve` commands that `experts up` would
 refuse. Then the data is gone through: every task needs an id and a grader, and where the tokenizer is at hand, one of
 each source is made into a prompt. Then everything is built, the sandbox too where a skill needs one, and every endpoint
-gets one real request with the expert's own settings (`registry/trials.py`), also those of models behind services. Exit
+gets one real request with the expert's own settings (`fleet/trials.py`), also those of models behind services. Exit
 code 0 if all is well, else 78.
 """
 
@@ -22,24 +22,24 @@ from absl import flags
 from ml_collections import config_flags
 
 from maestro_jax import command
-from maestro_jax.assemble import fields, first_tasks, graded_sources, open_held_out, open_training
 from maestro_jax.config import Config, parse_config
 from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.source import TaskSource
 from maestro_jax.data.survey import survey
 from maestro_jax.errors import ConfigError, DataError, UserError
+from maestro_jax.fleet.serving import servers_of
+from maestro_jax.fleet.trials import Finding, try_experts
 from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.config import open_architecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import load_tokens
-from maestro_jax.registry.checks import problems
-from maestro_jax.registry.config import RegistryConfig
+from maestro_jax.registry.description.checks import problems
+from maestro_jax.registry.description.config import RegistryConfig
+from maestro_jax.registry.description.prompt import render_system_prompt
+from maestro_jax.registry.description.reading import read_registry
 from maestro_jax.registry.dispatch import Registry
-from maestro_jax.registry.prompt import render_system_prompt
-from maestro_jax.registry.reading import read_registry
-from maestro_jax.registry.serving import servers_of
-from maestro_jax.registry.trials import Finding, try_experts
 from maestro_jax.rewards.graders import check_sources
+from maestro_jax.session import fields, first_tasks, graded_sources, open_held_out, open_training
 
 CONFIG = command.config_flag()
 SECONDS = flags.DEFINE_float(

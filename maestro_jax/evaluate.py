@@ -22,16 +22,6 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from maestro_jax import command
-from maestro_jax.assemble import (
-    check_same_run,
-    check_tasks,
-    fields,
-    open_held_out,
-    open_outages,
-    open_params,
-    policy_factory,
-    sized_episodes,
-)
 from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.checkpoint.run import Run, find_run
 from maestro_jax.config import Config, parse_config
@@ -54,12 +44,22 @@ from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, open_architecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import load_tokens
+from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.registry.dispatch import Dispatcher, Registry
-from maestro_jax.registry.journal import Journal
-from maestro_jax.registry.prompt import render_system_prompt
-from maestro_jax.registry.replay import Replay, Resumed
+from maestro_jax.registry.record.journal import Journal
+from maestro_jax.registry.record.replay import Replay, Resumed
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
+from maestro_jax.session import (
+    check_same_run,
+    check_tasks,
+    fields,
+    open_held_out,
+    open_outages,
+    open_params,
+    policy_factory,
+    sized_episodes,
+)
 from maestro_jax.settings import Settings, flatten
 from maestro_jax.types import Task
 

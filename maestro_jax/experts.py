@@ -23,10 +23,10 @@ from absl import flags
 
 from maestro_jax import command
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import RegistryConfig
-from maestro_jax.registry.published import heard_by_all, publish, withdraw
-from maestro_jax.registry.reading import parse_registry
-from maestro_jax.registry.serving import Server, Supervisor, problem_of, servers_of
+from maestro_jax.fleet.serving import Server, Supervisor, problem_of, servers_of
+from maestro_jax.registry.description.config import RegistryConfig
+from maestro_jax.registry.description.published import heard_by_all, publish, withdraw
+from maestro_jax.registry.description.reading import parse_registry
 
 CONFIG = command.config_flag()
 LOGS = flags.DEFINE_string("logs", "experts_logs", "Directory for what the servers print.")

@@ -26,7 +26,6 @@ from maestro_jax.aot.rollouts import Rollouts
 from maestro_jax.aot.run import Run, Sizes
 from maestro_jax.aot.topology import Target, present_target, tpu_target
 from maestro_jax.aot.updates import update_programs
-from maestro_jax.assemble import check_batches, fields, known_architecture, sized_episodes
 from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import write_json
@@ -34,9 +33,10 @@ from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel.mesh import make_mesh
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.tokens import load_tokens
-from maestro_jax.registry.prompt import render_system_prompt
+from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.rollout.exchange import EpisodeConfig
 from maestro_jax.rollout.limits import Limits
+from maestro_jax.session import check_batches, fields, known_architecture, sized_episodes
 
 CONFIG = command.config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:8x8, v5p:2x2x2, v6e:4x4, ..., or h100:8; empty: devices at hand.")

@@ -22,20 +22,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maestro_jax import command, failpoints
-from maestro_jax.assemble import (
-    check_batches,
-    check_same_run,
-    check_tasks,
-    fields,
-    first_tasks,
-    holds_calls,
-    open_data,
-    open_outages,
-    open_params,
-    settings_hashes,
-    sized_episodes,
-    update_config,
-)
 from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.run import has_begun
 from maestro_jax.checkpoint.store import CheckpointStore
@@ -46,6 +32,7 @@ from maestro_jax.data.source import OnDemand, RecentTasks, TaskSource, TaskView
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, run_baselines
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
+from maestro_jax.fleet.trials import Finding, try_experts
 from maestro_jax.grpo.learner import Learner
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.optimizer import make_optimizer
@@ -69,19 +56,32 @@ from maestro_jax.parallel.mesh import batch_shards, make_mesh
 from maestro_jax.policy.config import PolicyArchitecture, open_architecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
+from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.registry.dispatch import Dispatcher, Registry
-from maestro_jax.registry.journal import Journal
-from maestro_jax.registry.prompt import render_system_prompt
-from maestro_jax.registry.replay import Replay, Resumed
-from maestro_jax.registry.trials import Finding, try_experts
+from maestro_jax.registry.record.journal import Journal
+from maestro_jax.registry.record.replay import Replay, Resumed
 from maestro_jax.rollout.engine import Engine, EngineConfig
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange, observation_frames
 from maestro_jax.rollout.outages import Outages
 from maestro_jax.rollout.supply import Supply, SupplyConfig
+from maestro_jax.session import (
+    check_batches,
+    check_same_run,
+    check_tasks,
+    fields,
+    first_tasks,
+    holds_calls,
+    open_data,
+    open_outages,
+    open_params,
+    settings_hashes,
+    sized_episodes,
+    update_config,
+)
 from maestro_jax.settings import Settings
+from maestro_jax.suite.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
 from maestro_jax.training import Files, Training, recall
 from maestro_jax.types import Task
-from maestro_jax.warm_start.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
 from maestro_jax.warm_start.finetune import finetune
 
 T = TypeVar("T")

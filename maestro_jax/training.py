@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 
 from maestro_jax import failpoints
-from maestro_jax.assemble import check_same_settings
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config
 from maestro_jax.evaluation.policy import Evaluation
@@ -21,13 +20,14 @@ from maestro_jax.grpo.update import TrainState
 from maestro_jax.observe.metrics import MetricsWriter
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel import cluster, preemption
-from maestro_jax.registry.journal import Journal
-from maestro_jax.registry.replay import Resumed
+from maestro_jax.registry.record.journal import Journal
+from maestro_jax.registry.record.replay import Resumed
 from maestro_jax.rewards.reward import RewardParts
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.outages import Outages
 from maestro_jax.rollout.supply import Supply
 from maestro_jax.rollout.trajectory import Trajectory
+from maestro_jax.session import check_same_settings
 
 T = TypeVar("T")
 

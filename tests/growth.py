@@ -27,31 +27,35 @@ from maestro_jax.data.benchmarks import erqa
 from maestro_jax.data.rows import Row
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.policy.tokens import Tokens, train_tokens
-from maestro_jax.registry import boxes, cache, chat, journal, names, published, retries, served, skills, templates
-from maestro_jax.registry.interface import Message, Reply, Request
-from maestro_jax.registry.reading import parse_registry
-from maestro_jax.registry.sandbox.interface import Limits
-from maestro_jax.registry.sandbox.process import judge
-from maestro_jax.registry.sandbox.tested import run_tests
-from maestro_jax.registry.specialists import charts
-from maestro_jax.registry.specialists.charts import ChartLens
-from maestro_jax.registry.specialists.ocr import GlyphReader
-from maestro_jax.registry.specialists.prompting import last_user
-from maestro_jax.registry.specialists.shapes import ShapeSight, _reply
-from maestro_jax.registry.specialists.symbolic import SymSolver
-from maestro_jax.registry.specialists.tally import Tally
-from maestro_jax.registry.stages import AskStage
+from maestro_jax.registry.description import boxes, names, published
+from maestro_jax.registry.description.interface import Message, Reply, Request
+from maestro_jax.registry.description.reading import parse_registry
+from maestro_jax.registry.description.stages import AskStage
+from maestro_jax.registry.experts import chat, retries
+from maestro_jax.registry.record import cache, journal
+from maestro_jax.registry.skills import running as skills
+from maestro_jax.registry.skills import served, templates
 from maestro_jax.rewards import graders, ocrbench, reading
 from maestro_jax.rewards.graders import GRADERS, MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS, grade
 from maestro_jax.rollout import protocol
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
+from maestro_jax.sandbox.interface import Limits
+from maestro_jax.sandbox.process import judge
+from maestro_jax.sandbox.tested import run_tests
+from maestro_jax.suite.specialists import charts
+from maestro_jax.suite.specialists.charts import ChartLens
+from maestro_jax.suite.specialists.ocr import GlyphReader
+from maestro_jax.suite.specialists.prompting import last_user
+from maestro_jax.suite.specialists.shapes import ShapeSight, _reply
+from maestro_jax.suite.specialists.symbolic import SymSolver
+from maestro_jax.suite.specialists.tally import Tally
 from maestro_jax.types import Status, StopReason, Task
 
 LINE = 2**16  # characters of a question or a line of a file, which nobody caps; a picture is a megabyte
 BODY = 2**20  # bytes of a server's reply
 VALUE = templates.LONGEST_VALUE  # of what a skill's template passes on
 
-TALLY = "maestro_jax.registry.specialists.tally:Tally"
+TALLY = "maestro_jax.suite.specialists.tally:Tally"
 OPTIONS = ("cat", "20 %", "E. coli", "a dog")
 # What a row's task has as gold answers, by what grades its source; with options for those after "?".
 GOLDS: dict[str, tuple[str, ...]] = {

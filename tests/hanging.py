@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from maestro_jax.registry.interface import Message
+from maestro_jax.registry.description.interface import Message
 
 CONFIG = """
 from configs import quickstart

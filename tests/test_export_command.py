@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from configs import quickstart
-from maestro_jax.assemble import open_params
 from maestro_jax.checkpoint import hf_export
 from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config, write_model_card
 from maestro_jax.checkpoint.hf_verify import verify_logits
@@ -36,6 +35,7 @@ from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.preprocess import prepare_image
 from maestro_jax.policy.tokens import train_tokens
+from maestro_jax.session import open_params
 from maestro_jax.settings import Settings
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import maestro_jax
-from maestro_jax.registry import names
+from maestro_jax.registry.description import names
 from maestro_jax.rewards.graders import GRADERS
 from tests.growth import GOLDS, Reader, compared_by, readers
 
@@ -244,12 +244,12 @@ NO_FOREIGN_TEXT = {
     "parallel/cluster.py": "the environment of the scheduler and errors of jax",
     "data/benchmarks/files.py parquet_files": "names of files in the user's folder",
     "policy/prompts.py Prompts.__init__": "the tokenizer's special tokens",
-    "registry/processes.py main": "the registry's own order to a process",
-    "registry/hosts.py _is_pattern": "key_hosts of the user's registry; an endpoint's host goes to _fits",
+    "registry/experts/processes.py main": "the registry's own order to a process",
+    "registry/description/hosts.py _is_pattern": "key_hosts of the user's registry; an endpoint's host goes to _fits",
     "rollout/protocol.py _foreign_pattern": "the tokenizer's special tokens",
-    "registry/checks.py": "names and templates of the user's registry",
-    "registry/serving.py": "the user's serve commands",
-    "registry/stages.py placeholders": "templates of the user's registry",
+    "registry/description/checks.py": "names and templates of the user's registry",
+    "fleet/serving.py": "the user's serve commands",
+    "registry/description/stages.py placeholders": "templates of the user's registry",
 }
 # Functions of rewards/ that are given a text and read none.
 NOT_READ = {

@@ -29,7 +29,7 @@ from maestro_jax.command import EXIT_SECONDS
 from maestro_jax.errors import EXIT_INTERNAL, EXIT_LOST, EXIT_PREEMPTED
 from maestro_jax.observe.files import read_json
 from maestro_jax.observe.metrics import read_metrics
-from maestro_jax.registry.replay import read_calls
+from maestro_jax.registry.record.replay import read_calls
 from tests import hanging
 from tests.conftest import QUICK_FLAGS
 from tests.parallel import processes

@@ -10,11 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from maestro_jax.assemble import check_batches
 from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.config import architecture_from_hf
+from maestro_jax.session import check_batches
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(

@@ -22,7 +22,6 @@ import pytest
 from PIL import Image
 
 from configs import quickstart
-from maestro_jax.assemble import check_same_run, open_data
 from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.config import parse_config
 from maestro_jax.data.benchmarks.catalogue import BENCHMARKS
@@ -34,6 +33,7 @@ from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.vision import ImageBatch
+from maestro_jax.session import check_same_run, open_data
 from maestro_jax.settings import Settings, read_settings
 from maestro_jax.train import is_free, note_shape
 from tests.data import verl_rows

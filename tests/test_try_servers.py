@@ -9,7 +9,7 @@ import pytest
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.progress import Progress
-from maestro_jax.registry.reading import parse_registry
+from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.train import try_servers
 from tests import outage
 

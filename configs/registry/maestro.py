@@ -16,7 +16,7 @@ FINISH = "End with one line that holds the answer alone, in the form the questio
 PLACES = "Numbers in brackets are left, top, right, bottom in thousandths of the picture's width and height."
 CLOSER = "Where further pictures follow the first, they are enlarged parts of it."
 
-# Box coordinates, by the family a model was trained from (registry/boxes.py).
+# Box coordinates, by the family a model was trained from (registry/description/boxes.py).
 PER_MILLE = {"kind": "relative", "full": 1000.0}
 QWEN_2_5_PIXELS = {"kind": "resized", "multiple": 28, "min_pixels": 3136, "max_pixels": 12_845_056}
 

@@ -6,7 +6,7 @@ more than the expert can do, and the policy has to find out.
 
 from ml_collections import ConfigDict
 
-SPECIALISTS = "maestro_jax.registry.specialists"
+SPECIALISTS = "maestro_jax.suite.specialists"
 # How every stage hands over the question; the specialists read prompts line by line.
 ASK = "Question: {question}\nFocus: {query}"
 

@@ -5,11 +5,11 @@ import dataclasses
 from jax.sharding import AbstractMesh
 
 from maestro_jax.aot.slices import Slice
-from maestro_jax.assemble import check_batches, known_architecture, policy_factory
 from maestro_jax.config import Config
 from maestro_jax.parallel.mesh import axis_sizes, batch_shards
 from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.session import check_batches, known_architecture, policy_factory
 
 
 def fit(config: Config, accelerator: Slice) -> str:

@@ -11,10 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maestro_jax.aot.program import Decoded, Program, bytes_on_device
 from maestro_jax.aot.run import Run, placed
-from maestro_jax.assemble import fields
 from maestro_jax.parallel.mesh import batch_shards
 from maestro_jax.parallel.sharding import gathered_spec, heads_spec
-from maestro_jax.policy.cascade import LaneKV
+from maestro_jax.policy.attention.cascade import LaneKV
 from maestro_jax.policy.flops import Flops, group_flops, root_flops
 from maestro_jax.policy.model import DecodingPolicy
 from maestro_jax.rollout.automaton import build_automaton
@@ -22,6 +21,7 @@ from maestro_jax.rollout.decode import StopTables
 from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
 from maestro_jax.rollout.programs import Weights, rollout_programs
 from maestro_jax.rollout.state import Groups, Lanes
+from maestro_jax.session import fields
 
 T = TypeVar("T")
 

@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from maestro_jax.aot.program import Decoded, Program, compile_program
-from maestro_jax.assemble import policy_factory
 from maestro_jax.config import Config
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import TrainState, opt_shardings, split_frozen
@@ -22,6 +21,7 @@ from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.flops import group_flops
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.vision import ImageBatch
+from maestro_jax.session import policy_factory
 
 T = TypeVar("T")
 

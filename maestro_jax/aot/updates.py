@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from maestro_jax.aot.program import Program
 from maestro_jax.aot.rollouts import Rollouts
 from maestro_jax.aot.run import Run
-from maestro_jax.assemble import update_config
 from maestro_jax.grpo.losses import LossCount
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import GroupBatch, grpo_loss, make_train_step
 from maestro_jax.policy.flops import root_flops
+from maestro_jax.session import update_config
 
 
 def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:

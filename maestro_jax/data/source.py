@@ -178,7 +178,7 @@ def _open_records(directory: Path, split: str) -> Any:
     if not (directory / "dataset_info.json").is_file():
         raise DataError(
             f"no TFDS data set in {directory} (dataset_info.json is missing); "
-            "build one with `python -m maestro_jax.data.suite.build` or `python -m maestro_jax.data.prepare` and name "
+            "build one with `python -m maestro_jax.suite.tasks.build` or `python -m maestro_jax.data.prepare` and name "
             "the folder it prints"
         )
     import tensorflow_datasets as tfds

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from maestro_jax.data.source import OnDemand
-from maestro_jax.registry.config import RegistryConfig
+from maestro_jax.registry.description.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rewards.graders import grade_all
 from maestro_jax.rollout.outages import Marks, Outages
+from maestro_jax.suite.demonstrations import make_calls
 from maestro_jax.types import Call, Status, Task
-from maestro_jax.warm_start.demonstrations import make_calls
 
 QUERY = "answer the question"
 

@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maestro_jax.parallel.sharding import keep_over_groups, over_groups, replicated
-from maestro_jax.policy.attention import AttentionConfig
-from maestro_jax.policy.cascade import LaneKV, View
+from maestro_jax.policy.attention.cascade import LaneKV, View
+from maestro_jax.policy.attention.groups import GroupLayout, causal
+from maestro_jax.policy.attention.interface import AttentionConfig
 from maestro_jax.policy.config import PolicyArchitecture
-from maestro_jax.policy.groups import GroupLayout, causal
 from maestro_jax.policy.layers import Embedding, RMSNorm, cast
 from maestro_jax.policy.text import Context, DecoderLayer, GroupRows, TextModel, extend
 from maestro_jax.policy.vision import Leaf, VisionModel

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from maestro_jax.parallel.sharding import keep_over_groups
-from maestro_jax.policy.attention import AttentionConfig, attend_groups
-from maestro_jax.policy.cascade import LaneKV, View
+from maestro_jax.policy.attention.cascade import LaneKV, View
+from maestro_jax.policy.attention.groups import GroupLayout, causal
+from maestro_jax.policy.attention.interface import AttentionConfig, attend_groups
 from maestro_jax.policy.config import TextConfig
-from maestro_jax.policy.groups import GroupLayout, causal
 from maestro_jax.policy.layers import Embedding, Linear, RMSNorm, cast, run_layer, scan_layers, stack, unstack
 from maestro_jax.policy.rope import mrope, rotate
 

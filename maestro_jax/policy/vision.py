@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from maestro_jax.parallel.sharding import keep_over_groups
-from maestro_jax.policy.attention import AttentionConfig, attend_images
+from maestro_jax.policy.attention.interface import AttentionConfig, attend_images
 from maestro_jax.policy.config import VisionConfig
 from maestro_jax.policy.layers import Embedding, LayerNorm, Linear, scan_layers, stack
 from maestro_jax.policy.rope import rotate, vision_rope

@@ -11,22 +11,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from maestro_jax.errors import UserError
-from maestro_jax.registry.cache import CachedExpert, CachedService, ReplyCache
-from maestro_jax.registry.config import ExpertConfig, LimitsConfig, Pair, RegistryConfig
-from maestro_jax.registry.http import HttpExpert
-from maestro_jax.registry.inprocess import InProcessExpert, InProcessService
-from maestro_jax.registry.interface import Expert, Service
-from maestro_jax.registry.journal import ASKER, Journal, JournaledExpert, JournaledService
-from maestro_jax.registry.metering import MeteredExpert, Spending
-from maestro_jax.registry.names import normalise_name
-from maestro_jax.registry.retries import RetryBudget
-from maestro_jax.registry.sandbox.choose import make_sandbox
-from maestro_jax.registry.sandbox.interface import Sandbox
-from maestro_jax.registry.served import ServedService
-from maestro_jax.registry.skills import Means, SkillInput, failure, run_called
+from maestro_jax.registry.description.config import ExpertConfig, LimitsConfig, Pair, RegistryConfig
+from maestro_jax.registry.description.interface import CallRunner, Expert, Service
+from maestro_jax.registry.description.names import normalise_name
+from maestro_jax.registry.experts.http import HttpExpert
+from maestro_jax.registry.experts.inprocess import InProcessExpert, InProcessService
+from maestro_jax.registry.experts.retries import RetryBudget
+from maestro_jax.registry.record.cache import CachedExpert, CachedService, ReplyCache
+from maestro_jax.registry.record.journal import ASKER, Journal, JournaledExpert, JournaledService
+from maestro_jax.registry.record.metering import MeteredExpert, Spending
+from maestro_jax.registry.skills.running import Means, SkillInput, failure, run_called
+from maestro_jax.registry.skills.served import ServedService
+from maestro_jax.sandbox.choose import make_sandbox
+from maestro_jax.sandbox.interface import Sandbox
 from maestro_jax.types import Call, Observation, Status, Usage
 
 logger = logging.getLogger(__name__)
@@ -167,16 +167,6 @@ def _plain(calls: int, usage: Usage) -> tuple[int, tuple[Any, ...]]:
     return calls, dataclasses.astuple(usage)
 
 
-class CallRunner(Protocol):
-    """What the dispatcher needs of a registry."""
-
-    async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation: ...
-
-    def shunned(self) -> dict[str, str]: ...
-
-    async def close(self) -> None: ...
-
-
 class Dispatcher:
     """Hosts the registry's event loop in a daemon thread; the engine's side never blocks on an expert.
 
@@ -215,7 +205,7 @@ class Dispatcher:
 
         Args:
           deadline: in seconds from now.
-          asker: who asks, the same in every run (`registry/journal.py`); where there is none, the ticket has to be.
+          asker: who asks, the same in every run (`record/journal.py`); where there is none, the ticket has to be.
         """
         asker = f"ticket {ticket}" if asker is None else asker
         end = time.monotonic() + deadline

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.processes import UNDISTURBED
+from maestro_jax.registry.experts.processes import UNDISTURBED
 from maestro_jax.rewards.maths import Equation
 
 MAX_PROCESSES = 4

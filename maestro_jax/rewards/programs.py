@@ -1,7 +1,7 @@
 """Code graded by its tests (HumanEval-V), in the sandbox that experts' programs run in.
 
 In: an answer that holds a program, and the task's test program. Out: a `TestRun`, and its verdict. A program passes if
-the tests ran to their end (registry/sandbox/tested.py), so leaving early is no way to pass.
+the tests ran to their end (sandbox/tested.py), so leaving early is no way to pass.
 
 Source: HumanEval-V/HumanEval-V-Benchmark evaluate.py (`post_process`: the last fenced block that defines the function;
 the signature with its imports stands in front, the tests behind) and execution.py (2 s a program).
@@ -14,9 +14,9 @@ import re
 from collections.abc import Sequence
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.sandbox.choose import make_sandbox
-from maestro_jax.registry.sandbox.interface import Limits, Sandbox
-from maestro_jax.registry.sandbox.tested import Verdict, run_tests
+from maestro_jax.sandbox.choose import make_sandbox
+from maestro_jax.sandbox.interface import Limits, Sandbox
+from maestro_jax.sandbox.tested import Verdict, run_tests
 from maestro_jax.types import Task
 
 CPU_SECONDS = 2.0  # as in the authors' execution.py
@@ -59,7 +59,7 @@ class Programs:
     """Runs programs, as many at a time as there are cores; the sandbox is made for the first one.
 
     Args:
-      kind: of the sandbox (registry/sandbox/choose.py).
+      kind: of the sandbox (sandbox/choose.py).
     """
 
     def __init__(self, kind: str):

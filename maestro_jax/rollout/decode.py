@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maestro_jax.parallel.sharding import keep_over_heads
-from maestro_jax.policy.cascade import LaneKV, Seats, Shared, View, put, take
+from maestro_jax.policy.attention.cascade import LaneKV, Seats, Shared, View, put, take
 from maestro_jax.policy.model import DecodingPolicy, Policy, PrefixBatch
 from maestro_jax.policy.text import Context, LayerKV
 from maestro_jax.policy.vision import Leaf

@@ -25,7 +25,7 @@ from maestro_jax.parallel import preemption
 from maestro_jax.parallel.mesh import BATCH_AXES
 from maestro_jax.policy.tokens import END_OF_TURN, Tokens
 from maestro_jax.registry.dispatch import Dispatcher
-from maestro_jax.registry.skills import failure
+from maestro_jax.registry.skills.running import failure
 from maestro_jax.rollout import protocol
 from maestro_jax.rollout.programs import Piece
 from maestro_jax.rollout.scheduler import Capacity, Orders, Scheduler, orders_layout

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import RegistryConfig
+from maestro_jax.registry.description.config import RegistryConfig
 from maestro_jax.rollout import protocol
 from maestro_jax.rollout.exchange import EpisodeConfig, observation_frame
 

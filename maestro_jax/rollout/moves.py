@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from maestro_jax.policy.cascade import LaneKV, put, take
+from maestro_jax.policy.attention.cascade import LaneKV, put, take
 from maestro_jax.rollout.state import Groups, Lanes, Sizes
 
 Array = jax.Array

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import Pair
+from maestro_jax.registry.description.config import Pair
 from maestro_jax.types import Call, Status, StopReason
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"

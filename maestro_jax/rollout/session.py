@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from maestro_jax.parallel import preemption
 from maestro_jax.parallel.sharding import over_groups
-from maestro_jax.policy.cascade import LaneKV
+from maestro_jax.policy.attention.cascade import LaneKV
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import join_prompts
 from maestro_jax.rollout.decode import StopTables

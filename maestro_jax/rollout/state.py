@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from maestro_jax.parallel.sharding import keep_over_groups, keep_over_heads
-from maestro_jax.policy.cascade import LaneKV, Shared
+from maestro_jax.policy.attention.cascade import LaneKV, Shared
 from maestro_jax.policy.config import TextConfig
 
 Array = jax.Array

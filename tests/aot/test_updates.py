@@ -6,10 +6,10 @@ import numpy as np
 from configs import quickstart
 from maestro_jax.aot.run import Run, Sizes
 from maestro_jax.aot.updates import planned_part
-from maestro_jax.assemble import known_architecture, sized_episodes
 from maestro_jax.config import parse_config
 from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.parallel.mesh import make_mesh
+from maestro_jax.session import known_architecture, sized_episodes
 
 
 def test_the_update_is_planned_for_the_widest_rows_of_the_loss() -> None:

@@ -12,7 +12,6 @@ import optax
 from flax import nnx
 
 from configs import qwen3_vl_4b
-from maestro_jax.assemble import policy_factory
 from maestro_jax.checkpoint.fingerprint import fingerprints
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
@@ -21,6 +20,7 @@ from maestro_jax.grpo.update import TrainState, opt_shardings
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, param_shardings, replicated
 from maestro_jax.policy.config import open_architecture
+from maestro_jax.session import policy_factory
 
 TEXT = {
     "vocab_size": 512,

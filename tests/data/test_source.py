@@ -14,9 +14,9 @@ from PIL import Image
 
 from maestro_jax.data.source import TfdsSource
 from maestro_jax.data.store import write_tasks
-from maestro_jax.data.suite import build
 from maestro_jax.errors import EXIT_CONFIG, ConfigError, DataError
 from maestro_jax.observe.progress import Progress
+from maestro_jax.suite.tasks import build
 from maestro_jax.types import Task
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -153,7 +153,7 @@ def test_task_that_breaks_a_promise_is_named(
 
 
 def test_missing_package_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "maestro_jax.data.suite.charts", None)
+    monkeypatch.setitem(sys.modules, "maestro_jax.suite.tasks.charts", None)
     with pytest.raises(ConfigError, match="pip install"):
         build._generator("charts")
 
@@ -201,7 +201,7 @@ def refuse(*args, **kwargs): raise RuntimeError("network")
 socket.socket.connect = socket.getaddrinfo = refuse
 from maestro_jax.data.source import TfdsSource
 from maestro_jax.data.store import write_tasks
-from maestro_jax.data.suite import build
+from maestro_jax.suite.tasks import build
 from maestro_jax.observe.progress import Progress
 from maestro_jax.types import Task
 def fake(domain):
@@ -225,7 +225,7 @@ def test_builds_and_reads_without_tensorflow_jax_or_network(tmp_path: pathlib.Pa
 
 def test_importing_the_package_stays_quick() -> None:
     heavy = "('tensorflow_datasets', 'grain', 'matplotlib', 'rich', 'pyarrow')"
-    modules = "maestro_jax, maestro_jax.data.pipeline, maestro_jax.data.verl, maestro_jax.data.suite.build"
+    modules = "maestro_jax, maestro_jax.data.pipeline, maestro_jax.data.verl, maestro_jax.suite.tasks.build"
     modules += ", maestro_jax.observe.figures, maestro_jax.observe.table, maestro_jax.observe.metrics"
     done = run_python("-c", f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])")
     assert done.stdout.strip() == "[]", done.stderr
@@ -259,6 +259,6 @@ def test_command_shows_progress_and_prints_the_folder(
 def test_command_reports_user_errors_in_one_line(tmp_path: pathlib.Path, arguments: list[str], told: str) -> None:
     place = tmp_path / "file"
     place.write_text("in the way")
-    done = run_python("-m", "maestro_jax.data.suite.build", *(text.format(place=place) for text in arguments))
+    done = run_python("-m", "maestro_jax.suite.tasks.build", *(text.format(place=place) for text in arguments))
     assert done.returncode == EXIT_CONFIG
     assert done.stderr.splitlines() == [f"error: {told.format(place=place)}"]

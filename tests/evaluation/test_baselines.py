@@ -14,7 +14,7 @@ from maestro_jax.data.source import TaskView
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import QUERY, Baselines, check_pairs, run_baselines, summarise
 from maestro_jax.parallel import preemption
-from maestro_jax.registry.config import ExpertConfig, Pair, RegistryConfig, SkillConfig
+from maestro_jax.registry.description.config import ExpertConfig, Pair, RegistryConfig, SkillConfig
 from maestro_jax.rollout import outages
 from maestro_jax.rollout.outages import RETRIES, OutageConfig, Outages
 from maestro_jax.types import Call, Observation, Status, Task

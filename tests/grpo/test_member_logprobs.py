@@ -11,7 +11,7 @@ from flax import nnx
 from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.update import GroupBatch, member_logprobs
-from maestro_jax.policy.attention import AttentionConfig
+from maestro_jax.policy.attention.interface import AttentionConfig
 from tests.policy import reference
 from tests.policy.reference import ROOT, assert_near
 

@@ -189,7 +189,7 @@ EXPERTS = """
 from ml_collections import ConfigDict
 
 def get_config():
-    serve = ({python!r}, "tests/registry/toy_server.py", "{{port}}", "mark", "{{host}}")
+    serve = ({python!r}, "tests/fleet/toy_server.py", "{{port}}", "mark", "{{host}}")
     expert = {{"name": "A", "description": "d", "model": "m", "serve": serve}}
     expert["endpoints"] = ("http://127.0.0.1:{port}/v1",)
     skill = {{"name": "S", "stages": ({{"kind": "ask", "output": "a", "prompt": "{{question}}"}},)}}

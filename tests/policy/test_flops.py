@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from maestro_jax.policy.attention import AttentionConfig
+from maestro_jax.policy.attention.interface import AttentionConfig
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
 from maestro_jax.policy.flops import group_flops, root_flops
 from maestro_jax.policy.model import Policy

@@ -14,7 +14,7 @@ from maestro_jax.aot.hlo import collectives
 from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, gather_over_fsdp, init_params, over_groups
-from maestro_jax.policy.attention import AttentionConfig
+from maestro_jax.policy.attention.interface import AttentionConfig
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import Policy, prompt_shardings
 from tests.policy import reference

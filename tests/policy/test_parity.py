@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maestro_jax.policy.cascade import LaneKV, Seats, View
+from maestro_jax.policy.attention.cascade import LaneKV, Seats, View
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.rollout.decode import open_groups, prefill, write
 from maestro_jax.rollout.state import Groups, Sizes, empty_kv

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from maestro_jax.registry.interface import Message
+from maestro_jax.registry.description.interface import Message
 
 
 class Echo:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from maestro_jax.registry.interface import Message
+from maestro_jax.registry.description.interface import Message
 
 FOREVER = 10_000.0  # seconds; whoever sleeps so long is killed
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.registry.dispatch import Dispatcher, Registry
-from maestro_jax.registry.reading import parse_registry
 from maestro_jax.types import Call, Observation, Status
 
 Raw = Callable[..., dict[str, Any]]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.sandbox.interface import Limits, Ran, RanStatus
 from maestro_jax.rewards.programs import Programs, TestRun, passes, passes_tests, program_in
+from maestro_jax.sandbox.interface import Limits, Ran, RanStatus
 from tests.rewards.rows import Row, read_programs
 
 DOUBLE = "def solution(x):\n    return 2 * x"

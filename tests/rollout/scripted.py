@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maestro_jax.policy.cascade import LaneKV, View
+from maestro_jax.policy.attention.cascade import LaneKV, View
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.text import Context, LayerKV

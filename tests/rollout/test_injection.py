@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maestro_jax.policy.tokens import SPECIAL_TOKENS, load_tokens
+from maestro_jax.registry.description.interface import Message
+from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.registry.dispatch import Registry
-from maestro_jax.registry.interface import Message
-from maestro_jax.registry.reading import parse_registry
-from maestro_jax.registry.templates import said
+from maestro_jax.registry.skills.templates import said
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.rollout.protocol import TAG_NAMES
 from maestro_jax.rollout.scheduler import Capacity, Scheduler

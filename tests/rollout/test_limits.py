@@ -8,14 +8,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from maestro_jax.assemble import fields, sized_episodes
 from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.rollout.limits import Limits
+from maestro_jax.session import fields, sized_episodes
+from maestro_jax.suite.demonstrations import WeakRouter
 from maestro_jax.types import Observation, Status
-from maestro_jax.warm_start.demonstrations import WeakRouter
 from tests.rollout import toy
 
 

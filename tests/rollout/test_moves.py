@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maestro_jax.policy.cascade import LaneKV
+from maestro_jax.policy.attention.cascade import LaneKV
 from maestro_jax.rollout.decode import DecodeConfig
 from maestro_jax.rollout.moves import Seating
 from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs

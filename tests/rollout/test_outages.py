@@ -13,8 +13,8 @@ import pytest
 from maestro_jax.errors import ConfigError
 from maestro_jax.parallel import preemption
 from maestro_jax.registry.dispatch import CallRunner, Dispatcher
-from maestro_jax.registry.journal import ASKER, Journal
-from maestro_jax.registry.replay import Replay
+from maestro_jax.registry.record.journal import ASKER, Journal
+from maestro_jax.registry.record.replay import Replay
 from maestro_jax.rollout import outages
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.outages import RETRIES, Marks, OutageConfig, Outages

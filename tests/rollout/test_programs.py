@@ -13,7 +13,7 @@ from flax import nnx
 
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params
-from maestro_jax.policy.attention import suited_to
+from maestro_jax.policy.attention.interface import suited_to
 from maestro_jax.policy.model import DecodingPolicy, Policy
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables

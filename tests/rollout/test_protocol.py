@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.config import Pair
+from maestro_jax.registry.description.config import Pair
 from maestro_jax.rollout.protocol import (
     TAG_NAMES,
     ParsedTurn,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from maestro_jax.registry.dispatch import Dispatcher
-from maestro_jax.registry.journal import Journal
-from maestro_jax.registry.replay import Replay, ReplayError, Resumed, read_calls
+from maestro_jax.registry.record.journal import Journal
+from maestro_jax.registry.record.replay import Replay, ReplayError, Resumed, read_calls
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.types import Call, Observation, Status, Usage
 from tests.rollout import episodes

@@ -14,7 +14,7 @@ from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import SPECIAL_TOKENS, Tokens, train_tokens
-from maestro_jax.registry.config import Pair
+from maestro_jax.registry.description.config import Pair
 from maestro_jax.rollout.exchange import observation_frames
 from maestro_jax.types import Call, Observation, Task
 from tests.policy import reference

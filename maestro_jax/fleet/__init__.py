@@ -1,0 +1,1 @@
+"""Servers of experts: started here, and tried."""

@@ -1,0 +1,1 @@
+"""Attention of whole sequences and of decoding: one interface, several implementations."""

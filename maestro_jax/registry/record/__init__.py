@@ -1,0 +1,1 @@
+"""What is written down of requests and calls: journal, replay, cache, counters and caps."""

@@ -1,0 +1,329 @@
+"""Everything that experts answered, appended to a file as it comes; and a run served from such a file.
+
+Lines are JSON objects of four kinds:
+
+    section   a part of the run begins ("warm start", "step 7"). A section that begins again, since the run was
+              interrupted in it, replaces its first attempt and all sections that followed that; one that is made again
+              "alone" (a figure with gaps) replaces its first attempt only.
+    call      what came back to the policy for one call: who asked, a hash of what, the observation.
+    request   what one expert or service answered while a call ran: its version, a hash of the request, the reply.
+              Replies from the cache are none: nobody was asked. All were paid for, in replaced sections, too.
+    void      the last call of each of these askers does not count: it failed, or followed a failure, and is made again.
+
+A run is served from its calls (`replay.py`), each section from its own. They hold all that the policy ever saw:
+whatever a clock decided (a deadline, which of two equal requests came first) is in the observation already, and no
+skill need be run again.
+
+A line is one write to the file, so it outlives the process at once, and the line of a call is written before its
+observation goes to the engine; it is on disk (fsync) before a checkpoint is. A last line without its end was torn by a
+kill; its call was not trained on.
+
+Beside it, journal.spent.json holds what all requests up to some byte of it have cost, as of the last sync: a run that
+goes on reads what lies behind. It is believed only if it fits the journal; else all is read.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maestro_jax.errors import ConfigError, DataError, UserError
+from maestro_jax.observe.files import disk_cure, read_json, write_json
+from maestro_jax.registry.description.interface import Expert, Reply, Request, Service, ServiceResult
+from maestro_jax.registry.description.keys import content_key, image_digest, request_key
+from maestro_jax.registry.record.cache import open_for_append
+from maestro_jax.strict_json import encode
+from maestro_jax.types import Call, Observation, Status, Usage
+
+logger = logging.getLogger(__name__)
+
+_SEALED_BYTES = 4096  # of a journal, before the byte up to which its totals count
+
+# Who asks, while a call runs: a trajectory and its turn, whatever the order of arrival. Set by the dispatcher.
+ASKER: contextvars.ContextVar[str] = contextvars.ContextVar("asker", default="")
+
+
+class JournalError(UserError):
+    """The journal cannot be written."""
+
+
+class Journal:
+    """Appends to the journal of a run; see the module's docstring. Used from several threads.
+
+    A journal that cannot be written ends the run: it could not be replayed, and what was paid for would be lost. After
+    the first error nothing is written any more, since what follows would be glued to the line that was torn.
+
+    Raises:
+      JournalError: of every method, when the file cannot be written, or could not be before.
+      UserError: of `sync` and `close`, when the totals beside it cannot be written.
+
+    Attributes:
+      path: of the file.
+      section: that has begun last.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.section = ""
+        self._lock = threading.Lock()  # of what writes; held for no longer than one write takes
+        self._syncing = threading.Lock()  # taken before the other one
+        self._error: JournalError | None = None
+        self._kept = Totals()  # what was written last of them
+        try:
+            self._file = open_for_append(path)
+            size = self.size()  # 0 of what is no file
+            self._totals = dataclasses.replace(read_totals(path), size=size) if size else Totals()
+        except OSError as error:
+            raise self._broken(error) from error
+
+    def begin(self, section: str, alone: bool = False) -> None:
+        """Begins a part of the run.
+
+        Args:
+          alone: it is made again after others that stay: it replaces its first attempt only.
+        """
+        self.section = section
+        self._write({"kind": "section", "name": section} | ({"alone": True} if alone else {}))
+
+    def call(self, asker: str, call: Call, question: str, images: tuple[bytes, ...], observation: Observation) -> None:
+        of_call = {"request": call_key(call, question, images), "expert": call.expert, "skill": call.skill}
+        found = _result(observation.text, observation.status, observation.seconds, observation.usage)
+        self._write({"kind": "call", "asker": asker, **of_call, "query": call.query, **found})
+
+    def void(self, askers: Sequence[str]) -> None:
+        self._write({"kind": "void", "askers": list(askers)})
+
+    def request(self, name: str, version: str, key: str, result: dict[str, Any]) -> None:
+        who = {"asker": ASKER.get(), "name": name, "version": version}
+        self._write({"kind": "request", **who, "request": key, **result, "at": time.time()})
+
+    def spent(self) -> tuple[int, Usage]:
+        """How often experts have been asked, and what that cost, as far as the journals of all processes tell.
+
+        Nobody knows what requests cost that were under way when a process was killed.
+
+        Raises:
+          ConfigError: the journal of another process cannot be read.
+        """
+        calls, usage = 0, Usage()
+        for path in journals(self.path):
+            try:
+                totals = self._totals if path == Path(self.path) else read_totals(str(path))
+            except OSError as error:
+                raise ConfigError(f"{error.filename} cannot be read ({error.strerror}); make it readable") from error
+            calls += totals.calls
+            usage += totals.usage
+        return calls, usage
+
+    def size(self) -> int:
+        """Bytes written so far, by this process and those before it."""
+        return os.fstat(self._file).st_size
+
+    def sync(self) -> None:
+        """Returns when everything written so far is on disk. Others may write meanwhile.
+
+        One at a time: the kernel tells of a page that it lost only once, and whoever waits has to hear of it.
+        """
+        with self._syncing:
+            with self._lock:
+                self._check()
+                totals = self._totals
+                is_all = totals.size == self.size()  # else somebody else writes to it, too
+            try:
+                os.fsync(self._file)
+            except OSError as error:
+                with self._lock:
+                    raise self._broken(error) from error
+            if is_all and totals != self._kept:
+                keep_totals(self.path, self._file, totals)
+                self._kept = totals
+
+    def close(self) -> None:
+        try:
+            self.sync()
+        finally:
+            os.close(self._file)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        data = encode(line) + b"\n"
+        with self._lock:
+            self._check()
+            try:
+                if os.write(self._file, data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise self._broken(error) from error
+            self._totals = self._totals.with_line(line, len(data))
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _broken(self, error: OSError) -> JournalError:
+        cure = f"{disk_cure(error.errno)}, and start the run again"
+        self._error = JournalError(f"the journal {self.path} cannot be written ({error.strerror}); {cure}")
+        return self._error
+
+
+class JournaledExpert:
+    """An expert whose replies are recorded.
+
+    Args:
+      identity: what its replies depend on besides the request.
+    """
+
+    def __init__(self, expert: Expert, identity: str, journal: Journal):
+        self.name = expert.name
+        self._expert, self._identity, self._journal = expert, identity, journal
+        self._version = _short(identity)
+
+    async def ask(self, request: Request) -> Reply:
+        reply = await self._expert.ask(request)
+        result = _result(reply.text, reply.status, reply.seconds, reply.usage)
+        self._journal.request(self.name, self._version, request_key(self._identity, request), result)
+        return reply
+
+    async def close(self) -> None:
+        await self._expert.close()
+
+
+class JournaledService:
+    """A service whose results are recorded; of images, their hashes."""
+
+    def __init__(self, service: Service, identity: str, journal: Journal):
+        self.name = service.name
+        self._service, self._identity, self._journal = service, identity, journal
+        self._version = _short(identity)
+
+    async def run(self, images: tuple[bytes, ...], text: str, deadline: float) -> ServiceResult:
+        made = await self._service.run(images, text, deadline)
+        result = _result(made.text, made.status, made.seconds, Usage()) | {"images": [*map(image_digest, made.images)]}
+        key = content_key(["run", self._identity, text, *map(image_digest, images)])
+        self._journal.request(self.name, self._version, key, result)
+        return made
+
+    async def close(self) -> None:
+        await self._service.close()
+
+
+# ---- what was spent ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What the requests in the first `size` bytes of a journal have cost."""
+
+    size: int = 0
+    calls: int = 0
+    usage: Usage = Usage()
+
+    def with_line(self, line: Mapping[str, Any], size: int) -> "Totals":
+        if line["kind"] != "request" or "images" in line:  # a service of this process costs nothing
+            return dataclasses.replace(self, size=self.size + size)
+        return Totals(self.size + size, self.calls + 1, self.usage + Usage(**line["usage"]))
+
+
+def read_totals(path: str) -> Totals:
+    """Of a whole journal. What is kept beside it need not be read.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    totals = kept_totals(path)
+    for line in read_lines(path, totals.size):
+        totals = totals.with_line(line, 0)
+    return totals
+
+
+def keep_totals(path: str, file: int, totals: Totals) -> None:
+    """Writes them beside the journal, whose bytes up to there are on disk."""
+    values = dataclasses.asdict(totals)
+    write_json(_kept_path(path), values | {"seal": _seal(file, values)})
+
+
+def kept_totals(path: str) -> Totals:
+    """As they were kept; of nothing, unless they are whole and of this journal."""
+    with contextlib.suppress(DataError, AttributeError, KeyError, TypeError), open(path, "rb") as file:
+        values = read_json(_kept_path(path)) or {}
+        if values.pop("seal") == _seal(file.fileno(), values):
+            return Totals(values["size"], values["calls"], Usage(**values["usage"]))
+    return Totals()
+
+
+def _kept_path(path: str) -> Path:
+    return Path(path).with_suffix(".spent.json")
+
+
+def _seal(file: int, values: Mapping[str, Any]) -> str:
+    """Of the totals and of the bytes that they end with: another journal, or a shorter one, has other ones."""
+    size, end = values["size"], b""
+    if 0 <= size <= os.fstat(file).st_size:
+        start = max(0, size - _SEALED_BYTES)
+        end = os.pread(file, size - start, start)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + end).hexdigest()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------
+
+
+def journals(path: str) -> list[Path]:
+    """Of all processes that the run has had, by that of one of them (`cluster.own_path`)."""
+    return sorted(Path(path).parent.glob("journal*.jsonl"))
+
+
+def read_lines(path: str, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The whole lines from byte `start` on. One that is damaged is named: whoever needs it will miss it.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        for number, text in enumerate(file, start=1):
+            if not text.endswith(b"\n"):
+                return
+            try:
+                yield _checked(json.loads(text))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                behind = f" behind byte {start}" if start else ""
+                logger.warning("%s line %d%s is damaged and left out", path, number, behind)
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """Raises KeyError, TypeError or ValueError unless what readers need is there."""
+    if line["kind"] == "section":
+        str.lower(line["name"])
+    if line["kind"] in ("call", "request"):
+        _ = Usage() + Usage(**line["usage"])  # of numbers
+    if line["kind"] == "void":
+        str.lower("".join(line["askers"]))
+    if line["kind"] == "call":
+        str.lower(line["asker"] + line["request"] + line["text"])
+        Status[line["status"]], float(line["seconds"])
+    return line
+
+
+# ---- keys --------------------------------------------------------------------------------------------------
+
+
+def call_key(call: Call, question: str, images: tuple[bytes, ...]) -> str:
+    """The hash of all that a call asks."""
+    return content_key(["call", call.expert, call.skill, call.query, question, *map(image_digest, images)])
+
+
+def _short(identity: str) -> str:
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def _result(text: str, status: Status, seconds: float, usage: Usage) -> dict[str, Any]:
+    tokens = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
+    return {"text": text, "status": status.name, "seconds": seconds, "usage": tokens | {"price": usage.price}}
