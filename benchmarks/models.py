@@ -19,13 +19,13 @@ from flax import nnx
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from benchmarks.pairs import timed
-from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params
 from maestro_jax.policy import preprocess
 from maestro_jax.policy.attention.interface import suited_to
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
+from maestro_jax.policy.hf_export import hf_config
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.policy.prompts import collate_prompts

@@ -18,20 +18,20 @@ import jax.numpy as jnp
 from absl import flags
 
 from maestro_jax import command
-from maestro_jax.checkpoint.hf_export import (
-    ShardWriter,
-    check_output,
-    copy_base,
-    write_config_files,
-    write_model_card,
-)
-from maestro_jax.checkpoint.hf_verify import verify_logits, verify_tensors
 from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.checkpoint.run import find_run
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import read_json
 from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, read_config_json
+from maestro_jax.policy.hf_export import (
+    ShardWriter,
+    check_output,
+    copy_base,
+    write_config_files,
+    write_model_card,
+)
+from maestro_jax.policy.hf_verify import verify_logits, verify_tensors
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.settings import flatten
 

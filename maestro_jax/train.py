@@ -22,7 +22,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from maestro_jax import command, failpoints
-from maestro_jax.checkpoint.hf_export import hf_config
 from maestro_jax.checkpoint.run import has_begun
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config, parse_config
@@ -54,6 +53,7 @@ from maestro_jax.observe.table import summary_table, whole_figures
 from maestro_jax.parallel import cluster, preemption
 from maestro_jax.parallel.mesh import batch_shards, make_mesh
 from maestro_jax.policy.config import PolicyArchitecture, open_architecture
+from maestro_jax.policy.hf_export import hf_config
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
 from maestro_jax.registry.description.prompt import render_system_prompt

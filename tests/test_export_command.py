@@ -19,9 +19,6 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from configs import quickstart
-from maestro_jax.checkpoint import hf_export
-from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config, write_model_card
-from maestro_jax.checkpoint.hf_verify import verify_logits
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
 from maestro_jax.errors import EXIT_CONFIG, DataError
@@ -30,7 +27,10 @@ from maestro_jax.grpo.update import init_train_state
 from maestro_jax.observe.files import write_json
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, init_params
+from maestro_jax.policy import hf_export
 from maestro_jax.policy.config import architecture_from_hf, open_architecture, read_config_json
+from maestro_jax.policy.hf_export import ShardWriter, hf_config, write_model_card
+from maestro_jax.policy.hf_verify import verify_logits
 from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.preprocess import prepare_image

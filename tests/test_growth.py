@@ -238,7 +238,7 @@ PACKAGE = Path(maestro_jax.__file__).parent
 NO_FOREIGN_TEXT = {
     "aot/": "what the compiler of a plan says",
     "checkpoint/committed.py": "errors of the file system",
-    "checkpoint/hf_export.py": "the run's own settings",
+    "policy/hf_export.py": "the run's own settings",
     "command.py": "the user's command line",
     "config.py": "the user's settings",
     "parallel/cluster.py": "the environment of the scheduler and errors of jax",

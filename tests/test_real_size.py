@@ -17,12 +17,12 @@ import pytest
 from flax import nnx
 
 from configs import quickstart
-from maestro_jax.checkpoint.hf_export import ShardWriter, hf_config
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.observe.files import write_json
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture, TextConfig, VisionConfig
+from maestro_jax.policy.hf_export import ShardWriter, hf_config
 from maestro_jax.policy.huggingface import TensorFiles, counterparts, import_params
 from maestro_jax.policy.model import Policy
 from maestro_jax.settings import Settings

@@ -102,7 +102,7 @@ def start(environ: Mapping[str, str] = os.environ, seconds: int = START_SECONDS)
         address = distributed.global_state.coordinator_address
         raise ConfigError(f"process 0 cannot listen at {address}; give another port to MAESTRO_COORDINATOR") from error
     preemption.listen()  # again: JAX has taken the signals
-    preemption.among(_tell_stop, _told_stop)
+    preemption.among(_tell_stop, _told_stop, lambda mine: any(gather(mine)))
 
 
 class LostError(Exception):

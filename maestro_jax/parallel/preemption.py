@@ -58,6 +58,7 @@ class _Heard:
         self.listening = False
         self.tell: Callable[[str], None] = lambda name: None  # other processes
         self.told: Callable[[], str] | None = None  # what any of them has told
+        self.any_of: Callable[[bool], bool] = bool  # of all processes, at a boundary of all
 
 
 _heard = _Heard()
@@ -76,9 +77,14 @@ def listen() -> None:
         _heard.listening = True
 
 
-def among(tell: Callable[[str], None], told: Callable[[], str]) -> None:
-    """From now on other processes are told of a signal, and are listened to. Both are called in a thread."""
-    _heard.tell, _heard.told = tell, told
+def among(tell: Callable[[str], None], told: Callable[[], str], any_of: Callable[[bool], bool]) -> None:
+    """From now on other processes are told of a signal, and are listened to.
+
+    Args:
+      tell, told: called in a thread.
+      any_of: whether any process says yes; all of them call it, at the same boundary.
+    """
+    _heard.tell, _heard.told, _heard.any_of = tell, told, any_of
 
 
 @contextlib.contextmanager
@@ -103,9 +109,7 @@ def heard() -> str:
 
 def check() -> None:
     """A boundary, of all processes. Raises `Preempted` in all of them if any was told to stop."""
-    from maestro_jax.parallel import cluster  # late: it imports jax, which some commands do without
-
-    if any(cluster.gather(requested())):
+    if _heard.any_of(requested()):
         stop()
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maestro_jax.checkpoint.hf_export import write_config_files
 from maestro_jax.errors import ConfigError
+from maestro_jax.policy.hf_export import write_config_files
 from maestro_jax.policy.tokens import END_OF_TURN, Tokens
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.rollout.trajectory import Trajectory

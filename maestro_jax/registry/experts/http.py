@@ -109,7 +109,7 @@ class Trial:
 
 
 class HttpExpert:
-    """An expert behind one or several servers (see `registry.interface.Expert`); of one event loop.
+    """An expert behind one or several servers (see `registry.description.interface.Expert`); of one event loop.
 
     Args:
       config: with `endpoints`.

@@ -33,7 +33,7 @@ END_SECONDS = 5.0  # for a worker whose process was killed
 
 
 class InProcessExpert:
-    """An expert whose model is an instance of a class (see `registry.interface.Expert`)."""
+    """An expert whose model is an instance of a class (see `registry.description.interface.Expert`)."""
 
     def __init__(self, config: ExpertConfig):
         self.name = config.name
@@ -76,7 +76,7 @@ class InProcessExpert:
 
 
 class InProcessService:
-    """A service that is an instance of a class (see `registry.interface.Service`)."""
+    """A service that is an instance of a class (see `registry.description.interface.Service`)."""
 
     def __init__(self, config: ServiceConfig):
         self.name = config.name

@@ -18,7 +18,7 @@ NOTHING_FOUND = "nothing found"
 
 
 class ServedService:
-    """A service whose work an expert does (see `registry.interface.Service`). Caching is the expert's own.
+    """A service whose work an expert does (see `registry.description.interface.Service`). Caching is the expert's own.
 
     Args:
       expert: not closed with the service; it belongs to the registry.
