@@ -29,19 +29,11 @@ from maestro_jax.rollout import protocol
 from maestro_jax.rollout.exchange import Exchange
 from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.types import Call, Observation, Status, Task
+from maestro_jax.warm_start.demonstrations import Demonstration
 
 NO_HELP = "I cannot tell."
 _IN_FLIGHT = 64
 _QUERY = "answer the question"  # for a skill that the config has no phrases for
-
-
-@dataclasses.dataclass(frozen=True)
-class Demonstration:
-    """One written episode: token ids and which of them a policy would have authored."""
-
-    task: Task
-    ids: tuple[int, ...]
-    authored: tuple[bool, ...]
 
 
 @dataclasses.dataclass(frozen=True)

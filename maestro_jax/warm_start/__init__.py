@@ -1,1 +1,1 @@
-"""Warm start: supervised fine-tuning on the demonstrations of a weak router (offline runs only)."""
+"""Warm start: supervised fine-tuning on demonstrations, before reinforcement."""

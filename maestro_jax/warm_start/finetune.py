@@ -12,7 +12,7 @@ from maestro_jax.parallel.sharding import from_everyone, over_groups
 from maestro_jax.policy.model import prompt_shardings
 from maestro_jax.policy.preprocess import bucket
 from maestro_jax.policy.prompts import Prompts
-from maestro_jax.suite.demonstrations import Demonstration
+from maestro_jax.warm_start.demonstrations import Demonstration
 
 
 def finetune(

@@ -22,7 +22,6 @@ from maestro_jax.rollout.outages import OutageConfig, Outages
 from maestro_jax.rollout.protocol import parse_turn
 from maestro_jax.suite.demonstrations import (
     NO_HELP,
-    Demonstration,
     WeakRouter,
     answer_text,
     call_text,
@@ -33,6 +32,7 @@ from maestro_jax.suite.demonstrations import (
     write_demonstrations,
 )
 from maestro_jax.types import Call, Observation, Status, StopReason, Task
+from maestro_jax.warm_start.demonstrations import Demonstration
 from tests.data.listed import Fresh
 
 Make = Callable[..., WeakRouter]

@@ -10,8 +10,8 @@ from maestro_jax.grpo.update import GroupBatch
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens
-from maestro_jax.suite.demonstrations import Demonstration
 from maestro_jax.types import Task
+from maestro_jax.warm_start.demonstrations import Demonstration
 from maestro_jax.warm_start.finetune import collate, finetune
 from tests.policy import reference
 
