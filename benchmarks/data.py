@@ -39,7 +39,7 @@ from maestro_jax.policy.config import open_architecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import load_tokens
 from maestro_jax.registry.description.prompt import render_system_prompt
-from maestro_jax.session import fields
+from maestro_jax.session.policy import fields
 from maestro_jax.suite.tasks.build import build_suite
 from maestro_jax.types import Task
 

@@ -39,7 +39,7 @@ from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.record.journal import Journal
 from maestro_jax.rewards.graders import grade_all
-from maestro_jax.session import fields
+from maestro_jax.session.policy import fields
 from maestro_jax.suite.demonstrations import make_calls
 from maestro_jax.types import Call, Task
 

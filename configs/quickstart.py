@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
             # A tiny policy needs large steps; the 4B run uses 1e-6.
             "optimizer": optimizer(learning_rate=1e-3, warmup_steps=3, decay_steps=GRPO_STEPS),
             "warm_start": warm_start(),
-            "evaluate": {"every": 20, "tasks": 0, "batch": 64},
+            "evaluate": {"every": 20, "tasks": 0, "batch": 64, "baselines": True},
             "checkpoint": {"every": 10, "keep": 2, "keep_every": 0, "directory": ""},
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
         }

@@ -71,7 +71,7 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = quickstart.optimizer(learning_rate=1e-6, warmup_steps=5)
     config.warm_start.update({"steps": 0, "claims": {}, "queries": {}, "thoughts": {}})
-    config.evaluate.every = 20
+    config.evaluate.update({"every": 20, "baselines": False})  # `maestro_jax.evaluate --baselines` makes them
     config.checkpoint.update({"every": 10, "keep": 3})
     return config
 

@@ -158,19 +158,6 @@ def _unknown_key(argv: Sequence[str], reason: str) -> str:
     return f"unknown key {', '.join(guilty or names)}; {hint or 'its group in the config file lists the right ones'}"
 
 
-def made_directory(flag: str, value: str) -> Path:
-    """The directory that a flag names, made if it is not there.
-
-    Raises:
-      ConfigError: it cannot be made.
-    """
-    try:
-        Path(value).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{flag}={value} cannot be created ({error.strerror}); name another directory") from error
-    return Path(value)
-
-
 class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
     """Reads the config.json of a run, too."""
 

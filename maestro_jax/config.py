@@ -221,11 +221,20 @@ class WarmStartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out evaluation: every so many steps, on how many tasks (0: all), how many at a time."""
+    """Held-out evaluation.
+
+    Attributes:
+      every: steps between two of them; there is one after the last step.
+      tasks: how many; 0: all.
+      batch: how many at a time.
+      baselines: whether a run also measures the policy before reinforcement, and in the end every pair of expert and
+        skill. On many devices leave it out: `maestro_jax.evaluate --baselines` needs fewer.
+    """
 
     every: int
     tasks: int
     batch: int
+    baselines: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,39 +7,17 @@ stages that do not fit together, environment variables that are not set, `serve`
 refuse. Then the data is gone through: every task needs an id and a grader, and where the tokenizer is at hand, one of
 each source is made into a prompt. Then everything is built, the sandbox too where a skill needs one, and every endpoint
 gets one real request with the expert's own settings (`fleet/trials.py`), also those of models behind services. Exit
-code 0 if all is well, else 78.
+code 0 if all is well, else 78. `maestro_jax.api.doctor` is the same as a function.
 """
 
-import asyncio
-import dataclasses
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from maestro_jax import command
-from maestro_jax.config import Config, parse_config
-from maestro_jax.data.mixture import Mixture
-from maestro_jax.data.source import TaskSource
-from maestro_jax.data.survey import survey
-from maestro_jax.errors import ConfigError, DataError, UserError
-from maestro_jax.fleet.serving import servers_of
-from maestro_jax.fleet.trials import Finding, try_experts
-from maestro_jax.observe.progress import Progress
-from maestro_jax.policy.config import open_architecture
-from maestro_jax.policy.prompts import PromptConfig, Prompts
-from maestro_jax.policy.tokens import load_tokens
-from maestro_jax.registry.description.checks import problems
-from maestro_jax.registry.description.config import RegistryConfig
-from maestro_jax.registry.description.prompt import render_system_prompt
-from maestro_jax.registry.description.reading import read_registry
-from maestro_jax.registry.dispatch import Registry
-from maestro_jax.rewards.graders import check_sources
-from maestro_jax.session import fields, first_tasks, graded_sources, open_held_out, open_training
+from maestro_jax.errors import ConfigError
+from maestro_jax.jobs.doctor import counted, doctor
 
 CONFIG = command.config_flag()
 SECONDS = flags.DEFINE_float(
@@ -52,121 +30,11 @@ def main(argv: Sequence[str]) -> None:
     del argv
     raw, file = command.load_config(CONFIG), config_flags.get_config_filename(flags.FLAGS["config"])
 
-    # ---- What the config shows -----------------------------------------------------------------
-    registry = read_registry(raw.registry)
-    found = [*problems(registry), *unset_variables(registry, os.environ), *serve_mistakes(registry)]
-    print_lines(found)
-    if not found:
-        found = contradictions(raw)
-        print_lines(found)
-    told = f"{len(registry.experts)} experts, {len(registry.services)} services, {len(registry.skills)} skills"
-    print(f"config: {told}, {counted(found)}")
+    def tell(line: str) -> None:
+        print(" ".join(line.split()), flush=True)
 
-    # ---- What there is to learn from, and who answers ------------------------------------------
-    if not found and not STATIC.value:
-        data = []
-        for finding in data_findings(parse_config(raw)):
-            print_lines([finding.line])
-            data.append(finding)
-        asyncio.run(build(registry))
-        print_lines([f'expert "{expert.name}": ready' for expert in registry.experts if expert.implementation])
-        trials = asyncio.run(try_experts(registry, SECONDS.value))
-        print_lines([trial.line for trial in trials])
-        found = [finding.line for finding in (*data, *trials) if finding.is_problem]
-
-    if found:
+    if found := doctor(raw, seconds=SECONDS.value, static=STATIC.value, tell=tell).problems:
         raise ConfigError(f"{counted(found)} in {file}; the lines above say what to do about each")
-
-
-def print_lines(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(" ".join(line.split()))
-
-
-def counted(problems_found: Sequence[str]) -> str:
-    return f"{len(problems_found)} problem{'' if len(problems_found) == 1 else 's'}"
-
-
-def unset_variables(registry: RegistryConfig, environment: Mapping[str, str]) -> Iterator[str]:
-    """Keys that experts need and that the environment does not have."""
-    for expert in registry.experts:
-        if expert.key and not environment.get(expert.key):
-            yield f'expert "{expert.name}": environment variable {expert.key} is not set; export it with the API key'
-
-
-def serve_mistakes(registry: RegistryConfig) -> list[str]:
-    """What `experts up` would refuse: of each expert, and if there is nothing, between them."""
-    each = [dataclasses.replace(registry, experts=(expert,)) for expert in registry.experts]
-    found = []
-    for part in [*each, registry]:
-        try:
-            servers_of(part)
-        except ConfigError as error:
-            found.append(str(error))
-    return list(dict.fromkeys(found))
-
-
-def contradictions(raw: Any) -> list[str]:
-    """What is wrong with the rest of the run's config, or between it and the registry: the first of it."""
-    try:
-        parse_config(raw)
-    except ConfigError as error:
-        return [str(error)]
-    return []
-
-
-def data_findings(config: Config) -> Iterator[Finding]:
-    """What there is to train on and what is held out, and what a run could not use of it."""
-    parts: dict[str, Callable[[], TaskSource]] = {}
-    with tempfile.TemporaryDirectory() as kept, Progress() as progress:
-        if config.data.kind == "suite":
-            yield Finding("data: the suite is built when a run starts", False)
-        if config.data.kind != "suite" or config.data.mixture:
-            parts["to train on"] = lambda: open_training(config, Path(kept), progress)
-        if config.data.kind != "suite":
-            most = config.evaluate.tasks
-            parts["held out"] = lambda: first_tasks(open_held_out(config, Path(kept), progress), most)
-        for what, opening in parts.items():
-            try:
-                source = opening()
-                for part in source.sources if isinstance(source, Mixture) else (source,):
-                    rows = survey(part, f"tasks {what}", Path(kept) / "data.json", progress, whole=what == "held out")
-                    check_sources(graded_sources(part, rows))
-                    tasks = "1 task" if len(part) == 1 else f"{len(part):,} tasks"
-                    yield Finding(f"data: {tasks} {what}, of {', '.join(rows)}", False)
-                    yield from prompt_findings(config, part, rows.values())
-            except UserError as error:
-                yield Finding(f"data: {error}", True)
-
-
-def prompt_findings(config: Config, source: TaskSource, rows: Iterable[int]) -> Iterator[Finding]:
-    """Which of these tasks no prompt can hold.
-
-    Raises:
-      ConfigError: tokenizer and policy do not fit together, so that there is no prompt at all.
-    """
-    policy = config.policy
-    directory = policy.tokenizer or policy.init_from
-    if not directory:
-        return  # a run trains one
-    if not (Path(directory) / "tokenizer.json").is_file():
-        yield Finding(f"data: no task is made into a prompt, since {directory} has no tokenizer.json here", False)
-        return
-    system = render_system_prompt(config.registry, config.rollout.max_calls)
-    architecture = open_architecture(policy.architecture, policy.init_from)
-    prompts = Prompts(load_tokens(directory), architecture, system, fields(PromptConfig, policy))
-    for row in rows:
-        try:
-            prompts.batch([source[row]])
-        except DataError as error:  # a run skips so many
-            yield Finding(f"data: {error}", not config.data.damage_limit)
-        except ConfigError as error:
-            yield Finding(f"data: {error}", True)
-
-
-async def build(config: RegistryConfig) -> None:
-    """Raises ConfigError if an expert, a service or the sandbox cannot be built."""
-    await Registry(config).close()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy
 from maestro_jax.policy.preprocess import prepare_image
 from maestro_jax.policy.tokens import train_tokens
-from maestro_jax.session import open_params
+from maestro_jax.session.policy import open_params
 from maestro_jax.settings import Settings
 
 ROOT = Path(__file__).parents[1]

@@ -11,14 +11,14 @@ from PIL import Image
 from maestro_jax.checkpoint.run import has_begun
 from maestro_jax.evaluation.log import RecordLog
 from maestro_jax.evaluation.policy import Evaluation
+from maestro_jax.jobs.train import kept_if_whole
 from maestro_jax.observe.accuracy import plot_accuracy
 from maestro_jax.observe.figures import plot_curves
 from maestro_jax.observe.table import whole_figures
 from maestro_jax.registry.record.journal import Journal
 from maestro_jax.registry.record.replay import read_calls
-from maestro_jax.session import holds_calls
-from maestro_jax.train import kept_if_whole
-from maestro_jax.training import held_out
+from maestro_jax.session.binding import holds_calls
+from maestro_jax.training.loop import held_out
 from maestro_jax.types import Call, Observation, Status
 
 

@@ -14,7 +14,7 @@ from maestro_jax.config import Config, parse_config
 from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.config import architecture_from_hf
-from maestro_jax.session import check_batches
+from maestro_jax.session.rollouts import check_batches
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(

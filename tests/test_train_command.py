@@ -29,13 +29,15 @@ from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.prepare import prepare
 from maestro_jax.errors import EXIT_CONFIG, ConfigError
 from maestro_jax.grpo.update import GroupBatch
+from maestro_jax.jobs.train import is_free
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.vision import ImageBatch
-from maestro_jax.session import check_same_run, open_data
+from maestro_jax.session.binding import check_same_run
+from maestro_jax.session.tasks import open_held_out, open_training
 from maestro_jax.settings import Settings, read_settings
-from maestro_jax.train import is_free, note_shape
+from maestro_jax.training.updates import note_shape
 from tests.data import verl_rows
 from tests.data.benchmarks import layouts
 
@@ -630,7 +632,8 @@ def test_a_mixture_is_opened_in_its_shares(tmp_path: Path) -> None:
         {"kind": "verl", "files": (str(file),), "split": "", "image_root": "", "weight": weight}
         for file, weight in zip(files, (0.75, 0.25), strict=True)
     )
-    train, test = open_data(parse_config(raw), tmp_path, Progress(io.StringIO()))
+    opened = parse_config(raw), tmp_path, Progress(io.StringIO())
+    train, test = open_training(*opened), open_held_out(*opened)
     assert isinstance(train, Mixture) and train.weights == (3, 1)
     assert (len(train), len(test)) == (5, 2)
 
@@ -663,7 +666,8 @@ def test_the_published_rows_become_tasks() -> None:
     raw.data.kind = "verl"
     raw.data.train_files = (str(EXAMPLES / "train_data_example.parquet"),)
     raw.data.test_files = (str(EXAMPLES / "val_data_example.parquet"),)
-    train, test = open_data(parse_config(raw), Path(), Progress(io.StringIO()))
+    opened = parse_config(raw), Path(), Progress(io.StringIO())
+    train, test = open_training(*opened), open_held_out(*opened)
     for source, answer in ((train, "Go-Jek"), (test, "Tania Vicenzino")):
         task = source[0]
         assert (len(source), task.source, task.answers, len(task.images)) == (1, "chartqa", (answer,), 1)

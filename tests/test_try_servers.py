@@ -10,7 +10,7 @@ import pytest
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.progress import Progress
 from maestro_jax.registry.description.reading import parse_registry
-from maestro_jax.train import try_servers
+from maestro_jax.session.calls import try_servers
 from tests import outage
 
 NOBODY = "http://127.0.0.1:1/v1"

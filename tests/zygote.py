@@ -84,8 +84,8 @@ if __name__ == "__main__":
     import maestro_jax.checkpoint.store
     import maestro_jax.evaluation.policy
     import maestro_jax.grpo.learner
+    import maestro_jax.jobs.train
     import maestro_jax.rollout.supply
-    import maestro_jax.session
     import maestro_jax.warm_start.finetune  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "an import starts a thread, which a fork would lose"

@@ -9,7 +9,8 @@ from maestro_jax.config import Config
 from maestro_jax.parallel.mesh import axis_sizes, batch_shards
 from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import PolicyArchitecture
-from maestro_jax.session import check_batches, known_architecture, policy_factory
+from maestro_jax.session.policy import known_architecture, policy_factory
+from maestro_jax.session.rollouts import check_batches
 
 
 def fit(config: Config, accelerator: Slice) -> str:

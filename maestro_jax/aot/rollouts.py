@@ -21,7 +21,7 @@ from maestro_jax.rollout.decode import StopTables
 from maestro_jax.rollout.engine import EngineConfig, rollout_sizes
 from maestro_jax.rollout.programs import Weights, rollout_programs
 from maestro_jax.rollout.state import Groups, Lanes
-from maestro_jax.session import fields
+from maestro_jax.session.policy import fields
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.flops import group_flops
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.vision import ImageBatch
-from maestro_jax.session import policy_factory
+from maestro_jax.session.policy import policy_factory
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from maestro_jax.grpo.losses import LossCount
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import GroupBatch, grpo_loss, make_train_step
 from maestro_jax.policy.flops import root_flops
-from maestro_jax.session import update_config
+from maestro_jax.session.policy import update_config
 
 
 def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:

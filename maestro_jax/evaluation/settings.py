@@ -39,6 +39,18 @@ def combine(run: Mapping[str, Any], given: Mapping[str, Any], overrides: Iterabl
     return used
 
 
+def overridden(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with these values in place of theirs, by dotted keys."""
+    changed = copy.deepcopy(dict(settings))
+    for key, value in overrides.items():
+        *path, last = key.split(".")
+        here = changed
+        for part in path:
+            here = here.setdefault(part, {})
+        here[last] = value
+    return changed
+
+
 def differences(
     run: Mapping[str, str], here: Mapping[str, str], is_used: Callable[[str], bool]
 ) -> dict[str, Difference]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from maestro_jax.errors import DataError, UserError
+from maestro_jax.errors import ConfigError, DataError, UserError
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, sort: bool = True) -> None:
@@ -42,6 +42,22 @@ def read_json(path: str | os.PathLike[str]) -> Any | None:
     except ValueError as error:
         cure = "remove it; the command that wrote it writes it again"
         raise DataError(f"{path} is damaged, it is no JSON ({error}); {cure}") from error
+
+
+def made_directory(name: str, value: str | os.PathLike[str]) -> Path:
+    """A directory of results, made if it is not there.
+
+    Args:
+      name: what the user calls it, such as "--workdir".
+
+    Raises:
+      ConfigError: it cannot be made.
+    """
+    try:
+        Path(value).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{name}={value} cannot be created ({error.strerror}); name another directory") from error
+    return Path(value)
 
 
 @contextlib.contextmanager

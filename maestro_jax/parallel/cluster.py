@@ -69,7 +69,7 @@ class Cluster:
 
 
 def start(environ: Mapping[str, str] = os.environ, seconds: int = START_SECONDS) -> None:
-    """Joins the other processes, if there are any; called before anything else asks JAX for devices.
+    """Joins the other processes, if there are any and it has not; called before anything else asks JAX for devices.
 
     A process that waits in vain ends with `EXIT_LOST`, and says who came.
 
@@ -77,7 +77,7 @@ def start(environ: Mapping[str, str] = os.environ, seconds: int = START_SECONDS)
       ConfigError: half of the variables that tell; a port that is taken.
     """
     cluster = find_cluster(environ)
-    if cluster is None:
+    if cluster is None or several():
         return
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)

@@ -9,7 +9,8 @@ from maestro_jax.aot.updates import planned_part
 from maestro_jax.config import parse_config
 from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.parallel.mesh import make_mesh
-from maestro_jax.session import known_architecture, sized_episodes
+from maestro_jax.session.policy import known_architecture
+from maestro_jax.session.rollouts import sized_episodes
 
 
 def test_the_update_is_planned_for_the_widest_rows_of_the_loss() -> None:

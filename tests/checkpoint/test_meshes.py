@@ -20,7 +20,7 @@ from maestro_jax.grpo.update import TrainState, opt_shardings
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, param_shardings, replicated
 from maestro_jax.policy.config import open_architecture
-from maestro_jax.session import policy_factory
+from maestro_jax.session.policy import policy_factory
 
 TEXT = {
     "vocab_size": 512,

@@ -7,7 +7,7 @@ import pytest
 from maestro_jax.checkpoint.run import find_run
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.files import write_json
-from maestro_jax.session import check_same_settings, settings_hashes
+from maestro_jax.session.binding import check_same_settings, settings_hashes
 from maestro_jax.settings import Settings
 
 SETTINGS = {"seed": "0", "registry.experts.Tally.timeout": "5.0", "registry.experts.Tally.price": "1.0"}

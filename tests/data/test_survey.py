@@ -18,7 +18,7 @@ from maestro_jax.data.survey import survey
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.evaluation.selection import select
 from maestro_jax.observe.progress import Progress
-from maestro_jax.session import check_tasks
+from maestro_jax.session.tasks import check_tasks
 from maestro_jax.types import Task
 from tests.data.listed import Listed
 from tests.data.verl_rows import row, write_rows

@@ -13,7 +13,8 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.rollout.limits import Limits
-from maestro_jax.session import fields, sized_episodes
+from maestro_jax.session.policy import fields
+from maestro_jax.session.rollouts import sized_episodes
 from maestro_jax.suite.demonstrations import WeakRouter
 from maestro_jax.types import Observation, Status
 from tests.rollout import toy

@@ -20,108 +20,105 @@ from maestro_jax.grpo.update import TrainState
 from maestro_jax.observe.metrics import MetricsWriter
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel import cluster, preemption
-from maestro_jax.registry.record.journal import Journal
-from maestro_jax.registry.record.replay import Resumed
 from maestro_jax.rewards.reward import RewardParts
 from maestro_jax.rollout.engine import Rollout
-from maestro_jax.rollout.outages import Outages
 from maestro_jax.rollout.supply import Supply
 from maestro_jax.rollout.trajectory import Trajectory
-from maestro_jax.session import check_same_settings
+from maestro_jax.session.binding import check_same_settings
+from maestro_jax.session.calls import Calls
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-    """What a run writes line by line; process 0 writes metrics and ledger, each process its own journal."""
+class Record:
+    """What a run keeps of its training.
 
-    journal: Journal
+    Attributes:
+      metrics, ledger: written line by line, by process 0.
+      hashes: of the settings; a checkpoint of others is refused.
+      began: when the command did, as `time.monotonic` counts.
+    """
+
+    store: CheckpointStore
     metrics: MetricsWriter
     ledger: MetricsWriter
-
-    def sync(self) -> None:
-        """Returns when everything written so far is on disk."""
-        for file in (self.journal, self.metrics, self.ledger):
-            file.sync()
+    hashes: Mapping[str, str]
+    began: float
 
 
 class Training:
     """The policy after its last update, and all that the next ones need: first `begin`, then `run`.
 
     Args:
-      hashes: of the settings; a checkpoint of others is refused.
       evaluate: a policy on the held-out tasks.
-      on_save: called with every checkpoint.
-      outages: of the run; while it waits for experts, the last line of metrics says so.
-      began: when the command did, as `time.monotonic` counts.
 
     Attributes:
       state: the policy and its optimiser.
       step: updates made.
-      last: the last evaluation of a policy of this run.
+      last: the last evaluation of a policy of this run; None before there is one.
     """
 
     state: TrainState
-    last: Evaluation
 
     def __init__(
         self,
-        *,
         config: Config,
-        hashes: Mapping[str, str],
         learner: Learner,
         supply: Supply,
-        store: CheckpointStore,
-        files: Files,
+        calls: Calls,
+        record: Record,
         evaluate: Callable[[nnx.State], Evaluation],
-        on_save: Callable[[], None],
-        outages: Outages,
         progress: Progress,
-        began: float,
     ):
-        self.config, self.learner, self.supply, self.store, self.files = config, learner, supply, store, files
         self.step = 0
-        self._hashes = hashes
-        self._evaluate, self._on_save, self._progress, self._began = evaluate, on_save, progress, began
+        self.last: Evaluation | None = None
+        self._config, self._learner, self._supply, self._calls, self._record = config, learner, supply, calls, record
+        self._evaluate, self._progress = evaluate, progress
         self._seconds_before = 0.0  # of earlier processes
         self._evaluated: Evaluation | None = None  # the policy as it is now
         self._row: dict[str, Any] | None = None  # metrics of the last update, while what is due after it is not done
         self._behind: dict[str, Any] = {}  # where data and journals go on behind the last update
         self._saved: int | None = None  # the last step that there is a checkpoint of
         self._waited = False  # whether the last line of metrics is of a wait
-        outages.on_wait = self._note_wait
+        calls.outages.on_wait = self._note_wait
+
+    @property
+    def checkpoints(self) -> Path | str:
+        """Where the policies of this run are."""
+        return self._record.store.directory
 
     @property
     def seconds(self) -> float:
         """That the run has taken, with all its processes one after the other."""
-        return self._seconds_before + time.monotonic() - self._began
+        return self._seconds_before + time.monotonic() - self._record.began
 
-    def begin(self, state: TrainState, before: Evaluation, answered: Resumed) -> None:
+    def begin(self, state: TrainState, before: Evaluation | None) -> None:
         """Starts from `state`, or from the newest checkpoint, in the shape and shardings of `state`.
 
         Args:
-          before: the evaluation of `state`.
-          answered: told which calls were answered behind the checkpoint.
+          before: the evaluation of `state`, if there is one.
         """
         self.last = before
-        restored = self.store.restore_newest(state)
+        restored = self._record.store.restore_newest(state)
         if restored is None:
             self.state, self._behind = state, self._position()
         else:
             self.state, self.step = restored.state, restored.step
             self._take(restored.run)
-            recall(answered, self._behind["journal"], self._progress)
-        metrics, ledger = self.files.metrics, self.files.ledger
+            recall(self._calls, self._behind["journal"], self._progress)
+        metrics, ledger = self._record.metrics, self._record.ledger
         metrics.truncate_after(self.step - 1 if self.step == 0 or self._row is not None else self.step)
         ledger.truncate_after(self.step)
-        if self.step == 0:
+        if self.step == 0 and before is not None:
             metrics.write({"step": 0, **held_out(before)})
 
     def _take(self, run: Mapping[str, Any]) -> None:
         """What a checkpoint says of the run."""
-        check_same_settings(run.get("settings", self._hashes), self._hashes, str(self.store.directory))
-        self.supply.set_state(run["supply"])
+        check_same_settings(
+            run.get("settings", self._record.hashes), self._record.hashes, str(self._record.store.directory)
+        )
+        self._supply.set_state(run["supply"])
         self._behind = {"supply": run["supply"], "journal": run["journal"]}
         self._row, self._seconds_before, self._saved = run["row"], run["seconds"], self.step
         if run["evaluated"] is not None:
@@ -134,36 +131,37 @@ class Training:
         Raises:
           Preempted: the run was told to stop, or experts did not come back; its last update is saved.
         """
-        self._progress.phase("train", self.config.grpo.steps, done=self.step)
+        self._progress.phase("train", self._config.grpo.steps, done=self.step)
         try:
             self._conclude()
-            while self.step < self.config.grpo.steps:
+            while self.step < self._config.grpo.steps:
                 preemption.check()
-                self.store.check()
+                self._record.store.check()
                 self._update()
                 self._conclude()
             if self._evaluated is None:  # nothing was left to train
-                self.files.journal.begin("trained")
+                self._calls.journal.begin("trained")
                 self.last = self._evaluate(self.state.params)
                 self._end_wait()
         except preemption.Preempted as stop:
             if self._saved != self.step:
                 self._save()
-            self.store.close()
+            self._record.store.close()
             stop.saved = f"step {self.step} is saved"
             raise
-        self.store.close()
+        self._calls.outages.on_wait = lambda shares: None
+        self._record.store.close()
 
     def _update(self) -> None:
         step, began = self.step + 1, time.monotonic()
-        self.files.journal.begin(f"step {step}")
-        rollouts = Stopwatch(until_committed(self.supply.step(self.state.params, step), self.store))
-        self.state, seen, metrics = self.learner(self.state, rollouts)
+        self._calls.journal.begin(f"step {step}")
+        rollouts = Stopwatch(until_committed(self._supply.step(self.state.params, step), self._record.store))
+        self.state, seen, metrics = self._learner(self.state, rollouts)
         self.step, self._evaluated, self._behind = step, None, self._position()
         failpoints.reach("after_update")
-        self.files.ledger.write(trained_row(step, seen))
+        self._record.ledger.write(trained_row(step, seen))
         times = {"rollout_seconds": rollouts.seconds, "seconds": time.monotonic() - began}
-        marked = {f"marked/{expert}": share for expert, share in self.supply.marked.items()}
+        marked = {f"marked/{expert}": share for expert, share in self._supply.marked.items()}
         self._row = {"step": step, **episode_metrics(seen, step), **metrics, **marked, **times}
         shown = ("reward", "accuracy", "calls", *marked, "seconds")
         self._progress.update(step, {name: self._row[name] for name in shown})
@@ -172,63 +170,64 @@ class Training:
         """Does what is due after the last update: evaluation, the line of metrics, the checkpoint."""
         if self._row is None:
             return
-        if self._is_due(self.config.evaluate.every):
-            self.files.journal.begin(f"held-out, step {self.step}")
+        if self._is_due(self._config.evaluate.every):
+            self._calls.journal.begin(f"held-out, step {self.step}")
             self.last = self._evaluated = self._evaluate(self.state.params)
             self._row |= held_out(self.last)
-            if self.step < self.config.grpo.steps:
-                self._progress.phase("train", self.config.grpo.steps, done=self.step)
+            if self.step < self._config.grpo.steps:
+                self._progress.phase("train", self._config.grpo.steps, done=self.step)
         self._end_wait()
-        self.files.metrics.write(self._row)
+        self._record.metrics.write(self._row)
         self._row = None
         failpoints.reach("after_metrics")
-        if self._saved != self.step and self._is_due(self.config.checkpoint.every):
+        if self._saved != self.step and self._is_due(self._config.checkpoint.every):
             self._save()
 
     def _note_wait(self, shares: Mapping[str, float]) -> None:
         """A line of metrics that stands as long as the run waits, and stays if it ends there."""
         self._end_wait()
         step = self.step + 1 if self._row is None else self.step
-        self.files.metrics.write({"step": step} | {f"waiting/{expert}": share for expert, share in shares.items()})
+        self._record.metrics.write({"step": step} | {f"waiting/{expert}": share for expert, share in shares.items()})
         self._waited = True
 
     def _end_wait(self) -> None:
         if self._waited:
-            self.files.metrics.truncate_after(self.step if self._row is None else self.step - 1)
+            self._record.metrics.truncate_after(self.step if self._row is None else self.step - 1)
             self._waited = False
 
     def _is_due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.config.grpo.steps
+        return self.step % every == 0 or self.step == self._config.grpo.steps
 
     def _save(self) -> None:
         """Starts a checkpoint of the last update. What leads up to it is on disk before it is."""
         failpoints.reach("before_save")
-        self.files.sync()
+        for file in (self._calls.journal, self._record.metrics, self._record.ledger):
+            file.sync()
         facts = {
             **self._behind,
-            "seed": self.config.seed,
-            "settings": dict(self._hashes),
+            "seed": self._config.seed,
+            "settings": dict(self._record.hashes),
             # With gaps it is none to keep: a run that goes on asks again.
             "evaluated": self._evaluated.to_json() if self._evaluated and not self._evaluated.missing else None,
             "row": self._row,
             "seconds": self.seconds,
         }
-        self.store.save(self.step, self.state, facts)
+        self._record.store.save(self.step, self.state, facts)
         self._saved = self.step
         failpoints.reach("after_save")
-        self._on_save()
+        self._calls.report()
 
     def _position(self) -> dict[str, Any]:
         """Where data and journals go on from here: what is pulled later is pulled again, what is asked is recalled."""
-        journal = self.files.journal
+        journal = self._calls.journal
         sizes = cluster.gather((Path(journal.path).name, journal.size()))
-        return {"supply": self.supply.get_state(), "journal": dict(sizes)}
+        return {"supply": self._supply.get_state(), "journal": dict(sizes)}
 
 
-def recall(answered: Resumed, since: Mapping[str, int], progress: Progress) -> None:
+def recall(calls: Calls, since: Mapping[str, int], progress: Progress) -> None:
     """Calls that were answered behind these places in the journals are not made again (`Resumed.recall`)."""
-    if calls := answered.recall(since):
-        progress.note(f"{calls} calls were answered before the interruption and are not made again")
+    if count := calls.answered.recall(since):
+        progress.note(f"{count} calls were answered before the interruption and are not made again")
 
 
 def until_committed(rollouts: Iterator[T], store: CheckpointStore) -> Iterator[T]:

@@ -1,0 +1,1 @@
+"""What each command does, as one linear function: config in, files and typed results out."""

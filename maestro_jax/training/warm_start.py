@@ -1,0 +1,122 @@
+"""Before reinforcement: tokens of a tiny policy, and supervised fine-tuning on demonstrations."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+
+from maestro_jax import failpoints
+from maestro_jax.checkpoint.store import CheckpointStore
+from maestro_jax.config import Config
+from maestro_jax.data.source import OnDemand, RecentTasks, TaskSource, TaskView
+from maestro_jax.grpo.optimizer import make_optimizer
+from maestro_jax.grpo.update import GroupBatch, Metrics, TrainState, init_train_state, make_train_step, nll_loss
+from maestro_jax.observe.progress import Progress
+from maestro_jax.parallel import cluster, preemption
+from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
+from maestro_jax.registry.description.prompt import render_system_prompt
+from maestro_jax.rollout.exchange import observation_frames
+from maestro_jax.session.calls import Calls
+from maestro_jax.session.policy import update_config
+from maestro_jax.session.rollouts import Rollouts
+from maestro_jax.suite.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
+from maestro_jax.training.updates import note_shape
+from maestro_jax.warm_start.finetune import finetune
+
+# Of images of tasks that are demonstrated, which are gone through again and again.
+DEMONSTRATED_BYTES = 256 << 20
+
+
+def open_tokens(config: Config, workdir: Path, router: WeakRouter, tasks: TaskSource, begun: bool) -> Tokens:
+    """The checkpoint's tokenizer, or a tiny one trained once on the training tasks.
+
+    Args:
+      begun: whether the run has; else what is there may come from other settings.
+    """
+    if given := config.policy.tokenizer or config.policy.init_from:
+        return load_tokens(given)
+    directory = workdir / "tokenizer"
+
+    def train() -> None:
+        if not begun or not (directory / "tokenizer_config.json").is_file():
+            view = TaskView(tasks, range(len(tasks)))
+            system = render_system_prompt(config.registry, config.rollout.max_calls)
+            texts = tokenizer_texts(system, view, router, observation_frames())
+            train_tokens(texts, config.policy.architecture["text_config"]["vocab_size"], directory)
+
+    cluster.from_main(train)
+    return load_tokens(directory)
+
+
+def warm_start(
+    config: Config,
+    workdir: Path,
+    rollouts: Rollouts,
+    router: WeakRouter,
+    source: TaskSource,
+    calls: Calls,
+    progress: Progress,
+) -> nnx.State:
+    """Parameters after supervised fine-tuning on demonstrations; trained once per work directory."""
+    settings, mesh = config.warm_start, rollouts.mesh
+    optimizer = make_optimizer(settings.optimizer)
+    state = init_train_state(rollouts.params, optimizer, config.policy.freeze, mesh, settings.optimizer.offload)
+    # One to fall back on.
+    directory, anew = workdir / "warm_start", "delete them: the warm start is made again, and comes out the same"
+    store = CheckpointStore(directory, keep=2, note=progress.note, anew=anew)
+    done = 0
+    if (restored := store.restore_newest(state)) is not None:
+        state, done = restored.state, restored.run["steps"]
+    if done == settings.steps:
+        store.close()
+        return state.params
+    calls.journal.begin("warm start")
+    groups_needed = settings.steps * settings.groups
+    rows = [i % len(source) for i in range(groups_needed) for _ in range(settings.group_size)]
+    tasks = OnDemand(rows, RecentTasks(source, DEMONSTRATED_BYTES).read)
+    demonstrations = write_demonstrations(tasks, router, rollouts.exchange, config.seed, progress, calls.outages)
+    size = settings.group_size
+    groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
+    update = update_config(config, temperature=1.0)
+    update = dataclasses.replace(update, loss=dataclasses.replace(update.loss, aggregation="token"))
+    train = make_train_step(rollouts.graph, optimizer, nll_loss, update, mesh, state)
+    shapes: set[tuple[Any, ...]] = set()
+
+    def step(state: TrainState, parts: Sequence[GroupBatch]) -> tuple[TrainState, Metrics]:
+        for part in parts:
+            note_shape(part, shapes, progress, "the warm start's update")
+        return train(state, parts)
+
+    progress.phase("warm start", settings.steps, done)
+    buckets = config.rollout.member_buckets
+    tuned = finetune(
+        step, state, groups, settings.groups, settings.steps, rollouts.prompts, buckets, mesh, config.seed, done
+    )
+
+    def save(done: int, state: TrainState) -> None:
+        calls.journal.sync()
+        store.save(done, state, {"steps": done})
+
+    saved = done
+    try:
+        for done, new, values in tuned:
+            state = new
+            if done % 10 == 0 or done == settings.steps:
+                progress.update(done, values)
+            else:
+                progress.tick(done)
+            if done % settings.checkpoint_every == 0 or done == settings.steps:
+                save(done, state)
+                saved = done
+            failpoints.reach("in_warm_start")
+            preemption.check()
+    except preemption.Preempted as stop:
+        if done > saved:
+            save(done, state)
+        store.close()
+        stop.saved = f"step {done} of the warm start is saved"
+        raise
+    store.close()
+    return state.params
