@@ -60,12 +60,11 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     if "trained" in accuracy and accuracy.get("domain_oracle"):
         share = accuracy["trained"] / accuracy["domain_oracle"]
         lines.append(f"trained policy reaches {share:.2f} of the domain oracle")
-    return [
-        *lines,
-        *gaps(summary),
-        "pair = (expert, skill); best single pair = the one that is best for all tasks together;",
-        "domain oracle = the best pair of each domain; task oracle = a task counts when any pair is right",
-    ]
+    lines += gaps(summary)
+    if "best_single_pair" in accuracy:
+        lines.append("pair = (expert, skill); best single pair = the one that is best for all tasks together;")
+        lines.append("domain oracle = the best pair of each domain; task oracle = a task counts when any pair is right")
+    return lines
 
 
 def whole_figures(summary: Mapping[str, Any]) -> dict[str, float]:
