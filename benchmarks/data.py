@@ -65,7 +65,7 @@ class Load:
     @property
     def policy(self) -> ConfigDict:
         """Whose limits hold for the images."""
-        return (qwen3_vl_4b if self.width else quickstart).policy()
+        return (qwen3_vl_4b if self.width else quickstart).get_config().policy
 
 
 QUICKSTART = Load("quickstart")

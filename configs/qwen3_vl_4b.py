@@ -14,11 +14,8 @@ Written for 64 chips, one group on each: `python -m maestro_jax.plan` says what 
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
 from configs.registry import suite
-
-STEPS = 200
-PIXELS_PER_TOKEN = 32 * 32  # patch 16, merged 2 x 2
+from maestro_jax.config import base_config
 
 # The config.json of Qwen3-VL-4B-Instruct. A run reads that of its checkpoint; `maestro_jax.plan` needs no checkpoint.
 ARCHITECTURE = {
@@ -54,68 +51,8 @@ ARCHITECTURE = {
 
 
 def get_config() -> ConfigDict:
-    config = quickstart.get_config()
-    config.policy = policy()
+    config = base_config()  # whose defaults are this run's
     config.registry = suite.get_registry()
-    config.rollout = rollout()
-    config.grpo.update(
-        {
-            "steps": STEPS,
-            "groups": 64,
-            "microbatches": 1,  # a group a chip on 64; on 8 devices it takes 8
-            "group_size": 8,
-            "constant_length": 2048,
-            "kl_weight": 0.0,  # a pretrained policy needs no tie to its start
-            "logprob_chunk": 2048,  # of 151,936: 34 MB of fp32 logits for one group of 8 x 512 tokens in the loss
-        }
-    )
-    config.optimizer = quickstart.optimizer(learning_rate=1e-6, warmup_steps=5)
-    config.warm_start.update({"steps": 0, "claims": {}, "queries": {}, "thoughts": {}})
-    config.evaluate.update({"every": 20, "baselines": False})  # `maestro_jax.evaluate --baselines` makes them
-    config.checkpoint.update({"every": 10, "keep": 3})
+    config.policy.init_from = "checkpoints/Qwen3-VL-4B-Instruct"
+    config.policy.architecture = ARCHITECTURE
     return config
-
-
-def policy() -> ConfigDict:
-    return ConfigDict(
-        {
-            "init_from": "checkpoints/Qwen3-VL-4B-Instruct",
-            "architecture": ARCHITECTURE,
-            "tokenizer": "",
-            "param_dtype": "float32",  # master weights: bf16 would round updates of 1e-6 away
-            "compute_dtype": "bfloat16",
-            "freeze": (),
-            "remat": True,
-            "attention": "auto",
-            "prefix_buckets": (512, 1024, 2048, 4096),
-            "image_buckets": (1024, 2048, 4096),
-            "images_per_task": 1,
-            "min_pixels": 64 * PIXELS_PER_TOKEN,
-            "max_pixels": 1024 * PIXELS_PER_TOKEN,
-        }
-    )
-
-
-def rollout() -> ConfigDict:
-    return ConfigDict(
-        {
-            "max_calls": 4,
-            "turn_budget": 256,
-            "observation_tokens": 160,
-            "observation_multiple": 1,
-            "room": 0,  # computed: 2,048 for five turns and four observations, with their frames
-            "member_buckets": (512, 1024),
-            "lanes": 0,
-            "decode_chunk": 16,
-            "append_rows": 64,
-            "prefill_groups": 0,
-            "parked_tokens": 0,
-            "parked_on_host": 0,
-            "temperature": 1.0,
-            "deadline": 120.0,
-            "ahead": 0,
-            "staleness": 0,
-            "max_marked": 0.2,
-            "patience": 600.0,
-        }
-    )

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from maestro_jax import failpoints
 from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_LOST, EXIT_PREEMPTED, ConfigError, UserError
 from maestro_jax.parallel import preemption
-from maestro_jax.settings import read_settings
+from maestro_jax.settings import flatten, read_settings
 
 flags.disclaim_key_flags()  # --config is a flag of the command that asks for it
 # Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
@@ -127,6 +127,8 @@ def _parse(
                 f"an override does not fit its setting: {error}; compare the --config.KEY=VALUE given"
             ) from error
         raise
+    if "print_config" in flags.FLAGS and flags.FLAGS["print_config"].value:
+        _print_config()
     if len(rest) - 1 > arguments:
         stray = rest[1 + arguments]
         raise ConfigError(f"unexpected argument {stray!r}; write --{stray} if it is meant as a flag, or leave it out")
@@ -134,6 +136,15 @@ def _parse(
         if not flags.FLAGS[name].value:
             raise ConfigError(f"--{name} is missing; see --help, or the README for the whole command")
     return rest
+
+
+def _print_config() -> NoReturn:
+    """Every setting on a line of its own, in the order of their names."""
+    if not flags.FLAGS["config"].value:
+        raise ConfigError("--config is missing; --print_config shows the settings of a config file")
+    settings = flatten(load_config(flags.FLAGS["config"]).to_dict())
+    print("\n".join(f"config.{key} = {settings[key]}" for key in sorted(settings)))
+    sys.exit()
 
 
 def _place_in_config_file(error: BaseException | None) -> str | None:
@@ -159,9 +170,25 @@ def _unknown_key(argv: Sequence[str], reason: str) -> str:
 
 
 class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
-    """Reads the config.json of a run, too."""
+    """Reads the config.json of a run, too, and adds the defaults of what a file leaves out.
+
+    Attributes:
+      groups: that the file itself has.
+    """
+
+    def __init__(self, complete: Callable[[ConfigDict], ConfigDict]):
+        super().__init__("config")
+        self.groups: frozenset[str] = frozenset()
+        self._complete = complete
 
     def parse(self, path: str) -> Any:
+        config = self._read(path)
+        if not isinstance(config, ConfigDict):
+            return config  # of a file that is not there: `load_config` says so
+        self.groups = frozenset(config.keys())
+        return self._complete(config).lock()
+
+    def _read(self, path: str) -> Any:
         if not path.endswith(".json"):
             return super().parse(path)
         settings = read_settings(Path(path))
@@ -169,17 +196,28 @@ class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
             raise ConfigError(f"cannot load the config file: there is no {path}; check --config")
         if "registry" not in settings.config:
             raise ConfigError(f"{path} holds no settings of a run; name the config.json in a run's directory")
-        return ConfigDict(settings.config).lock()
+        return ConfigDict(settings.config)
 
 
-def config_flag() -> flags.FlagHolder:
-    """Defines --config: a file with `get_config()`, or the config.json of a run. --config.KEY=VALUE changes it."""
+def config_flag(complete: Callable[[ConfigDict], ConfigDict]) -> flags.FlagHolder:
+    """Defines --config: a file with `get_config()`, or the config.json of a run. --config.KEY=VALUE changes it.
+
+    Args:
+      complete: adds what a file leaves out, in place: `maestro_jax.config.complete`.
+    """
     holder = config_flags.DEFINE_config_file("config", None, "File with get_config(), or config.json of a run.")
-    flags.FLAGS["config"].parser = _ConfigParser("config")
+    flags.FLAGS["config"].parser = _ConfigParser(complete)
+    flags.DEFINE_bool("print_config", False, "Print all settings, defaults and --config.KEY=VALUE included, and end.")
     return holder
 
 
-def load_config(flag: flags.FlagHolder) -> Any:
+def given_groups() -> frozenset[str]:
+    """The groups of settings that the file of --config has itself."""
+    parser = flags.FLAGS["config"].parser
+    return parser.groups if isinstance(parser, _ConfigParser) else frozenset()
+
+
+def load_config(flag: Any) -> Any:
     """The `ConfigDict` of a config-file flag.
 
     Raises:

@@ -16,10 +16,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from maestro_jax import command
+from maestro_jax.config import complete
 from maestro_jax.errors import ConfigError
 from maestro_jax.jobs.doctor import counted, doctor
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(complete)
 SECONDS = flags.DEFINE_float(
     "seconds", 60.0, "How long each request may take; no longer than the expert's attempt_timeout.", lower_bound=0.1
 )

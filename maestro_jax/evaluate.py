@@ -16,10 +16,11 @@ from ml_collections import config_flags
 
 from maestro_jax import command
 from maestro_jax.checkpoint.run import find_run
+from maestro_jax.config import complete
 from maestro_jax.jobs.evaluate import evaluate
 from maestro_jax.parallel import cluster
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(complete)
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "Work directory of a run, its checkpoints/, or one checkpoint; else config.policy.init_from."
 )
@@ -33,10 +34,11 @@ REPLAY = flags.DEFINE_string("replay", "", "The journal.jsonl of an evaluation: 
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    raw = command.load_config(CONFIG)
     report = evaluate(
         OUTPUT.value,
         checkpoint=CHECKPOINT.value,
-        config=command.load_config(CONFIG),
+        config={group: raw[group] for group in raw if group in command.given_groups()},
         overrides=config_flags.get_override_values(flags.FLAGS["config"]),
         benchmarks=BENCHMARKS.value,
         tasks=TASKS.value,

@@ -22,13 +22,14 @@ from pathlib import Path
 from absl import flags
 
 from maestro_jax import command
+from maestro_jax.config import complete
 from maestro_jax.errors import ConfigError
 from maestro_jax.fleet.serving import Server, Supervisor, problem_of, servers_of
 from maestro_jax.registry.description.config import RegistryConfig
 from maestro_jax.registry.description.published import heard_by_all, publish, withdraw
 from maestro_jax.registry.description.reading import parse_registry
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(complete)
 LOGS = flags.DEFINE_string("logs", "experts_logs", "Directory for what the servers print.")
 PUBLISH = flags.DEFINE_string("publish", "", "Directory to write the servers' URLs to, for runs on other machines.")
 HOST = flags.DEFINE_string("host", socket.gethostname(), "What other machines call this one.")

@@ -16,10 +16,11 @@ from absl import flags
 
 from maestro_jax import command
 from maestro_jax.aot.estimate import gpu_target
+from maestro_jax.config import complete
 from maestro_jax.jobs.plan import plan
 from maestro_jax.observe.files import write_json
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(complete)
 TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:8x8, v5p:2x2x2, v6e:4x4, ..., or h100:8; empty: devices at hand.")
 JSON = flags.DEFINE_string("json", "", "File to write the plan to, besides the table.")
 ROOT = flags.DEFINE_integer("root_tokens", 0, "Tokens of the registry's prompt; 0: counted, or estimated.")

@@ -71,7 +71,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as dotted keys and printed values; entries of a registry by their names."""
     flat: dict[str, str] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         elif isinstance(value, Sequence) and value and all(isinstance(x, Mapping) and "name" in x for x in value):
             flat[prefix + key] = repr([entry["name"] for entry in value])

@@ -14,9 +14,9 @@ from absl import flags
 from maestro_jax import command
 from maestro_jax.aot.fit import fit
 from maestro_jax.aot.slices import parse_accelerator
-from maestro_jax.config import parse_config
+from maestro_jax.config import complete, parse_config
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(complete)
 ACCELERATOR = flags.DEFINE_string("accelerator", "", "v5litepod-64, v5p-128, v6e-256, h100x8x2, ...")
 
 

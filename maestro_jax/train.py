@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from absl import flags
 
 from maestro_jax import command
+from maestro_jax.config import complete
 from maestro_jax.jobs.train import train
 from maestro_jax.parallel import cluster
 
-CONFIG = command.config_flag()
+CONFIG = command.config_flag(complete)
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
 SKIP_DOCTOR = flags.DEFINE_bool("skip_doctor", False, "Start without asking every server once, as doctor does.")
 REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are answered from there, nobody is asked.")

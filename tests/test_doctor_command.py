@@ -196,8 +196,8 @@ def test_a_wrong_key_is_one_line(tmp_path: Path) -> None:
     code, _, errors = doctor(written(tmp_path, 'registry.experts[0]["descriptoin"] = ""'))
     assert code == 78
     assert (
-        errors.strip()
-        == 'error: registry.experts["Glyph-Reader"]: unknown key "descriptoin"; did you mean "description"?'
+        errors.strip() == 'error: unknown key registry.experts["Glyph-Reader"].descriptoin; '
+        'did you mean registry.experts["Glyph-Reader"].description?'
     )
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("registry.experts", "registry.skills", "registry.record"),
     ("registry.description",),
     ("command", "settings", "sandbox", "checkpoint", "observe"),
-    ("parallel", "failpoints", "images", "types", "errors", "strict_json"),
+    ("parallel", "failpoints", "images", "types", "errors", "strict_json", "mapping"),
 )
 # How an expert is asked, how a skill runs and what is written down: none of the three knows of another.
 SIDE_BY_SIDE = {"registry.experts", "registry.skills", "registry.record"}
@@ -33,7 +33,19 @@ INSIDE_FUNCTIONS = {
 KNOWN: dict[str, str] = {}
 
 JAX = {"jax", "flax", "optax", "orbax"}
-WITHOUT_JAX = {"registry", "rewards", "data", "sandbox", "fleet", "images", "types", "errors", "strict_json"}
+WITHOUT_JAX = {
+    "config",
+    "mapping",
+    "registry",
+    "rewards",
+    "data",
+    "sandbox",
+    "fleet",
+    "images",
+    "types",
+    "errors",
+    "strict_json",
+}
 # Export compares with the reference where it is installed, inside functions.
 NEVER_AT_THE_TOP = {"torch", "tensorflow", "transformers"}
 

@@ -2,19 +2,22 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from maestro_jax.config import Config, parse_config
+from maestro_jax.config import Config, base_config, complete, parse_config
 from maestro_jax.errors import ConfigError
+from maestro_jax.grpo.update import FREEZABLE
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.policy.config import architecture_from_hf
+from maestro_jax.policy.attention.interface import BACKENDS
+from maestro_jax.policy.config import PolicyConfig, architecture_from_hf
 from maestro_jax.session.rollouts import check_batches
+from maestro_jax.settings import flatten
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
@@ -22,12 +25,6 @@ SHIPPED = sorted(
     for path in (ROOT / "configs").rglob("*.py")
     if "def get_config(" in path.read_text()
 )
-
-
-def changed(change: Callable[[ConfigDict], Any]) -> ConfigDict:
-    config = quickstart.get_config()
-    change(config)
-    return config
 
 
 def with_value(key: str, value: Any) -> ConfigDict:
@@ -130,11 +127,60 @@ def test_batches_must_divide_over_the_devices(key: str) -> None:
         check_batches(parse_config(with_value(key, 6)), mesh)
 
 
-def test_a_missing_key_is_named() -> None:
-    def drop(config: ConfigDict) -> None:
-        del config.rollout.room
+# ---- defaults ----------------------------------------------------------------------------------------------
 
-    assert "missing key config.rollout.room" in message(changed(drop))
+
+@pytest.mark.parametrize("name", ["quickstart", "qwen3_vl_4b"])
+def test_a_config_is_what_it_was_when_it_had_no_defaults(name: str) -> None:
+    """Against the settings that the files of version 0.1 spelled out."""
+    before: dict[str, str] = json.loads((ROOT / "tests/settings_before_defaults.json").read_text())[name]
+    now = flatten(complete(importlib.import_module(f"configs.{name}").get_config()).to_dict())
+    other = {key for key, value in before.items() if now.get(key) != value}
+    if now["warm_start.steps"] == "0":  # the 4B had those of the quickstart's, which would have ruined it
+        other = {key for key in other if not key.startswith("warm_start.")}
+    assert not other and len(before) > 50
+
+
+def test_what_a_config_leaves_out_has_its_default() -> None:
+    raw = quickstart.get_config()
+    whole, partial = parse_config(raw), raw.to_dict()
+    del partial["mesh"], partial["rollout"]["patience"]
+    assert parse_config(partial) == parse_config(ConfigDict(partial)) == whole
+    assert complete(ConfigDict(partial)).to_dict() == raw.to_dict() | {"registry": complete(raw).registry.to_dict()}
+
+
+def test_completing_keeps_what_is_given_and_what_refers_to_it() -> None:
+    raw = ConfigDict({"grpo": {"steps": 7, "kl_weight": 1}, "mine": 3})
+    raw.optimizer = {"decay_steps": raw.grpo.get_ref("steps")}
+    complete(raw)
+    assert (raw.mine, raw.grpo.steps, raw.grpo.group_size) == (3, 7, Config().grpo.group_size)
+    assert repr(raw.grpo.kl_weight) == "1.0"  # a flag may set it to a fraction
+    raw.grpo.steps = 9
+    assert raw.optimizer.decay_steps == 9
+
+
+def test_every_default_has_a_type_that_a_flag_can_set() -> None:
+    def check(values: Any, where: str) -> None:
+        for key, value in values.items():
+            assert isinstance(value, bool | int | float | str | tuple | ConfigDict), f"{where}.{key}"
+            if isinstance(value, ConfigDict):
+                check(value, f"{where}.{key}")
+
+    check(base_config(), "config")
+
+
+def test_a_misspelt_setting_is_an_error_where_it_is_set() -> None:
+    config = base_config()
+    with pytest.raises(AttributeError, match='Did you mean "groups"'):
+        config.grpo.gruops = 16
+    config.policy.architecture.text_config = {"vocab_size": 768}  # its keys are not ours
+    assert base_config().policy.architecture == ConfigDict()
+
+
+def test_names_that_settings_may_have_are_those_of_the_code() -> None:
+    hints = get_type_hints(PolicyConfig)
+    assert get_args(hints["attention"]) == ("auto", *BACKENDS)
+    assert get_args(get_args(hints["freeze"])[0]) == tuple(FREEZABLE)
 
 
 # ---- types -------------------------------------------------------------------------------------------------
@@ -143,16 +189,16 @@ def test_a_missing_key_is_named() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("grpo.steps", "many", "config.grpo.steps must be int, found 'many' (str)"),
-        ("grpo.steps", 1.5, "config.grpo.steps must be int, found 1.5 (float)"),
-        ("grpo.steps", True, "config.grpo.steps must be int, found True (bool)"),
-        ("reward.require_call", 1, "config.reward.require_call must be bool, found 1 (int)"),
-        ("optimizer.learning_rate", "1e-4", "config.optimizer.learning_rate must be float"),
-        ("rollout.member_buckets", 128, "config.rollout.member_buckets must be tuple"),
-        ("rollout.member_buckets", (64, "128"), "config.rollout.member_buckets[1] must be int"),
-        ("policy.tokenizer", None, "config.policy.tokenizer must be str"),
-        ("policy.architecture", "4B", "config.policy.architecture must be dict"),
-        ("mesh", 8, "config.mesh must be a group of settings, found int"),
+        ("grpo.steps", "many", "config.grpo.steps must be an integer, found 'many'"),
+        ("grpo.steps", 1.5, "config.grpo.steps must be an integer, found 1.5"),
+        ("grpo.steps", True, "config.grpo.steps must be an integer, found True"),
+        ("reward.require_call", 1, "config.reward.require_call must be True or False, found 1"),
+        ("optimizer.learning_rate", "1e-4", "config.optimizer.learning_rate must be a number, found '1e-4'"),
+        ("rollout.member_buckets", 128, "must be a tuple of integers, found 128; a tuple of one needs a comma: (128,)"),
+        ("rollout.member_buckets", (64, "128"), "config.rollout.member_buckets[1] must be an integer, found '128'"),
+        ("policy.tokenizer", None, "config.policy.tokenizer must be a text, found None"),
+        ("policy.architecture", "4B", "config.policy.architecture must be a mapping, found '4B'"),
+        ("mesh", 8, "config.mesh must be a mapping of settings, found int"),
     ],
 )
 def test_a_wrong_type_is_named_with_the_right_one(key: str, value: Any, says: str) -> None:
@@ -231,7 +277,7 @@ PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", 
         ("grpo.microbatches", 3, "must divide config.grpo.groups=16"),
         ("grpo.advantage", "zscore", "use one of "),
         ("policy.architecture", {}, "set config.policy.init_from"),
-        ("policy.freeze", ("tower",), "it may name vision, embeddings"),
+        ("policy.freeze", ("tower",), "freeze[0] 'tower' is unknown; use one of vision, embeddings"),
         ("policy.compute_dtype", "bf16", "use one of float32, bfloat16"),
         ("grpo.aggregation", "mean", "use one of "),
         ("grpo.kl_estimator", "k4", "use one of "),

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 from maestro_jax.command import _ConfigParser
-from maestro_jax.config import parse_config
+from maestro_jax.config import base_config, complete, parse_config
 from maestro_jax.errors import EXIT_CONFIG, ConfigError
-from maestro_jax.settings import Settings, read_settings
+from maestro_jax.settings import Settings, flatten, read_settings
 from tests.test_run_config import SHIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -146,4 +146,20 @@ def test_an_unknown_group_in_the_file_is_refused(tmp_path: Path) -> None:
 def test_a_file_without_the_settings_of_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "architecture.json").write_text('{"model_type": "qwen3_vl"}')
     with pytest.raises(ConfigError, match="architecture.json holds no settings of a run; name the config.json"):
-        _ConfigParser("config").parse(str(tmp_path / "architecture.json"))
+        _ConfigParser(complete).parse(str(tmp_path / "architecture.json"))
+
+
+# ---- --print_config ----------------------------------------------------------------------------------------
+
+
+def test_the_whole_config_is_printed_with_its_defaults(tmp_path: Path) -> None:
+    """Of a file that sets one key; what it prints are settings as `flatten` has them, and nothing is done."""
+    path = tmp_path / "mine.py"
+    path.write_text("from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'seed': 4})\n")
+    flags = ["--print_config", "--config.policy.freeze=('vision',)", "--config.registry.limits.price=2"]
+    command = [sys.executable, "-m", "maestro_jax.train", f"--config={path}", *flags]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and not result.stderr
+    whole = base_config()
+    whole.seed, whole.policy.freeze, whole.registry.limits.price = 4, ("vision",), 2.0
+    assert result.stdout.splitlines() == sorted(f"config.{k} = {v}" for k, v in flatten(whole.to_dict()).items())

@@ -22,17 +22,7 @@ QWEN_2_5_PIXELS = {"kind": "resized", "multiple": 28, "min_pixels": 3136, "max_p
 
 
 def get_registry() -> ConfigDict:
-    return ConfigDict({"experts": experts(), "skills": skills(), **shared()})
-
-
-def shared() -> dict[str, Any]:
-    """What does not depend on who the experts are. `endpoints_from`: the directory of `experts up --publish`."""
-    return {"services": services(), "limits": limits(), "endpoints_from": ""}
-
-
-def limits() -> dict[str, float]:
-    """Caps of a run; 0 is none. Here, so that a command line may set them: --config.registry.limits.price=50."""
-    return {"calls": 0, "tokens": 0, "price": 0.0}
+    return ConfigDict({"experts": experts(), "services": services(), "skills": skills()})
 
 
 # ---- experts and services ----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from configs.registry.maestro import (
 
 
 def get_registry() -> ConfigDict:
-    return ConfigDict({"experts": experts(), "skills": skills(), **maestro.shared()})
+    return ConfigDict({"experts": experts(), "services": maestro.services(), "skills": skills()})
 
 
 def experts() -> tuple[Entry, ...]:

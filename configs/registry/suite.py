@@ -12,12 +12,7 @@ ASK = "Question: {question}\nFocus: {query}"
 
 
 def get_registry() -> ConfigDict:
-    return ConfigDict({"experts": experts(), "services": services(), "skills": skills(), "limits": limits()})
-
-
-def limits() -> dict[str, float]:
-    """Caps of a run; 0 is none. Here, so that a command line may set them: --config.registry.limits.price=50."""
-    return {"calls": 0, "tokens": 0, "price": 0.0}
+    return ConfigDict({"experts": experts(), "services": services(), "skills": skills()})
 
 
 def experts() -> tuple[dict, ...]:

@@ -19,18 +19,22 @@ class Difference(NamedTuple):
     here: str
 
 
-def combine(run: Mapping[str, Any], given: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def combine(
+    run: Mapping[str, Any], given: Mapping[str, Any], overrides: Iterable[str], groups: Iterable[str] = GIVEN
+) -> dict[str, Any]:
     """The run's settings, those of a config file as far as it decides, and overrides.
 
     Args:
       run: nested.
-      given: nested; the config file with its overrides. Groups that it lacks stay the run's.
+      given: nested; the config file with its overrides.
       overrides: dotted keys.
+      groups: that the file has; others stay the run's.
     """
-    used = copy.deepcopy(dict(run)) | {group: given[group] for group in GIVEN if group in given}
+    decided = {group: given[group] for group in GIVEN if group in groups}
+    used = copy.deepcopy(dict(run)) | decided
     for key in overrides:
         *path, last = key.split(".")
-        if path and path[0] in GIVEN:
+        if path and path[0] in decided:
             continue
         here, there = used, given
         for part in path:

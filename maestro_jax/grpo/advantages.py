@@ -2,8 +2,6 @@
 
 import numpy as np
 
-NORMALISERS = ("std", "none", "leave_one_out")
-
 
 def group_advantages(
     rewards: np.ndarray, valid: np.ndarray, normaliser: str, epsilon: float = 1e-6

@@ -58,7 +58,7 @@ def make_parts(
 
     Args:
       rollout: of this process.
-      advantage: of `advantages.py: NORMALISERS`.
+      advantage: as of `GrpoConfig`.
       contrast_only: leaves out groups without contrast; right where the loss is nothing but advantages.
 
     Returns:

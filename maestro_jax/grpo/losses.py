@@ -17,10 +17,6 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-SURROGATES = ("ppo", "gspo", "cispo")
-AGGREGATIONS = ("sequence", "token", "constant")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-
 # How these statistics of a batch come from those of its parts; all others are means over the tokens in the loss.
 PEAKS = {"ratio_max": jnp.maximum, "ratio_min": jnp.minimum, "logprob_gap": jnp.maximum}
 

@@ -14,34 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Array = jax.Array
+from maestro_jax.grpo.config import OptimizerConfig
 
-MOMENTS = ("float32", "bfloat16", "int8")
+Array = jax.Array
 
 # Levels of a byte are powers of 2 ** (1 / 8), 9 % apart: the sign and 127 of them span 16 octaves of the first moment,
 # 255 span 32 octaves of the second, so that the root of the second reaches as far down as the first.
 _LEVELS_PER_OCTAVE = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with a global-norm clip; the rate warms up linearly and, if `decay_steps` is not 0, falls to 0 by then.
-
-    `moments`: how each of the two moments is kept, "float32" (4 bytes a parameter), "bfloat16" (2) or "int8" (1, and
-    4 a row of the parameter's last axis; `quantise`).
-    `offload`: whether the moments stay in the host's memory between updates (`update.py: init_train_state`).
-    """
-
-    learning_rate: float
-    warmup_steps: int
-    decay_steps: int
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    moments: str = "float32"
-    offload: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +46,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def scale_by_adam(b1: float, b2: float, eps: float, moments: str) -> optax.GradientTransformation:
-    """optax's Adam in fp32, its moments kept as `moments` (of `MOMENTS`) says, whatever the dtype of the parameters."""
+    """optax's Adam in fp32, its moments kept as `moments` says, whatever the dtype of the parameters."""
     adam = optax.scale_by_adam(b1, b2, eps)
     first, second = ("int8", "uint8") if moments == "int8" else (moments, moments)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maestro_jax.config import Config, parse_config
+from maestro_jax.config import Config, completed, parse_config
 from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.source import TaskSource
 from maestro_jax.data.survey import survey
@@ -64,7 +64,7 @@ def doctor(
     Raises:
       ConfigError: the registry cannot be read, or something in it cannot be built.
     """
-    raw = read_config(config)
+    raw = completed(read_config(config))
 
     # ---- What the config shows -----------------------------------------------------------------
     registry = read_registry(raw["registry"])

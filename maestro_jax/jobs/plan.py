@@ -17,7 +17,7 @@ from maestro_jax.aot.rollouts import Rollouts
 from maestro_jax.aot.run import Run, Sizes
 from maestro_jax.aot.topology import Target, present_target, tpu_target
 from maestro_jax.aot.updates import update_programs
-from maestro_jax.config import Config, parse_config
+from maestro_jax.config import Config, completed, parse_config
 from maestro_jax.errors import ConfigError
 from maestro_jax.observe.listening import Show, showing
 from maestro_jax.observe.progress import Progress
@@ -85,8 +85,7 @@ def plan(
     Raises:
       ConfigError: an unknown topology, or a compiler that is not installed.
     """
-    raw = read_config(config)
-    raw = raw if isinstance(raw, ConfigDict) else ConfigDict(raw)
+    raw = ConfigDict(completed(read_config(config)))
     config = parse_config(raw)
 
     with showing(progress) as shown:

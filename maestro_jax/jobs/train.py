@@ -13,7 +13,7 @@ from flax import nnx
 
 from maestro_jax.checkpoint.run import has_begun
 from maestro_jax.checkpoint.store import CheckpointStore
-from maestro_jax.config import Config, parse_config
+from maestro_jax.config import Config, completed, parse_config
 from maestro_jax.data.pipeline import Batches
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import Baselines, pairs_of, run_baselines
@@ -92,7 +92,7 @@ def train(
       Preempted: experts did not come back, or the process was told to stop; the same call resumes.
     """
     began = time.monotonic()
-    raw = read_config(config)
+    raw = completed(read_config(config))
     settings, config = Settings.of(raw), parse_config(raw)
     check_replayable(config, replay)
     cluster.start()

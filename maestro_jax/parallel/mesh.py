@@ -10,17 +10,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from maestro_jax.errors import ConfigError
+from maestro_jax.parallel.config import MeshConfig
 
 BATCH_AXES = ("data", "fsdp")  # groups are spread over both
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices per axis; -1 on one axis means all that are left."""
-
-    data: int
-    fsdp: int
-    tensor: int
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,4 +1,4 @@
-"""Architecture of the policy, read from (and written to) a Hugging Face `config.json`.
+"""Settings of the policy, and its architecture, read from (and written to) a Hugging Face `config.json`.
 
 No number of the architecture has a default here: every value comes from the file or from the
 run's config, because transformers' own class defaults are not the values of any released model.
@@ -9,9 +9,45 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from maestro_jax.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+PIXELS_PER_TOKEN = 32 * 32  # patch 16, merged 2 x 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """The policy's architecture (the content of a Hugging Face config.json), tokens and prompt limits.
+
+    Attributes:
+      init_from: Hugging Face checkpoint directory to start from; empty starts from random weights.
+      architecture: the content of a config.json; with `init_from` that directory's is taken instead.
+      tokenizer: directory with tokenizer.json; empty takes the one in `init_from`, or trains one of the
+        architecture's vocab_size on the tasks.
+      freeze: what is not trained and has no optimiser state: "vision" (the tower with its mergers), "embeddings"
+        (with tied embeddings, the head is the same parameter), both or nothing.
+      remat: whether the backward pass recomputes each layer instead of keeping its activations.
+      attention: how attention of whole sequences is computed (`policy/attention/`): "xla", "blocks", "splash" (TPU), or
+        "auto", which takes what suits the devices.
+      prefix_buckets: static lengths of a task's prompt, in tokens.
+      image_buckets: static sizes of an image, in patches.
+    """
+
+    init_from: str = ""
+    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: str = ""
+    param_dtype: Dtype = "float32"  # master weights: bf16 would round updates of 1e-6 away
+    compute_dtype: Dtype = "bfloat16"
+    freeze: tuple[Literal["vision", "embeddings"], ...] = ()
+    remat: bool = True
+    attention: Literal["auto", "xla", "blocks", "splash", "splash_interpret"] = "auto"
+    prefix_buckets: tuple[int, ...] = (512, 1024, 2048, 4096)
+    image_buckets: tuple[int, ...] = (1024, 2048, 4096)
+    images_per_task: int = 1
+    min_pixels: int = 64 * PIXELS_PER_TOKEN
+    max_pixels: int = 1024 * PIXELS_PER_TOKEN
 
 
 @dataclasses.dataclass(frozen=True)

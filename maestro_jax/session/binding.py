@@ -1,13 +1,15 @@
 """Whose a directory is: the settings that it was begun with, and what may change when a command goes on there."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from maestro_jax.config import base_config, completed
 from maestro_jax.errors import ConfigError
 from maestro_jax.registry.record.journal import journals, read_lines
-from maestro_jax.settings import Settings, read_settings
+from maestro_jax.settings import Settings, flatten, read_settings
 from maestro_jax.types import Status
 
 # Settings of experts and services that say how they are reached, not what they answer: these may change, too, and it
@@ -36,7 +38,8 @@ def check_same_run(path: Path, mine: Settings, is_free: Callable[[str], bool]) -
       A line for each expert and service that is reached in another way than before.
     """
     changes: list[str] = []
-    theirs, own = (read_settings(path) or mine).flat, mine.flat
+    earlier = read_settings(path) or mine
+    theirs, own = dataclasses.replace(earlier, config=completed(earlier.config)).flat, mine.flat
     for key in sorted(own.keys() | theirs.keys()):
         before, now = (settings.get(key, "(not set)") for settings in (theirs, own))
         if before == now or is_free(key):
@@ -59,8 +62,13 @@ def holds_calls(workdir: Path) -> bool:
 
 
 def settings_hashes(settings: Mapping[str, str]) -> dict[str, str]:
-    """What a checkpoint knows of its run: hashes of all settings, and of the registry's, without how it is reached."""
+    """What a checkpoint knows of its run: hashes of all settings, and of the registry's, without how it is reached.
+
+    Defaults do not enter, so that a version of maestro_jax with more settings goes on with it.
+    """
+    defaults = flatten(base_config().to_dict())
     kept = {k: value for k, value in settings.items() if k != "checkpoint.directory" and not _only_reaches(k)}
+    kept = {k: value for k, value in kept.items() if value != defaults.get(k)}
     registry = {key: value for key, value in kept.items() if key.startswith("registry.")}
     return {name: _hash(values) for name, values in (("config", kept), ("registry", registry))}
 

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from maestro_jax.config import Config, MixedConfig
+from maestro_jax.config import Config
+from maestro_jax.data.config import MixedConfig
 from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.opening import KINDS, open_source
 from maestro_jax.data.source import TaskSource, TaskView, TfdsSource

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from maestro_jax import failpoints
-from maestro_jax.config import WarmStartConfig
 from maestro_jax.data.source import OnDemand
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel import cluster, preemption
@@ -29,6 +28,7 @@ from maestro_jax.rollout import protocol
 from maestro_jax.rollout.exchange import Exchange
 from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.types import Call, Observation, Status, Task
+from maestro_jax.warm_start.config import WarmStartConfig
 from maestro_jax.warm_start.demonstrations import Demonstration
 
 NO_HELP = "I cannot tell."

@@ -61,5 +61,5 @@ def test_a_line_is_short() -> None:
 
 
 def test_a_file_may_hold_some_of_the_groups_only() -> None:
-    used = combine(RUN, {group: FILE[group] for group in ("data", "registry")}, [])
-    assert used == RUN | {"data": FILE["data"], "registry": FILE["registry"]}
+    used = combine(RUN, FILE, ["evaluate.batch"], ["data", "registry", "rollout"])
+    assert used == RUN | {"data": FILE["data"], "registry": FILE["registry"], "evaluate": {"batch": 64}}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from maestro_jax.grpo.advantages import NORMALISERS, group_advantages
+from maestro_jax.grpo.advantages import group_advantages
 
 EPSILON = 1e-6
 SHAPE = (3, 5)
@@ -26,7 +26,7 @@ def plain(rewards: list[float], normaliser: str) -> list[float]:
     return [(r - mean) / (deviation + EPSILON) if normaliser == "std" else r - mean for r in rewards]
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("normaliser", ["std", "none", "leave_one_out"])
 @given(REWARDS, VALID)
 def test_advantages_are_those_of_a_plain_loop(normaliser: str, rewards: np.ndarray, valid: np.ndarray) -> None:
     found, contrast = group_advantages(rewards, valid, normaliser, EPSILON)
@@ -38,7 +38,7 @@ def test_advantages_are_those_of_a_plain_loop(normaliser: str, rewards: np.ndarr
     assert contrast.tolist() == [len(set(rewards[g, valid[g]])) > 1 for g in range(SHAPE[0])]
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("normaliser", ["std", "none", "leave_one_out"])
 def test_an_invalid_member_cannot_move_the_others(normaliser: str) -> None:
     valid = np.array([[True, True, True, False]])
     low, high = (
@@ -48,7 +48,7 @@ def test_an_invalid_member_cannot_move_the_others(normaliser: str) -> None:
     assert low[0, 3] == 0.0
 
 
-@pytest.mark.parametrize("normaliser", NORMALISERS)
+@pytest.mark.parametrize("normaliser", ["std", "none", "leave_one_out"])
 def test_equal_rewards_give_exactly_zero(normaliser: str) -> None:
     rewards = np.full((1, 7), 0.1)  # 0.1 is not a binary fraction: its mean is off by rounding
     found, contrast = group_advantages(rewards, np.ones((1, 7), bool), normaliser)

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from maestro_jax.config import WarmStartConfig
-from maestro_jax.grpo.optimizer import OptimizerConfig
+from maestro_jax.grpo.config import OptimizerConfig
 from maestro_jax.policy.tokens import Tokens, train_tokens
 from maestro_jax.registry.description.config import ExpertConfig, RegistryConfig, SkillConfig
 from maestro_jax.rollout.exchange import observation_frames
 from maestro_jax.suite.demonstrations import WeakRouter
 from maestro_jax.types import Call, Observation, Status, Task
+from maestro_jax.warm_start.config import WarmStartConfig
 
 
 @pytest.fixture(scope="session")

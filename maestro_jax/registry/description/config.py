@@ -185,9 +185,9 @@ class RegistryConfig:
         they say.
     """
 
-    experts: tuple[ExpertConfig, ...]
-    services: tuple[ServiceConfig, ...]
-    skills: tuple[SkillConfig, ...]
+    experts: tuple[ExpertConfig, ...] = ()
+    services: tuple[ServiceConfig, ...] = ()
+    skills: tuple[SkillConfig, ...] = ()
     limits: LimitsConfig = LimitsConfig()
     show: tuple[str, ...] = ()
     sandbox: str = "auto"

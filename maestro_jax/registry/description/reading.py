@@ -8,11 +8,11 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import Any
 
 from maestro_jax.errors import ConfigError
+from maestro_jax.mapping import Reader, mapping, read
 from maestro_jax.registry.description.checks import problems
 from maestro_jax.registry.description.config import (
     OWN_FIELDS,
@@ -20,7 +20,6 @@ from maestro_jax.registry.description.config import (
     ExpertConfig,
     LimitsConfig,
     RegistryConfig,
-    ServiceConfig,
     SkillConfig,
 )
 from maestro_jax.registry.description.hosts import check_key_hosts, check_url
@@ -42,8 +41,6 @@ _OF_SERVERS = (
     "attempt_timeout",
     "serve",
 )
-
-T = TypeVar("T")
 
 
 def parse_registry(raw: Any) -> RegistryConfig:
@@ -67,88 +64,30 @@ def read_registry(raw: Any) -> RegistryConfig:
     Raises:
       ConfigError: one line that names the entry, what is wrong and the cure.
     """
-    raw = _mapping(raw, "registry")
-    _check_keys(raw, [f.name for f in dataclasses.fields(RegistryConfig)], "registry")
-    entries: dict[str, Any] = {
-        "experts": tuple(_read_expert(e, w) for e, w in _entries(raw, "experts")),
-        "services": tuple(_read(ServiceConfig, s, w) for s, w in _entries(raw, "services")),
-        "skills": tuple(_read_skill(s, w) for s, w in _entries(raw, "skills")),
-        "limits": _read_limits(raw.get("limits", {})),
-    }
-    config = _read(RegistryConfig, raw | entries, "registry")
+    config = read(RegistryConfig, raw, "registry", _READERS)
     if not config.endpoints_from:
         return config
     return dataclasses.replace(config, experts=reached(config.experts, Path(config.endpoints_from)))
 
 
-def _mapping(raw: Any, where: str) -> dict[str, Any]:
-    """A plain dict; ml_collections' ConfigDict is no `Mapping`, so the methods count, not the type."""
-    if not hasattr(raw, "keys") or not hasattr(raw, "items"):
-        raise ConfigError(f"{where} must be a mapping of settings, found {type(raw).__name__}")
-    return {key: _mapping(value, where) if hasattr(value, "keys") else value for key, value in raw.items()}
-
-
-def _entries(raw: Mapping[str, Any], key: str) -> list[tuple[Any, str]]:
-    found = raw.get(key, ())
-    if not isinstance(found, Sequence) or isinstance(found, str):
-        raise ConfigError(f"registry.{key} must be a tuple of mappings, found {type(found).__name__}")
-    return [(entry, f"registry.{key}[{_index(entry, i)}]") for i, entry in enumerate(found)]
-
-
-def _index(entry: Any, i: int) -> str:
-    """The name of an entry, as people look for it; its number if it has none."""
-    name = entry.get("name") if hasattr(entry, "keys") else None
-    return f'"{name}"' if name and isinstance(name, str) else str(i)
-
-
-def _read(cls: type[T], raw: Any, where: str) -> T:
-    """Builds the dataclass `cls` from a mapping, with its keys and types checked."""
-    values = _mapping(raw, where)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    _check_keys(values, list(fields), where)
-    required = dataclasses.MISSING
-    for name, field in fields.items():
-        if name not in values and field.default is required and field.default_factory is required:
-            raise ConfigError(f'{where} lacks "{name}"; add it')
-    return cls(**{name: _typed(value, fields[name].type, f"{where}.{name}") for name, value in values.items()})
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is str and isinstance(value, str) or kind is bool and isinstance(value, bool):
-        return value
-    if kind is int and number and isinstance(value, int):
-        return value
-    if kind is float and number and math.isfinite(value) and value >= 0:
+def _amount(value: Any, where: str) -> float:
+    """No number of a registry is below 0 or without end."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
         return float(value)
-    if kind == tuple[str, ...] and isinstance(value, tuple | list) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    if isinstance(value, tuple) and get_origin(kind) is tuple and kind != tuple[str, ...]:
-        return value  # stages, or a registry's entries: read before
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return value if isinstance(value, kind) else _read(kind, value, where)
-    if kind == Mapping[str, str] and isinstance(value, dict) and all(isinstance(v, str) for v in value.values()):
-        return value
-    if kind == Mapping[str, Any] and isinstance(value, dict):
-        return value
-    word = {str: "a text", bool: "True or False", int: "an integer", float: "a number of at least 0"}.get(
-        kind, "a mapping (of texts)" if get_origin(kind) is not tuple else "a tuple of texts"
-    )
-    cure = '; a tuple of one needs a comma: ("...",)' if word == "a tuple of texts" and isinstance(value, str) else ""
-    raise ConfigError(f"{where} must be {word}, found {value!r:.60}{cure}")
+    raise ConfigError(f"{where} must be a number of at least 0, found {value!r:.60}")
 
 
-def _read_limits(raw: Any) -> LimitsConfig:
-    limits = _read(LimitsConfig, raw, "registry.limits")
+def _read_limits(raw: Any, where: str) -> LimitsConfig:
+    limits = read(LimitsConfig, raw, where, _READERS)
     for key in ("calls", "tokens"):
         if getattr(limits, key) < 0:
-            raise ConfigError(f"registry.limits.{key} must be at least 0 (no limit), found {getattr(limits, key)}")
+            raise ConfigError(f"{where}.{key} must be at least 0 (no limit), found {getattr(limits, key)}")
     return limits
 
 
 def _read_expert(raw: Any, where: str) -> ExpertConfig:
-    values = _mapping(raw, where)
-    expert = _read(ExpertConfig, values, where)
+    values = mapping(raw, where)
+    expert = read(ExpertConfig, values, where, {float: _amount})
     where = f'expert "{expert.name}"'
     if bool(expert.implementation) == bool(expert.endpoints):
         raise ConfigError(
@@ -201,27 +140,25 @@ def _check_rename(expert: ExpertConfig, where: str) -> None:
 
 
 def _read_skill(raw: Any, where: str) -> SkillConfig:
-    values = _mapping(raw, where)
-    stages = values.get("stages", ())
-    if not isinstance(stages, tuple | list):
-        raise ConfigError(f"{where}.stages must be a tuple of mappings, found {type(stages).__name__}")
-    values["stages"] = tuple(_read_stage(stage, f"{where}.stages[{i}]") for i, stage in enumerate(stages))
-    values.setdefault("shown", values.get("tier", 1) == 1)
-    return _read(SkillConfig, values, where)
+    values = mapping(raw, where)
+    return read(SkillConfig, {"shown": values.get("tier", 1) == 1} | values, where, _READERS)
 
 
 def _read_stage(raw: Any, where: str) -> Stage:
-    values = _mapping(raw, where)
+    values = mapping(raw, where)
     kind = values.pop("kind", None)
     if kind not in STAGES:
         valid = ", ".join(f'"{name}"' for name in STAGES)
         raise ConfigError(f"{where}.kind must be one of {valid}, found {kind!r}")
     if isinstance(values.get("images"), str):  # one name may stand alone
         values["images"] = () if values["images"] == NO_IMAGES else (values["images"],)
-    return _read(STAGES[kind], values, where)
+    return read(STAGES[kind], values, where, _READERS)
 
 
-def _check_keys(raw: Mapping[str, Any], valid: list[str], where: str) -> None:
-    for key in raw:
-        if key not in valid:
-            raise ConfigError(f'{where}: unknown key "{key}"; {nearest(key, valid)}')
+_READERS: dict[Any, Reader] = {
+    float: _amount,
+    LimitsConfig: _read_limits,
+    ExpertConfig: _read_expert,
+    SkillConfig: _read_skill,
+    Stage: _read_stage,
+}

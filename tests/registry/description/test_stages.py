@@ -372,7 +372,7 @@ def test_a_frame_is_checked(raw: Raw) -> None:
     with pytest.raises(ConfigError, match=r"frame.min_pixels must be 0 to frame.max_pixels \(9\)"):
         parse_registry(raw(experts=experts))
     experts = ({**raw()["experts"][0], "frame": {"sort": "relative"}},)
-    with pytest.raises(ConfigError, match=r'registry.experts\["Echo-One"\].frame: unknown key "sort"'):
+    with pytest.raises(ConfigError, match=r'unknown key registry.experts\["Echo-One"\].frame.sort'):
         parse_registry(raw(experts=experts))
 
 

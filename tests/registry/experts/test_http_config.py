@@ -81,7 +81,7 @@ def test_caps_are_read(raw: Raw) -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"call": 5}, 'registry.limits: unknown key "call"; did you mean "calls"?'),
+        ({"call": 5}, "unknown key registry.limits.call; did you mean registry.limits.calls?"),
         ({"calls": -1}, "registry.limits.calls must be at least 0"),
         ({"price": -1.0}, "registry.limits.price must be a number of at least 0"),
         (5, "registry.limits must be a mapping"),
