@@ -26,7 +26,7 @@ setup(
         "grain>=0.2.15",
         "aiohttp>=3.12",  # experts over HTTP
         "cachetools>=6",  # replies of experts, as many as memory may hold
-        "orjson>=3.10",  # requests, replies and the journal: a tenth of a call's processor time
+        "msgspec>=0.20",  # requests, replies and the journal, checked as they are read
         "math-verify>=0.9",  # answers in LaTeX; brings latex2sympy2_extended and sympy
         "ml-collections>=1.1",
         "absl-py>=2.2",

@@ -149,9 +149,9 @@ def _cure_of_absence(expert: ExpertConfig, why: str) -> str:
         return "it has too much to do or a quota is used up; lower concurrency or wait"
     if why.startswith("HTTP"):
         return "look into its server's log"
-    if why.startswith("usage"):
+    if "usage" in why:
         return "let its server (or what stands before it) report them, or leave usage out"
-    if "no valid text" in why:
+    if "message.content" in why:
         return "let its server (or what stands before it) send a text"
     return "correct endpoints: what answers there is no OpenAI-compatible server"
 

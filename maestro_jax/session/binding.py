@@ -8,7 +8,7 @@ from pathlib import Path
 
 from maestro_jax.config import base_config, completed
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.record.journal import journals, read_lines
+from maestro_jax.registry.record.journal import CallLine, RequestLine, journals, read_lines
 from maestro_jax.settings import Settings, flatten, read_settings
 from maestro_jax.types import Status
 
@@ -58,7 +58,7 @@ def check_same_run(path: Path, mine: Settings, is_free: Callable[[str], bool]) -
 def holds_calls(workdir: Path) -> bool:
     """Whether experts have answered a run there: that is paid for, and later starts are answered from the journal."""
     found = (line for path in journals(str(workdir / "journal.jsonl")) for line in read_lines(str(path)))
-    return any(line["kind"] in ("call", "request") and line["status"] == Status.OK.name for line in found)
+    return any(isinstance(line, CallLine | RequestLine) and line.status == Status.OK.name for line in found)
 
 
 def settings_hashes(settings: Mapping[str, str]) -> dict[str, str]:

@@ -144,11 +144,13 @@ PROBLEMS: dict[str, tuple[Behaviour, str]] = {
     "calls of tools without the field": (send(called_tools()), "its reply holds tool_calls and no content; start its"),
     "tokens that are no numbers": (
         send(completion("ready", prompt_tokens=-1)),
-        "usage holds no numbers of tokens; let its server (or what stands before it) report them, or leave usage out",
+        "usage holds no numbers of tokens (Expected `int` >= 0 - at `$.prompt_tokens`); let its server (or what stands "
+        "before it) report them, or leave usage out",
     ),
     "a number for a text": (
         send(completion(42)),
-        "choices[0].message.content is int, no valid text; let its server (or what stands before it) send a text",
+        "the body is not as it should be: Expected `str | array | null`, got `int` - at "
+        "`$.choices[...].message.content`; let its server (or what stands before it) send a text",
     ),
     "a fault of the server": (send(b"oops", 500), "HTTP 500; look into its server's log"),
     "too much to do": (
@@ -157,7 +159,7 @@ PROBLEMS: dict[str, tuple[Behaviour, str]] = {
     ),
     "another kind of server": (
         send(b"<html></html>"),
-        "the body is no JSON (JSONDecodeError); correct endpoints: what answers there is no OpenAI-compatible server",
+        "the body is no JSON; correct endpoints: what answers there is no OpenAI-compatible server",
     ),
 }
 

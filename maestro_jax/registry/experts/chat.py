@@ -8,10 +8,14 @@ Servers differ in three ways that are no fault (`Quirk`): content as a list of p
 usage.
 """
 
-import base64
+import binascii
 import enum
+import re
+import secrets
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import msgspec
 
 from maestro_jax.registry.description.interface import Message, Sampling
 from maestro_jax.strict_json import decode, encode
@@ -51,6 +55,14 @@ class Completion(NamedTuple):
     quirks: tuple[Quirk, ...] = ()
 
 
+# ---- what is sent ------------------------------------------------------------------------------------------
+
+
+# Stands for an image's data URL until all else is encoded: the encoder need not carry megabytes of base64, nor look
+# through them for what to escape. Nobody's text holds it.
+_PICTURE = secrets.token_hex(16)
+
+
 def request_body(
     model: str,
     messages: tuple[Message, ...],
@@ -77,75 +89,33 @@ def request_body(
     }
     named = {rename.get(field, field): value for field, value in fields.items()}
     named.pop("", None)
-    return encode({**named, **further})
+    body, images = encode({**named, **further}), [image for message in messages for image in message.images]
+    if not images:
+        return body
+    head, *tails = body.split(_PICTURE.encode())
+    pieces = [head]
+    for image, tail in zip(images, tails, strict=False):  # none has a place where `rename` leaves messages out
+        encoded = binascii.b2a_base64(image, newline=False)
+        pieces += b"data:image/", _image_type(image), b";base64,", encoded, tail
+    return b"".join(pieces)
 
 
 def _content(message: Message) -> str | list[dict[str, Any]]:
     if not message.images:
         return message.text
-    pictures = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in message.images]
-    return [*pictures, {"type": "text", "text": message.text}]
+    picture = {"type": "image_url", "image_url": {"url": _PICTURE}}
+    return [picture] * len(message.images) + [{"type": "text", "text": message.text}]
 
 
-def data_url(image: bytes) -> str:
-    """Raises BadImageError."""
-    return f"data:image/{_image_type(image)};base64,{base64.b64encode(image).decode('ascii')}"
-
-
-def _image_type(image: bytes) -> str:
+def _image_type(image: bytes) -> bytes:
     """By its first bytes: nothing that comes with an image is believed."""
     if image.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
+        return b"png"
     if image.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
+        return b"jpeg"
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        return "webp"
+        return b"webp"
     raise BadImageError("an image is no PNG, JPEG or WebP")
-
-
-def read_completion(body: bytes) -> Completion:
-    """The first choice's text and the usage.
-
-    Content that is null is no text: of a refusal, or where thoughts have used up the tokens.
-
-    Raises:
-      BadReplyError: no UTF-8, no JSON, or not what a chat completion has.
-    """
-    try:
-        reply = decode(body)
-    except ValueError as error:
-        raise BadReplyError(f"the body is no JSON ({type(error).__name__})") from error
-    try:
-        message, usage = reply["choices"][0]["message"], reply.get("usage")
-        content = message.get("content") if message.get("tool_calls") else message["content"]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise BadReplyError("the body lacks choices[0].message.content") from error
-    text = _text(content)
-    quirks = [Quirk.PARTS] if isinstance(content, list) else []
-    if not text and message.get("tool_calls"):
-        quirks.append(Quirk.TOOL_CALLS)
-    if not usage:
-        return Completion(text, 0, _text_tokens(text), (*quirks, Quirk.NO_USAGE))
-    if not isinstance(usage, dict):
-        raise BadReplyError(f"usage is {type(usage).__name__}, no numbers of tokens")
-    prompt, completion = (_tokens(usage.get(f"{part}_tokens")) for part in ("prompt", "completion"))
-    return Completion(text, prompt, completion, tuple(quirks))
-
-
-def _text(content: Any) -> str:
-    """Content as one text; of parts that are no text (thoughts, say), nothing is used."""
-    if content is None:
-        return ""
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-    if not all(isinstance(part, dict) for part in parts):
-        raise BadReplyError("choices[0].message.content is a list, and no valid text: not all its parts are objects")
-    texts = []
-    for part in parts:
-        if part.get("type") == "text":
-            if not isinstance(text := part.get("text"), str):
-                raise BadReplyError(f"choices[0].message.content is {type(text).__name__}, no valid text")
-            texts.append(text)
-    return "".join(texts)
 
 
 def estimate_tokens(messages: tuple[Message, ...]) -> int:
@@ -157,10 +127,78 @@ def _text_tokens(text: str) -> int:
     return -(-len(text.encode("utf-8", "surrogatepass")) // BYTES_A_TOKEN)
 
 
-def _tokens(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= MOST_TOKENS:
-        raise BadReplyError("usage holds no numbers of tokens")
-    return value
+# ---- what comes back ---------------------------------------------------------------------------------------
+
+
+class _Part(msgspec.Struct):
+    """Of content; those of another type than "text" (thoughts, say) hold anything, and nothing of them is used."""
+
+    type: Any = None
+    text: Any = None
+
+
+class _Message(msgspec.Struct):
+    content: str | list[_Part] | msgspec.UnsetType | None = msgspec.UNSET
+    tool_calls: Any = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=MOST_TOKENS)]
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: _Tokens
+    completion_tokens: _Tokens
+
+
+class _Completion(msgspec.Struct):
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
+    usage: dict[str, Any] | None = None  # `_Usage`, or empty
+
+
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+_COMPLETIONS, _LISTS = msgspec.json.Decoder(_Completion), msgspec.json.Decoder(_Models)
+_INDEX = re.compile(r"\[\d+\]")
+T = TypeVar("T")
+
+
+def read_completion(body: bytes) -> Completion:
+    """The first choice's text and the usage.
+
+    Content that is null is no text: of a refusal, or where thoughts have used up the tokens.
+
+    Raises:
+      BadReplyError: no UTF-8, no JSON, or not what a chat completion has.
+    """
+    found = _read(body, _COMPLETIONS)
+    message = found.choices[0].message
+    if message.content is msgspec.UNSET and not message.tool_calls:
+        raise BadReplyError("the body lacks choices[0].message.content")
+    text, quirks = message.content or "", []
+    if not isinstance(text, str):
+        texts, quirks = [part.text for part in text if part.type == "text"], [Quirk.PARTS]
+        if not all(isinstance(one, str) for one in texts):
+            raise BadReplyError("choices[0].message.content has a part of type text without a text")
+        text = "".join(texts)
+    if not text and message.tool_calls:
+        quirks.append(Quirk.TOOL_CALLS)
+    if not found.usage:
+        return Completion(text, 0, _text_tokens(text), (*quirks, Quirk.NO_USAGE))
+    try:
+        usage = msgspec.convert(found.usage, _Usage)
+    except msgspec.ValidationError as error:
+        raise BadReplyError(f"usage holds no numbers of tokens ({error})") from error
+    return Completion(text, usage.prompt_tokens, usage.completion_tokens, tuple(quirks))
 
 
 def read_models(body: bytes) -> list[str]:
@@ -169,10 +207,14 @@ def read_models(body: bytes) -> list[str]:
     Raises:
       BadReplyError: it is no such reply.
     """
+    return [model.id for model in _read(body, _LISTS).data]
+
+
+def _read(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
-        names = [entry["id"] for entry in decode(body)["data"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadReplyError("the body is no list of models") from error
-    if not all(isinstance(name, str) for name in names):
-        raise BadReplyError("a model has no name")
-    return names
+        return decode(body, decoder)
+    except msgspec.ValidationError as error:
+        why = _INDEX.sub("[...]", str(error))  # each text is logged once, so there must be few
+        raise BadReplyError(f"the body is not as it should be: {why}") from error
+    except ValueError as error:
+        raise BadReplyError("the body is no JSON") from error

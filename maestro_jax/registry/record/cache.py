@@ -10,11 +10,7 @@ not depend on which member of the group happened to ask first.
 """
 
 import asyncio
-import base64
-import binascii
-import dataclasses
 import errno
-import json
 import logging
 import os
 import sys
@@ -22,11 +18,12 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
+import msgspec
 from cachetools import LRUCache
 
 from maestro_jax.registry.description.interface import Expert, Reply, Request, Service, ServiceResult
 from maestro_jax.registry.description.keys import content_key, image_digest, request_key
-from maestro_jax.strict_json import encode
+from maestro_jax.strict_json import decode_line, encode
 from maestro_jax.types import Status, Usage
 
 logger = logging.getLogger(__name__)
@@ -34,6 +31,7 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R", Reply, ServiceResult)
 
 MOST_BYTES = 2**28  # of memory for replies: 230,000 of 500 characters
+MOST_FILE_BYTES = 2**30  # of what memory holds, base64 and all, thrice
 _ENTRY_BYTES = 600  # of a reply and its key, without text and images (tracemalloc, CPython 3.11: 516)
 
 
@@ -59,16 +57,19 @@ class ReplyCache:
     Args:
       path: the JSON-lines file; None keeps everything in memory only.
       most_bytes: of memory for replies. Beyond it, those that were not asked for longest are forgotten, and asked for
-        again when they are wanted. The file has all; of it, the latest that fit are read.
+        again when they are wanted. Of the file, the latest that fit are read.
+      most_file_bytes: nothing is written beyond. A start leaves in a file of more than half of it what memory holds.
     """
 
-    def __init__(self, path: str | None = None, most_bytes: int = MOST_BYTES):
+    def __init__(self, path: str | None = None, most_bytes: int = MOST_BYTES, most_file_bytes: int = MOST_FILE_BYTES):
         self._kept = Kept(most_bytes)
         self._running: dict[str, asyncio.Future[Any]] = {}
         self._file: int | None = None
         if path is not None:
-            _load(path, self._kept)
+            if _load(path, self._kept) > most_file_bytes // 2:
+                _rewrite(path, self._kept)
             self._file = open_for_append(path)
+            self._room = most_file_bytes - os.fstat(self._file).st_size
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -112,12 +113,16 @@ class ReplyCache:
         self._kept.put(key, reply)
         if self._file is None:
             return
+        line = _to_line(key, reply)
+        self._room -= len(line)
         try:
+            if self._room < 0:
+                raise OSError(errno.EFBIG, "it is full until the next start")
             # One write call a line: lines of several processes do not mix.
-            if os.write(self._file, line := _to_line(key, reply)) < len(line):
+            if os.write(self._file, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the next line would be glued to half of one
         except OSError as error:
-            logger.warning("reply cache: cannot write (%s); going on in memory only", error)
+            logger.warning("reply cache: cannot write (%s); going on in memory only", error.strerror)
             self.close()
 
     def close(self) -> None:
@@ -176,45 +181,61 @@ class CachedService:
 # ---- the file ----------------------------------------------------------------------------------------------
 
 
+class _Line(msgspec.Struct, omit_defaults=True):
+    """A kept reply: an expert's has its usage, a service's the images (in base64) that it made."""
+
+    key: str
+    text: str
+    seconds: float
+    usage: Usage | None = None
+    images: tuple[bytes, ...] | None = None
+
+    @property
+    def reply(self) -> Reply | ServiceResult:
+        if self.images is not None:
+            return ServiceResult(self.text, self.images, Status.OK, self.seconds)
+        if self.usage is None:
+            raise ValueError("the line has neither usage nor images")
+        return Reply(self.text, Status.OK, self.usage, self.seconds)
+
+
+_LINES = msgspec.json.Decoder(_Line)
+
+
 def _to_line(key: str, reply: Reply | ServiceResult) -> bytes:
-    record: dict[str, Any] = {"key": key, "text": reply.text, "seconds": reply.seconds}
-    if isinstance(reply, Reply):
-        record["usage"] = dataclasses.asdict(reply.usage)
-    else:
-        record["images"] = [base64.b64encode(image).decode("ascii") for image in reply.images]
-    return encode(record) + b"\n"
+    own: dict[str, Any] = {"usage": reply.usage} if isinstance(reply, Reply) else {"images": reply.images}
+    return encode(_Line(key, reply.text, reply.seconds, **own)) + b"\n"
 
 
-def _from_line(line: bytes) -> tuple[str, Reply | ServiceResult]:
-    """Raises ValueError, KeyError or TypeError for a damaged line."""
-    record = json.loads(line)
-    key, text, seconds = record["key"], record["text"], float(record["seconds"])
-    if not isinstance(key, str) or not isinstance(text, str):
-        raise ValueError("key and text must be texts")
-    if "images" in record:
-        images = tuple(base64.b64decode(image, validate=True) for image in record["images"])
-        return key, ServiceResult(text, images, Status.OK, seconds)
-    usage = record["usage"]
-    tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-    return key, Reply(text, Status.OK, Usage(*tokens, float(usage["price"])), seconds)
-
-
-def _load(path: str, kept: Kept) -> None:
-    """Reads what is whole. A last line without its end was torn by a kill and is dropped in silence."""
+def _load(path: str, kept: Kept) -> int:
+    """Reads what is whole; gives the bytes of the file. A last line that a kill has torn is dropped in silence."""
     if not os.path.exists(path):
-        return
+        return 0
     lines = damaged = 0
     with open(path, "rb") as file:
-        for line in file:
-            if line == b"\n" or not line.endswith(b"\n"):
+        for text in file:
+            if text == b"\n" or not text.endswith(b"\n"):
                 continue
             lines += 1
             try:
-                kept.put(*_from_line(line))
-            except (ValueError, KeyError, TypeError, RecursionError, binascii.Error):
+                line = decode_line(text, _LINES)
+                kept.put(line.key, line.reply)
+            except ValueError:
                 damaged += 1
+        size = file.tell()
     if damaged:
         logger.warning("reply cache %s: skipped %d damaged of %d lines", path, damaged, lines)
+    return size
+
+
+def _rewrite(path: str, kept: Kept) -> None:
+    """Leaves in the file what is kept, or all if that cannot be written."""
+    try:
+        with open(f"{path}.new", "wb") as file:
+            file.writelines(_to_line(key, reply) for key, reply in kept.items())
+        os.replace(f"{path}.new", path)
+    except OSError as error:
+        logger.warning("reply cache %s cannot be made smaller (%s)", path, error.strerror)
 
 
 def open_for_append(path: str) -> int:

@@ -36,12 +36,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from maestro_jax.errors import ConfigError, DataError, UserError
 from maestro_jax.observe.files import disk_cure, read_json, write_json
 from maestro_jax.registry.description.interface import Expert, Reply, Request, Service, ServiceResult
 from maestro_jax.registry.description.keys import content_key, image_digest, request_key
 from maestro_jax.registry.record.cache import open_for_append
-from maestro_jax.strict_json import encode
+from maestro_jax.strict_json import decode_line, encode
 from maestro_jax.types import Call, Observation, Status, Usage
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,63 @@ ASKER: contextvars.ContextVar[str] = contextvars.ContextVar("asker", default="")
 
 class JournalError(UserError):
     """The journal cannot be written."""
+
+
+# ---- lines -------------------------------------------------------------------------------------------------
+
+
+class _Line(msgspec.Struct, tag_field="kind", omit_defaults=True):
+    """A line of the file; the module's docstring says what each kind stands for."""
+
+
+class SectionLine(_Line, tag="section"):
+    name: str
+    alone: bool = False
+
+
+class VoidLine(_Line, tag="void"):
+    askers: list[str]
+
+
+class _Answered(_Line):
+    """What was answered; `request` is a hash, `status` the name of a `Status`."""
+
+    asker: str
+    request: str
+    text: str
+    status: str
+    seconds: float
+    usage: Usage
+
+    def __post_init__(self) -> None:
+        if self.status not in Status.__members__:
+            raise ValueError(f"{self.status} is no status")
+
+
+class CallLine(_Answered, tag="call"):
+    expert: str
+    skill: str
+    query: str
+
+    @property
+    def observation(self) -> Observation:
+        return Observation(self.text, Status[self.status], self.seconds, self.usage)
+
+
+class RequestLine(_Answered, tag="request"):
+    """`images` are the hashes of those that a service of this process made; it costs nothing."""
+
+    name: str
+    version: str
+    at: float
+    images: list[str] | None = None
+
+
+Line = SectionLine | CallLine | RequestLine | VoidLine
+_LINES = msgspec.json.Decoder(Line)
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 class Journal:
@@ -92,19 +151,21 @@ class Journal:
           alone: it is made again after others that stay: it replaces its first attempt only.
         """
         self.section = section
-        self._write({"kind": "section", "name": section} | ({"alone": True} if alone else {}))
+        self._write(SectionLine(name=section, alone=alone))
 
     def call(self, asker: str, call: Call, question: str, images: tuple[bytes, ...], observation: Observation) -> None:
-        of_call = {"request": call_key(call, question, images), "expert": call.expert, "skill": call.skill}
-        found = _result(observation.text, observation.status, observation.seconds, observation.usage)
-        self._write({"kind": "call", "asker": asker, **of_call, "query": call.query, **found})
+        key, seen = call_key(call, question, images), observation
+        answered = asker, key, seen.text, seen.status.name, seen.seconds, seen.usage
+        self._write(CallLine(*answered, call.expert, call.skill, call.query))
 
     def void(self, askers: Sequence[str]) -> None:
-        self._write({"kind": "void", "askers": list(askers)})
+        self._write(VoidLine(askers=list(askers)))
 
-    def request(self, name: str, version: str, key: str, result: dict[str, Any]) -> None:
-        who = {"asker": ASKER.get(), "name": name, "version": version}
-        self._write({"kind": "request", **who, "request": key, **result, "at": time.time()})
+    def request(self, name: str, version: str, key: str, reply: Reply | ServiceResult) -> None:
+        """Records what an expert, or a service of this process, answered; `key` is the hash of what it was asked."""
+        answered = ASKER.get(), key, reply.text, reply.status.name, reply.seconds, reply.usage
+        images = [*map(image_digest, reply.images)] if isinstance(reply, ServiceResult) else None
+        self._write(RequestLine(*answered, name, version, time.time(), images))
 
     def spent(self) -> tuple[int, Usage]:
         """How often experts have been asked, and what that cost, as far as the journals of all processes tell.
@@ -153,7 +214,7 @@ class Journal:
         finally:
             os.close(self._file)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, line: Line) -> None:
         data = encode(line) + b"\n"
         with self._lock:
             self._check()
@@ -188,8 +249,7 @@ class JournaledExpert:
 
     async def ask(self, request: Request) -> Reply:
         reply = await self._expert.ask(request)
-        result = _result(reply.text, reply.status, reply.seconds, reply.usage)
-        self._journal.request(self.name, self._version, request_key(self._identity, request), result)
+        self._journal.request(self.name, self._version, request_key(self._identity, request), reply)
         return reply
 
     async def close(self) -> None:
@@ -206,9 +266,8 @@ class JournaledService:
 
     async def run(self, images: tuple[bytes, ...], text: str, deadline: float) -> ServiceResult:
         made = await self._service.run(images, text, deadline)
-        result = _result(made.text, made.status, made.seconds, Usage()) | {"images": [*map(image_digest, made.images)]}
         key = content_key(["run", self._identity, text, *map(image_digest, images)])
-        self._journal.request(self.name, self._version, key, result)
+        self._journal.request(self.name, self._version, key, made)
         return made
 
     async def close(self) -> None:
@@ -226,10 +285,10 @@ class Totals:
     calls: int = 0
     usage: Usage = Usage()
 
-    def with_line(self, line: Mapping[str, Any], size: int) -> "Totals":
-        if line["kind"] != "request" or "images" in line:  # a service of this process costs nothing
+    def with_line(self, line: Line, size: int) -> "Totals":
+        if not isinstance(line, RequestLine) or line.images is not None:
             return dataclasses.replace(self, size=self.size + size)
-        return Totals(self.size + size, self.calls + 1, self.usage + Usage(**line["usage"]))
+        return Totals(self.size + size, self.calls + 1, self.usage + line.usage)
 
 
 def read_totals(path: str) -> Totals:
@@ -280,7 +339,7 @@ def journals(path: str) -> list[Path]:
     return sorted(Path(path).parent.glob("journal*.jsonl"))
 
 
-def read_lines(path: str, start: int = 0) -> Iterator[dict[str, Any]]:
+def read_lines(path: str, start: int = 0) -> Iterator[Line]:
     """The whole lines from byte `start` on. One that is damaged is named: whoever needs it will miss it.
 
     Raises:
@@ -292,24 +351,10 @@ def read_lines(path: str, start: int = 0) -> Iterator[dict[str, Any]]:
             if not text.endswith(b"\n"):
                 return
             try:
-                yield _checked(json.loads(text))
-            except (ValueError, KeyError, TypeError, RecursionError):
+                yield decode_line(text, _LINES)
+            except ValueError:
                 behind = f" behind byte {start}" if start else ""
                 logger.warning("%s line %d%s is damaged and left out", path, number, behind)
-
-
-def _checked(line: Any) -> dict[str, Any]:
-    """Raises KeyError, TypeError or ValueError unless what readers need is there."""
-    if line["kind"] == "section":
-        str.lower(line["name"])
-    if line["kind"] in ("call", "request"):
-        _ = Usage() + Usage(**line["usage"])  # of numbers
-    if line["kind"] == "void":
-        str.lower("".join(line["askers"]))
-    if line["kind"] == "call":
-        str.lower(line["asker"] + line["request"] + line["text"])
-        Status[line["status"]], float(line["seconds"])
-    return line
 
 
 # ---- keys --------------------------------------------------------------------------------------------------
@@ -322,8 +367,3 @@ def call_key(call: Call, question: str, images: tuple[bytes, ...]) -> str:
 
 def _short(identity: str) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
-
-
-def _result(text: str, status: Status, seconds: float, usage: Usage) -> dict[str, Any]:
-    tokens = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
-    return {"text": text, "status": status.name, "seconds": seconds, "usage": tokens | {"price": usage.price}}

@@ -9,12 +9,21 @@ import collections
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from maestro_jax.errors import ConfigError, UserError
 from maestro_jax.registry.description.interface import CallRunner
-from maestro_jax.registry.record.journal import ASKER, Journal, call_key, journals, read_lines
-from maestro_jax.types import Call, Observation, Status, Usage
+from maestro_jax.registry.record.journal import (
+    ASKER,
+    CallLine,
+    Journal,
+    SectionLine,
+    VoidLine,
+    call_key,
+    journals,
+    read_lines,
+)
+from maestro_jax.types import Call, Observation, Status
 
 
 class ReplayError(UserError):
@@ -100,16 +109,16 @@ def read_calls(path: str) -> Iterator[tuple[CallKey, Observation]]:
     sections: dict[str, list[tuple[CallKey, Observation]]] = {"": []}  # in the order in which they first began
     section = ""
     for line in read_lines(path):
-        if line["kind"] == "section":
-            section, names = line["name"], list(sections)
-            if section in sections and not line.get("alone"):
+        if isinstance(line, SectionLine):
+            section, names = line.name, list(sections)
+            if section in sections and not line.alone:
                 for later in names[names.index(section) :]:
                     del sections[later]
             sections[section] = []
-        elif line["kind"] == "call":
-            sections[section].append((CallKey(section, line["asker"], line["request"]), _observation(line)))
-        elif line["kind"] == "void":
-            _remove_last(sections[section], line["askers"])
+        elif isinstance(line, CallLine):
+            sections[section].append((CallKey(section, line.asker, line.request), line.observation))
+        elif isinstance(line, VoidLine):
+            _remove_last(sections[section], line.askers)
     for calls in sections.values():
         yield from calls
 
@@ -186,13 +195,13 @@ def read_answered(path: str, start: int) -> dict[CallKey, collections.deque[Obse
     attempt: dict[CallKey, collections.deque[Observation]] = {}
     begun: list[str] = [""]
     for line in read_lines(path, start):
-        if line["kind"] == "section":
-            if line["name"] in begun:
+        if isinstance(line, SectionLine):
+            if line.name in begun:
                 furthest, attempt, begun = _longer(furthest, attempt), {}, []
-            begun.append(line["name"])
-        elif line["kind"] == "call" and line["status"] == Status.OK.name:
-            key = CallKey(begun[-1], line["asker"], line["request"])
-            attempt.setdefault(key, collections.deque()).append(_observation(line))
+            begun.append(line.name)
+        elif isinstance(line, CallLine) and (seen := line.observation).status is Status.OK:
+            key = CallKey(begun[-1], line.asker, line.request)
+            attempt.setdefault(key, collections.deque()).append(seen)
     return _longer(furthest, attempt)
 
 
@@ -200,7 +209,3 @@ def _longer(
     one: dict[CallKey, collections.deque[Observation]], other: dict[CallKey, collections.deque[Observation]]
 ) -> dict[CallKey, collections.deque[Observation]]:
     return one | {key: found for key, found in other.items() if len(found) > len(one.get(key, ()))}
-
-
-def _observation(line: Mapping[str, Any]) -> Observation:
-    return Observation(line["text"], Status[line["status"]], float(line["seconds"]), Usage(**line["usage"]))

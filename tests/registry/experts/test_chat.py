@@ -15,7 +15,6 @@ from maestro_jax.registry.experts.chat import (
     BadReplyError,
     Completion,
     Quirk,
-    data_url,
     estimate_tokens,
     read_completion,
     read_models,
@@ -52,10 +51,22 @@ def test_images_go_before_the_text_as_data_urls(kind: str) -> None:
     assert message["content"] == [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "q"}]
 
 
+@pytest.mark.parametrize("text", ["q", "\ud800"])
+def test_images_of_several_messages_keep_their_places(text: str) -> None:
+    images = [picture("png"), picture("jpeg"), picture("webp")]
+    messages = Message("user", text, tuple(images[:2])), Message("assistant", text), Message("user", "r", (images[2],))
+    sent = json.loads(request_body("m", messages, Sampling(), {"seed": 3}, {}))
+    first, second, third = (message["content"] for message in sent["messages"])
+    assert [first[2]["text"], second, third[1]["text"], sent["seed"]] == [text, text, "r", 3]
+    urls = [part["image_url"]["url"] for part in (*first[:2], third[0])]
+    assert [base64.b64decode(url.partition(",")[2]) for url in urls] == images
+    assert [url.partition(";")[0] for url in urls] == ["data:image/png", "data:image/jpeg", "data:image/webp"]
+
+
 @pytest.mark.parametrize("image", [b"", b"GIF89a", b"<svg/>", b"RIFF1234WAVE", b"file:///etc/passwd"])
 def test_other_images_are_refused(image: bytes) -> None:
     with pytest.raises(BadImageError, match="no PNG, JPEG or WebP"):
-        data_url(image)
+        request_body("m", (Message("user", "q", (image,)),), Sampling(), {}, {})
 
 
 @given(st.text(st.characters()))
@@ -80,8 +91,18 @@ def test_tokens_are_numbers_that_can_be(tokens: object) -> None:
 
 @pytest.mark.parametrize("text", [42, ["42"], {"text": "42"}, [{"type": "text", "text": 42}], [{"type": "text"}]])
 def test_the_text_is_a_text(text: object) -> None:
-    with pytest.raises(BadReplyError, match="no valid text"):
+    with pytest.raises(BadReplyError, match=r"message\.content"):
         read_completion(completion(text))
+
+
+def test_what_is_wrong_is_said_in_few_words_wherever_it_stands() -> None:
+    """A server that sends another fault each time must not fill the log: each text is logged once."""
+    said = set()
+    for place in range(20):
+        with pytest.raises(BadReplyError) as raised:
+            read_completion(completion([{"type": "text", "text": "a"}] * place + [42]))
+        said.add(str(raised.value))
+    assert len(said) == 1
 
 
 def test_no_content_is_an_empty_text() -> None:

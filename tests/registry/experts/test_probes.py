@@ -14,7 +14,7 @@ from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.experts import endpoints, http
 from maestro_jax.registry.experts.breaker import BreakerConfig
-from maestro_jax.registry.record.journal import Journal, read_lines
+from maestro_jax.registry.record.journal import Journal, RequestLine, read_lines
 from maestro_jax.registry.record.replay import Replay, Resumed
 from maestro_jax.types import Call, Status
 from tests.registry.experts.test_http_faults import asking, request, run
@@ -161,7 +161,7 @@ def test_a_probe_is_one_token_in_words_and_no_call(raw: Raw, tmp_path: Path, mon
         assert isinstance(probe.fields["messages"][0]["content"], str) and len(probe.body) < 300
 
     run(scenario)
-    assert sum(line["kind"] == "request" for line in read_lines(file)) == 5
+    assert sum(isinstance(line, RequestLine) for line in read_lines(file)) == 5
 
 
 def test_where_probes_are_answered_with_faults_a_request_decides(raw: Raw) -> None:

@@ -16,7 +16,7 @@ import pytest
 from maestro_jax.errors import ConfigError
 from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.registry.dispatch import Dispatcher, Registry
-from maestro_jax.registry.record.journal import Journal, JournalError
+from maestro_jax.registry.record.journal import Journal, JournalError, call_key
 from maestro_jax.registry.record.replay import Replay, ReplayError, read_calls
 from maestro_jax.types import Call, Observation, Status, Usage
 
@@ -153,6 +153,9 @@ def test_a_torn_last_line_is_left_out_and_the_next_one_is_whole(tmp_path: Path) 
         '{"kind": "call"}',
         '{"kind": "request", "usage": {"price": "1"}}',
         '{"kind": "section", "name": 7}',
+        '{"kind": "rumour"}',
+        '{"kind": "call", "asker": "a", "request": "k", "expert": "E", "skill": "S", "query": "q", "text": "x", '
+        '"status": "FINE", "seconds": 0.1, "usage": {}}',
         "\udcff",
         '{"kind": "call", "text"',
     ],
@@ -305,6 +308,28 @@ def test_what_was_handed_over_outlives_a_kill(tmp_path: Path) -> None:
         process.kill()
         seen += [line.strip() for line in process.stdout.read().split("\n")[:-1]]
     assert set(seen) <= set(texts(path)) and len(seen) >= 100
+
+
+def test_lines_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    usage, key = '"usage":{"prompt_tokens":3,"completion_tokens":4,"price":1e-7}', call_key(CALL, QUESTION, IMAGES)
+    path.write_text(
+        '{"kind":"section","name":"step 1"}\n{"kind":"section","name":"before","alone":true}\n'
+        f'{{"kind":"request","asker":"a","name":"E","version":"v","request":"k","text":"x","status":"OK",'
+        f'"seconds":0.1,{usage},"at":1.5e9}}\n'
+        f'{{"kind":"request","asker":"a","name":"ocr","version":"v","request":"k","text":"x","status":"OK",'
+        f'"seconds":0.1,{usage},"images":["k"],"at":1.5e9}}\n'
+        f'{{"kind":"call","asker":"a","request":"{key}","expert":"E","skill":"S","query":"how many","text":"one",'
+        f'"status":"OK","seconds":0.30000000000000004,{usage}}}\n'
+        f'{{"kind": "call", "asker": "a", "request": "{key}", "expert": "E", "skill": "S", "query": "how many", '
+        f'"text": "\\ud800", "status": "TIMEOUT", "seconds": 0, {usage}}}\n'
+        '{"kind":"void","askers":["nobody"]}\n'
+    )
+    half = Observation("\ud800", Status.TIMEOUT, 0.0, Usage(3, 4, 1e-7))
+    assert replayed(path, "a", times=2, section="before") == [observed("one"), half]
+    journal = Journal(str(path))
+    assert journal.spent() == (1, Usage(3, 4, 1e-7))  # services cost nothing
+    journal.close()
 
 
 def test_a_section_that_begins_again_replaces_itself_and_what_followed(tmp_path: Path) -> None:

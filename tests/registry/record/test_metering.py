@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from maestro_jax.registry.description.config import LimitsConfig
-from maestro_jax.registry.description.interface import Reply
+from maestro_jax.registry.description.interface import Reply, ServiceResult
 from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.record.journal import Journal
 from maestro_jax.registry.record.metering import ExpertCounter, Latencies, LimitError, Spending
+from maestro_jax.strict_json import decode_line
 from maestro_jax.suite.demonstrations import make_calls
 from maestro_jax.types import Call, Status, Task, Usage
 from tests.registry.servers import ChatServer, answer, send
@@ -238,9 +239,9 @@ def record(path: Path, count: int) -> None:
     """A life of a run that asks so often, a service among it, and ends well."""
     journal = Journal(str(path))
     for number in range(count):
-        price = {"prompt_tokens": number, "completion_tokens": 7, "price": number / 7}
-        journal.request("E", "v", "k", {"text": "x" * 100, "status": "OK", "seconds": 0.1, "usage": price})
-    journal.request("ocr", "v", "k", {"text": "", "status": "OK", "seconds": 0.1, "usage": price, "images": []})
+        usage = Usage(number, 7, number / 7)
+        journal.request("E", "v", "k", Reply("x" * 100, Status.OK, usage, 0.1))
+    journal.request("ocr", "v", "k", ServiceResult(seconds=0.1, usage=usage))
     journal.close()
 
 
@@ -270,13 +271,13 @@ def test_a_start_reads_only_what_is_behind_the_last_sync(tmp_path: Path, monkeyp
         record(path, 500)
     with open(paths[1], "ab") as file:  # asked after the last sync, before a kill
         file.write(paths[0].read_bytes().splitlines(keepends=True)[2])
-    wanted, read, loads = from_byte_0(*paths), [], json.loads
+    wanted, read = from_byte_0(*paths), []
 
-    def counted(text: Any) -> Any:
-        read.append(text)
-        return loads(text)
+    def counted(line: bytes, decoder: Any) -> Any:
+        read.append(line)
+        return decode_line(line, decoder)
 
-    monkeypatch.setattr(json, "loads", counted)
+    monkeypatch.setattr("maestro_jax.registry.record.journal.decode_line", counted)
     assert spent(paths[0]) == wanted and wanted[0] == 2001
     assert len(read) < 10
 
@@ -319,11 +320,12 @@ def test_totals_that_do_not_fit_the_journal_are_not_believed(tmp_path: Path, har
 
 ASKS = """
 import sys
+from maestro_jax.registry.description.interface import Reply
 from maestro_jax.registry.record.journal import Journal
+from maestro_jax.types import Status, Usage
 journal = Journal(sys.argv[1])
 for number in range(10**9):
-    usage = {"prompt_tokens": number, "completion_tokens": 7, "price": number / 7}
-    journal.request("E", "v", "k", {"text": "x", "status": "OK", "seconds": 0.1, "usage": usage})
+    journal.request("E", "v", "k", Reply("x", Status.OK, Usage(number, 7, number / 7), 0.1))
     if number % 5 == 4:
         journal.sync()
     print(number, flush=True)
@@ -353,7 +355,7 @@ def test_of_several_processes_one_reads_and_tells_the_others(raw: Raw, tmp_path:
         return told[-1]
 
     registries = [Registry(config, journal=journals[0], processes=2, from_main=main)]
-    journals[0].request("E", "v", "k", {"text": "", "status": "OK", "seconds": 0.1, "usage": {"prompt_tokens": 1}})
+    journals[0].request("E", "v", "k", Reply("", Status.OK, Usage(1), 0.1))
     registries.append(Registry(config, journal=journals[1], processes=2, from_main=lambda compute: told[0]))
     assert [registry.spending.calls for registry in registries] == [30, 30]
     assert registries[0].spending.usage == registries[1].spending.usage == from_byte_0(first)[1] + Usage(-1)
@@ -364,11 +366,11 @@ def test_of_several_processes_one_reads_and_tells_the_others(raw: Raw, tmp_path:
 
 def test_where_two_write_to_one_journal_both_count(tmp_path: Path) -> None:
     """Neither knows how much of the file is the other's."""
-    path, usage = tmp_path / "journal.jsonl", {"prompt_tokens": 3, "completion_tokens": 7, "price": 0.1}
+    path, reply = tmp_path / "journal.jsonl", Reply("x", Status.OK, Usage(3, 7, 0.1), 0.1)
     two = [Journal(str(path)) for _ in range(2)]
     for _ in range(5):
         for journal in two:
-            journal.request("E", "v", "k", {"text": "x", "status": "OK", "seconds": 0.1, "usage": usage})
+            journal.request("E", "v", "k", reply)
             journal.sync()
     for journal in two:
         journal.close()

@@ -242,6 +242,54 @@ def test_kept_replies_take_no_more_memory_than_they_are_counted_for() -> None:
     assert len(kept) < 3000 and 0.5 * 2**20 < used < 1.1 * 2**20
 
 
+def test_a_file_is_as_long_as_it_may_be_and_a_start_makes_it_shorter(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pictures of services are megabytes each; a run of weeks would fill a disk with them."""
+    path = tmp_path / "replies.jsonl"
+
+    def live(*keys: str) -> list[str]:
+        cache = ReplyCache(str(path), most_bytes=6000, most_file_bytes=8000)
+        try:
+            return asyncio.run(keep(cache, *keys))
+        finally:
+            cache.close()
+
+    assert live(*"abcdefg") == list("abcdefg")
+    assert 7000 < path.stat().st_size <= 8000 and "full until the next start" not in caplog.text
+    assert live("e", "h") == ["h"]  # three fit into memory, and stay
+    assert 4000 < path.stat().st_size < 5000
+    assert live(*"ijklm") == list("ijklm") and path.stat().st_size <= 8000
+    assert caplog.text.count("full until the next start") == 1
+
+
+def test_a_file_that_cannot_be_made_shorter_stays(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "replies.jsonl"
+    fill_file(path)
+
+    def refuse(*told: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = path.read_bytes()
+    monkeypatch.setattr("maestro_jax.registry.record.cache.os.replace", refuse)
+    ReplyCache(str(path), most_file_bytes=10).close()
+    assert path.read_bytes() == before and "cannot be made smaller (No space left" in caplog.text
+
+
+def test_lines_of_earlier_versions_are_read(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "replies.jsonl"
+    path.write_text(
+        '{"key":"reply","text":"42","seconds":0.25,"usage":{"prompt_tokens":3,"completion_tokens":1,"price":5e-6}}\n'
+        '{"key":"service","text":"a box","seconds":0.5,"images":["iVBORwD/",""]}\n'
+        '{"key": "half", "text": "\\ud800", "seconds": 1, "usage": {"prompt_tokens": 3, "completion_tokens": 1, '
+        '"price": 0.0}}\n'
+    )
+    assert kept(path, "reply") == GOOD and kept(path, "service") == PICTURE
+    assert kept(path, "half") == Reply("\ud800", Status.OK, Usage(3, 1), 1.0)
+
+
 def fill_file(path: pathlib.Path) -> None:
     async def scenario() -> None:
         cache = ReplyCache(str(path))
@@ -297,7 +345,10 @@ DAMAGED = [
     b'{"key": 1, "text": "", "seconds": 0, "images": []}',
     b'{"key": "bad", "text": "", "seconds": 0, "images": ["***"]}',
     b'{"key": "bad", "text": "", "seconds": 0, "images": [7]}',
-    b'{"key": "bad", "text": "", "seconds": 0, "usage": {}}',
+    b'{"key": "bad", "text": "", "seconds": 0}',
+    b'{"key": "bad", "text": "", "seconds": 0, "usage": 7}',
+    b'{"key": "bad", "text": "", "seconds": 0, "usage": {"prompt_tokens": "3"}}',
+    b'{"key": "bad", "text": "\\ud800", "seconds": "", "usage": {}}',
     b"\xff\xfe",
 ]
 
