@@ -1,6 +1,6 @@
 """Live progress of a run: phases and figures come in, a moving display or plain lines go out.
 
-On a terminal the current phase is redrawn in place (bar, figures, a small curve); elsewhere (log
+On a terminal the current phase is redrawn in place (rich's bar, figures, a small curve); elsewhere (log
 files, CI, Slurm) each update is one plain ASCII line.
 """
 
@@ -14,7 +14,7 @@ from typing import IO, Any
 Figure = float | int | str | None
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_RECENT = 20  # steps that the estimate of time left looks back on: the first ones compile
+_RECENT = 3600.0  # seconds that the estimate of time left looks back on: a step may take many minutes
 _CURVE = 40  # points of the small curve
 _BAR = 28
 
@@ -44,13 +44,9 @@ class Progress:
         self._terminal = self._stream.isatty() if terminal is None else terminal
         self._curve = curve
         self._live: Any = None
-        self._name = ""
-        self._total = 0
-        self._done = 0
-        self._began = 0.0
+        self._bar: Any = None  # of the phase: rich's `Progress` with one task, which keeps time for plain lines, too
         self._figures: dict[str, Figure] = {}
-        self._marks: collections.deque[tuple[float, int]] = collections.deque(maxlen=_RECENT + 1)
-        self._course: list[float] = []
+        self._course: collections.deque[float] = collections.deque(maxlen=_CURVE)
 
     def __enter__(self) -> "Progress":
         if self._terminal and not self._quiet:
@@ -78,14 +74,24 @@ class Progress:
           total: how many steps it has.
           done: how many of them an earlier run did (resume).
         """
+        from rich import progress as rich
+
         self._end_phase()
-        self._total, self._done = total, done
-        self._began = time.monotonic()
         self._figures = {}
-        self._course = []
-        self._marks.clear()
-        self._marks.append((self._began, done))
-        self._name = name  # last: from here on the live display's thread draws the phase
+        self._course.clear()
+        bar = rich.Progress(
+            rich.TextColumn("{task.description}", style="bold", markup=False),
+            rich.BarColumn(_BAR),
+            rich.MofNCompleteColumn(),
+            rich.TimeElapsedColumn(),
+            rich.TextColumn("left", style="dim"),
+            rich.TimeRemainingColumn(),
+            auto_refresh=False,
+            speed_estimate_period=_RECENT,
+            get_time=time.monotonic,
+        )
+        bar.add_task(name, total=total, completed=done)
+        self._bar = bar  # last: from here on the live display's thread draws the phase
 
     def update(self, done: int, figures: Mapping[str, Figure] | None = None) -> None:
         """Notes that `done` steps of the phase are behind us; one plain line when not on a terminal."""
@@ -93,16 +99,17 @@ class Progress:
         self._figures = dict(figures or {})
         value = self._figures.get(self._curve)
         if isinstance(value, (int, float)):
-            self._course = [*self._course, float(value)][-_CURVE:]
+            self._course.append(float(value))
         if self._live is None:
-            self._print(self._line())
+            task = self._bar.tasks[0]
+            parts = [f"{task.description} {done:>{len(str(task.total))}}/{task.total}", *_texts(self._figures)]
+            if task.time_remaining:
+                parts.append(f"left {_duration(task.time_remaining)}")
+            self._print("  ".join(parts))
 
     def tick(self, done: int) -> None:
         """Moves the bar only: for work in small pieces that deserve no line of their own."""
-        self._done = done
-        # Marks are spread over the phase, so that many small ticks do not make the estimate jumpy.
-        if done - self._marks[-1][1] >= max(1, self._total // 100):
-            self._marks.append((time.monotonic(), done))
+        self._bar.update(self._bar.task_ids[0], completed=done)
 
     def note(self, text: str) -> None:
         """One line that stays: what was found, loaded, saved."""
@@ -112,49 +119,24 @@ class Progress:
             self._print(text)
 
     def _end_phase(self) -> None:
-        if not self._name:
+        if self._bar is None:
             return
-        name, seconds = self._name, time.monotonic() - self._began
-        self._name = ""  # the live display stops drawing it; the line below stays instead
-        figures = "".join(f"  {text}" for text in _texts(self._figures))
-        self.note(f"{name}: {self._done}/{self._total} in {_duration(seconds)}{figures if self._terminal else ''}")
-
-    def _line(self) -> str:
-        width = len(str(self._total))
-        parts = [f"{self._name} {self._done:>{width}}/{self._total}", *_texts(self._figures)]
-        left = self._seconds_left()
-        if left is not None and self._done < self._total:
-            parts.append(f"left {_duration(left)}")
-        return "  ".join(parts)
-
-    def _seconds_left(self) -> float | None:
-        (first, begin), (last, end) = self._marks[0], self._marks[-1]
-        if end <= begin or last <= first:
-            return None
-        return (self._total - self._done) * (last - first) / (end - begin)
+        task = self._bar.tasks[0]
+        self._bar = None  # the live display stops drawing it; the line below stays instead
+        figures = "".join(f"  {text}" for text in _texts(self._figures)) if self._terminal else ""
+        self.note(f"{task.description}: {task.completed}/{task.total} in {_duration(task.elapsed)}{figures}")
 
     def _render(self) -> Any:
         """The live display: a bar with step and time, then figures, then the small curve."""
-        from rich.table import Table
+        from rich.console import Group
         from rich.text import Text
 
-        if not self._name:
-            return Text("")
-        grid = Table.grid(padding=(0, 1))
-        filled = round(_BAR * self._done / max(self._total, 1))
-        bar = Text("━" * filled, style="green") + Text("━" * (_BAR - filled), style="bright_black")
-        left = self._seconds_left()
-        times = f"{_duration(time.monotonic() - self._began)} elapsed"
-        if left is not None and self._done < self._total:
-            times += f", {_duration(left)} left"
-        grid.add_row(Text(self._name, style="bold"), bar, f"{self._done}/{self._total}", Text(times, style="dim"))
-        block = Table.grid()
-        block.add_row(grid)
-        if self._figures:
-            block.add_row(Text("  " + " · ".join(_texts(self._figures))))
-        if len(self._course) > 1:
-            block.add_row(Text(f"  {self._curve} ") + Text(_sparkline(self._course), style="cyan"))
-        return block
+        lines: list[Any] = [bar] if (bar := self._bar) else []
+        if bar and self._figures:
+            lines.append(Text("  " + " · ".join(_texts(self._figures))))
+        if bar and len(self._course) > 1:
+            lines.append(Text(f"  {self._curve} ").append(_sparkline(list(self._course)), style="cyan"))
+        return Group(*lines)
 
     def _print(self, text: str) -> None:
         if self._quiet:

@@ -1,5 +1,6 @@
 """The closing table of a run: the summary comes in, plain text for a terminal goes out."""
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,7 @@ ROWS = (
     ("task_oracle", "task oracle"),
 )
 WIDTH = 100
-_NAME = 24
-_COLUMN = 11
+_DOMAINS = 5  # side by side
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
@@ -25,29 +25,31 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         missing), `steps`, `wall_seconds`, `seed`, and `held_out_tasks`, `missing` and `marked` (may be missing).
 
     Returns:
-      Lines of at most 100 columns; domains that do not fit continue in a further block.
+      A Markdown table in lines of at most 100 columns; domains that do not fit continue in a further one.
     """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     by_domain: Mapping[str, Mapping[str, float]] = summary.get("accuracy_by_domain", {})
     domains = list(dict.fromkeys(domain for shares in by_domain.values() for domain in shares))
     tasks = f" on {summary['held_out_tasks']} held-out tasks" if "held_out_tasks" in summary else ""
-    lines = [f"Accuracy (%){tasks}, greedy decoding", ""]
-    room = (WIDTH - _NAME - _COLUMN) // _COLUMN
-    blocks = [domains[at : at + room] for at in range(0, len(domains), room)] or [[]]
-    for block in blocks:
-        lines += [*_block(summary["accuracy"], by_domain, block), ""]
-    return "\n".join(lines + _notes(summary))
-
-
-def _block(overall: Mapping[str, Any], by_domain: Mapping[str, Mapping[str, Any]], domains: list[str]) -> list[str]:
-    heads = "".join(f"{_short(name):>{_COLUMN}}" for name in ["overall", *domains])
-    rule = "-" * (_NAME + _COLUMN * (1 + len(domains)))
-    lines = [" " * _NAME + heads, rule]
-    for key, label in ROWS:
-        if key not in overall:
-            continue
-        shares = [overall[key], *(by_domain.get(key, {}).get(domain) for domain in domains)]
-        lines.append(f"{label:<{_NAME}}" + "".join(f"{_percent(share):>{_COLUMN}}" for share in shares))
-    return [*lines, rule]
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    with console.capture() as written:
+        console.print(f"Accuracy (%){tasks}, greedy decoding", highlight=False)
+        for at in range(0, max(1, len(domains)), _DOMAINS):
+            block = domains[at : at + _DOMAINS]
+            table = Table(box=box.MARKDOWN)
+            table.add_column(no_wrap=True)
+            for name in ("overall", *block):
+                table.add_column(Text(name), justify="right", overflow="fold")
+            for key, label in ROWS:
+                if key in summary["accuracy"]:
+                    shares = [summary["accuracy"][key], *(by_domain.get(key, {}).get(domain) for domain in block)]
+                    table.add_row(label, *map(_percent, shares))
+            console.print(table)  # lines of white space around it
+    return written.get() + "\n".join(_notes(summary))
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
@@ -95,7 +97,3 @@ def gaps(summary: Mapping[str, Any]) -> list[str]:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
-
-
-def _short(name: str) -> str:
-    return name if len(name) < _COLUMN else name[: _COLUMN - 2] + "~"

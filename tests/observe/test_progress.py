@@ -1,19 +1,11 @@
 """Progress: plain lines in logs, a moving display on terminals."""
 
 import io
-import itertools
 
 import pytest
 
 from maestro_jax.observe import progress as module
 from maestro_jax.observe.progress import Progress
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look at the clock finds one second gone."""
-    ticks = itertools.count()
-    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(ticks)))
 
 
 def test_one_plain_line_per_update() -> None:
@@ -37,14 +29,31 @@ def test_plain_output_is_ascii() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
-@pytest.mark.usefixtures("clock")
-def test_time_left_follows_the_recent_pace() -> None:
-    stream = io.StringIO()
+@pytest.mark.parametrize(("seconds", "left"), [(0.5, "left 29s"), (90.0, "left 1h27m"), (4000.0, "42/100")])
+def test_time_left_follows_the_pace_without_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, left: str
+) -> None:
+    """The first step compiles. Nothing is known of steps that take more than an hour."""
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     with Progress(stream) as progress:
         progress.phase("train", total=100, done=40)
+        now[0] = 300.0
         progress.update(41)
+        now[0] += seconds
         progress.update(42)
-    assert "left 58s" in stream.getvalue().splitlines()[1]
+    first, second, last = stream.getvalue().splitlines()
+    assert first == "train  41/100" and second.endswith(left)
+    assert last.startswith("train: 42/100 in ")
+
+
+def test_phases_without_steps_and_names_with_brackets_are_shown() -> None:
+    stream = io.StringIO()
+    with Progress(stream, terminal=True) as progress:
+        progress.phase("install [all] into /tmp", total=0)
+        progress.update(0, {"package": "[red]"})
+        progress._live.refresh()
+    assert "install [all] into /tmp" in stream.getvalue() and "package [red]" in stream.getvalue()
 
 
 def test_last_step_has_nothing_left() -> None:

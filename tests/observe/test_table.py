@@ -61,8 +61,8 @@ def test_every_domain_is_shown_when_they_do_not_fit_side_by_side() -> None:
 def test_what_was_not_measured_is_a_dash() -> None:
     short = summary(1)
     short["accuracy_by_domain"] = {"trained": {"charts": 0.5}}
-    random_line = next(line for line in summary_table(short).splitlines() if line.startswith("random"))
-    assert random_line.endswith(" -")
+    random_line = next(line for line in summary_table(short).splitlines() if line.startswith("| random"))
+    assert random_line.endswith(" - |")
 
 
 def test_rows_that_are_missing_are_left_out() -> None:
