@@ -220,9 +220,14 @@ def test_rows_before_the_checkpoint_are_kept(interrupted: Interrupted) -> None:
     assert [row for row in rows if 0 < row["step"] <= interrupted.resumed_from] == kept
 
 
-def test_warm_start_and_baselines_are_not_repeated(interrupted: Interrupted) -> None:
-    for phase in ("suite", "demonstrations", "warm start", "baselines", "held-out, before RL (greedy)"):
+def test_what_comes_before_training_is_not_repeated(interrupted: Interrupted) -> None:
+    for phase in ("suite", "demonstrations", "warm start", "held-out, before RL (greedy)"):
         assert not re.search(rf"^{re.escape(phase)}:? +\d", interrupted.again.stdout, re.MULTILINE)
+
+
+def test_routing_without_learning_is_measured_when_nobody_waits_for_it(interrupted: Interrupted) -> None:
+    said = interrupted.again.stdout
+    assert said.index(f"\ntrain {STEPS}/{STEPS} ") < said.index("\nbaselines: ")
 
 
 def test_the_summary_says_what_is_promised(interrupted: Interrupted) -> None:
