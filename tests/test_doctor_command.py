@@ -9,12 +9,12 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from maestro_jax import api
 from maestro_jax.policy.tokens import train_tokens
 
 ROOT = Path(__file__).parent.parent
@@ -23,12 +23,19 @@ SUITE = "data: the suite is built when a run starts"
 READY = [f'expert "{name}": ready' for name in ("Glyph-Reader", "Chart-Lens", "Shape-Sight", "Tally", "Sym-Solver")]
 
 
-def doctor(config: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> tuple[int, list[str], str]:
+def command(config: Path, *arguments: str) -> tuple[int, list[str], str]:
     """Exit code, printed lines, and what was written to stderr."""
-    command = [sys.executable, "-m", "maestro_jax.doctor", f"--config={config}", *arguments]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=variables, cwd=ROOT)
+    argv = [sys.executable, "-m", "maestro_jax.doctor", f"--config={config}", *arguments]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=variables, cwd=ROOT)
     return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def doctor(config: Path, seconds: float = 60.0, static: bool = False) -> tuple[bool, list[str]]:
+    """The same in this process: whether all is well, and the lines."""
+    lines: list[str] = []
+    found = api.doctor(config, seconds=seconds, static=static, tell=lines.append)
+    return not found.problems, lines
 
 
 def written(path: Path, *changes: str) -> Path:
@@ -47,7 +54,7 @@ SERVED = textwrap.dedent("""
 
 
 def test_a_sound_registry_is_ready() -> None:
-    code, lines, errors = doctor(QUICKSTART)
+    code, lines, errors = command(QUICKSTART)
     assert code == 0, errors
     assert lines == ["config: 5 experts, 4 services, 7 skills, 0 problems", SUITE, *READY]
 
@@ -60,7 +67,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         'registry.show = ("prize",)',
         SERVED.format(port=9, key="NO_SUCH_KEY").strip(),
     )
-    code, lines, errors = doctor(config)
+    code, lines, errors = command(config)
     assert code == 78
     assert lines == [
         'skill "Chart_Problem_Solver" stage 1 ("ocr"): unknown service "ocr"; valid: zoom, detect, caption',
@@ -85,25 +92,27 @@ def test_what_experts_up_would_refuse_is_told_too(tmp_path: Path) -> None:
         local("Away", '("vllm",)', 3, host="example.org"),
         local("Odd", '("vllm", "{prot}")', 4),
     )
-    code, lines, _ = doctor(config, "--static")
-    assert code == 78 and lines[:-1] == [
+    well, lines = doctor(config, static=True)
+    assert not well and lines[:-1] == [
         'expert "One": serve starts a server for each endpoint; let it take {port}',
         'expert "Away": serve starts servers on this machine, and http://example.org:3/v1 is another; remove serve',
         'expert "Odd": serve has {prot}; it can have {host}, {port} and {model}',
     ]
     config = written(tmp_path, local("One", '("vllm",)', 1), local("Two", '("sglang",)', 1))
-    code, lines, _ = doctor(config, "--static")
-    assert code == 78 and lines[:-1] == [
+    well, lines = doctor(config, static=True)
+    assert not well and lines[:-1] == [
         'expert "Two" and expert "One" serve http://127.0.0.1:1/v1 by other commands; keep one'
     ]
 
 
-def test_an_expert_that_is_not_there_is_named_and_its_key_is_not(tmp_path: Path) -> None:
-    config = written(tmp_path, SERVED.format(port=9, key="FAR_KEY").strip())
-    code, lines, errors = doctor(config, "--seconds=5", environment={"FAR_KEY": "canary-4711"})
-    assert code == 78 and lines[1:-1] == [SUITE, *READY]
+def test_an_expert_that_is_not_there_is_named_and_its_key_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAR_KEY", "canary-4711")
+    well, lines = doctor(written(tmp_path, SERVED.format(port=9, key="FAR_KEY").strip()), seconds=5)
+    assert not well and lines[1:-1] == [SUITE, *READY]
     assert lines[-1].startswith('expert "Far": ') and not lines[-1].endswith("ready")
-    assert "4711" not in "".join(lines) + errors
+    assert "4711" not in "".join(lines)
 
 
 class ListsAndRefuses(http.server.BaseHTTPRequestHandler):
@@ -124,13 +133,16 @@ class ListsAndRefuses(http.server.BaseHTTPRequestHandler):
     def log_message(self, *parts: object) -> None: ...
 
 
-def test_an_expert_that_refuses_what_a_run_would_ask_is_not_ready(tmp_path: Path) -> None:
+def test_an_expert_that_refuses_what_a_run_would_ask_is_not_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAR_KEY", "canary-4711")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ListsAndRefuses) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         config = written(tmp_path, SERVED.format(port=server.server_address[1], key="FAR_KEY").strip())
-        code, lines, _ = doctor(config, environment={"FAR_KEY": "canary-4711"})
+        well, lines = doctor(config)
         server.shutdown()
-    assert code == 78 and lines[1:-1] == [SUITE, *READY]
+    assert not well and lines[1:-1] == [SUITE, *READY]
     assert "HTTP 400; the server refuses the request" in lines[-1] and "max_tokens is too large" in lines[-1]
 
 
@@ -149,8 +161,8 @@ def own_data(path: Path, train: str, test: str) -> Path:
 
 def test_the_data_is_opened_and_what_it_holds_is_told(tmp_path: Path) -> None:
     train = tasks(tmp_path / "train.jsonl", *[{}] * 3, {"source": "SLAKE"})
-    code, lines, errors = doctor(own_data(tmp_path, train, tasks(tmp_path / "test.jsonl", {})))
-    assert code == 0, errors
+    well, lines = doctor(own_data(tmp_path, train, tasks(tmp_path / "test.jsonl", {})))
+    assert well
     assert lines[1:3] == [
         "data: 4 tasks to train on, of TallyQA, SLAKE",
         "data: 1 task held out, of TallyQA",
@@ -160,8 +172,8 @@ def test_the_data_is_opened_and_what_it_holds_is_told(tmp_path: Path) -> None:
 def test_every_row_of_the_data_needs_a_grader(tmp_path: Path) -> None:
     """A run would end where it meets the row."""
     train = tasks(tmp_path / "train.jsonl", {}, {}, {"source": "TallyQQ"})
-    code, lines, _ = doctor(own_data(tmp_path, train, f"({str(tmp_path / 'nowhere.jsonl')!r},)"))
-    assert code == 78 and lines[3:] == READY
+    well, lines = doctor(own_data(tmp_path, train, f"({str(tmp_path / 'nowhere.jsonl')!r},)"))
+    assert not well and lines[3:] == READY
     assert f"{tmp_path}/train.jsonl line 3" in lines[1] and '"TallyQQ"' in lines[1]
     assert lines[2].startswith(f"data: cannot read {tmp_path}/nowhere.jsonl: No such file")
 
@@ -181,22 +193,22 @@ def test_a_task_that_no_prompt_can_hold_is_told(tmp_path: Path) -> None:
             f"    config.policy.tokenizer = {str(tmp_path / 'tokenizer')!r}\n    return config\n"
             "get_config = with_tokenizer\n"
         )
-    code, lines, _ = doctor(config)
-    assert code == 78 and lines[5:] == READY
+    well, lines = doctor(config)
+    assert not well and lines[5:] == READY
     assert lines[2].startswith("data: task train/000002 has 2 images; set config.policy.images_per_task=2")
     assert lines[4].startswith("data: the prompt of task test/000001 needs ") and "prefix_buckets" in lines[4]
 
 
 def test_the_rest_of_the_run_must_fit_too(tmp_path: Path) -> None:
-    code, lines, _ = doctor(written(tmp_path, "config.grpo.group_size = 1"), "--static")
-    assert code == 78 and lines[0] == "config.grpo.group_size=1 gives no contrast; use at least 2"
+    well, lines = doctor(written(tmp_path, "config.grpo.group_size = 1"), static=True)
+    assert not well and lines[0] == "config.grpo.group_size=1 gives no contrast; use at least 2"
 
 
 def test_a_wrong_key_is_one_line(tmp_path: Path) -> None:
-    code, _, errors = doctor(written(tmp_path, 'registry.experts[0]["descriptoin"] = ""'))
-    assert code == 78
+    with pytest.raises(api.ConfigError) as error:
+        doctor(written(tmp_path, 'registry.experts[0]["descriptoin"] = ""'))
     assert (
-        errors.strip() == 'error: unknown key registry.experts["Glyph-Reader"].descriptoin; '
+        str(error.value) == 'unknown key registry.experts["Glyph-Reader"].descriptoin; '
         'did you mean registry.experts["Glyph-Reader"].description?'
     )
 
@@ -211,7 +223,7 @@ def test_a_wrong_key_is_one_line(tmp_path: Path) -> None:
 )
 def test_a_config_file_that_fails_is_named_with_its_line(tmp_path: Path, change: str, words: str) -> None:
     config = written(tmp_path, change)
-    code, lines, errors = doctor(config, "--static")
+    code, lines, errors = command(config, "--static")
     assert (code, lines) == (78, [])
     assert errors.startswith(f"error: the config file fails: {config} line 5: ") and errors.count("\n") == 1
     assert words in errors and errors.endswith("; correct it there\n")
@@ -221,11 +233,13 @@ def test_the_config_file_of_the_docs_is_sound(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "registry.md").read_text()
     example = text[text.index("from configs import maestro_4b") :].partition("```")[0]
     (tmp_path / "mine.py").write_text(example)
-    code, lines, errors = doctor(tmp_path / "mine.py", "--static")
-    assert (code, lines) == (0, ["config: 9 experts, 4 services, 6 skills, 0 problems"]), errors
+    assert doctor(tmp_path / "mine.py", static=True) == (
+        True,
+        ["config: 9 experts, 4 services, 6 skills, 0 problems"],
+    )
 
 
 def test_the_papers_registries_are_sound() -> None:
     for name in ("maestro", "out_of_domain"):
-        code, lines, errors = doctor(Path(f"configs/maestro_4b.py:{name}"), "--static")
-        assert code == 0, (lines, errors)
+        well, lines = doctor(Path(f"configs/maestro_4b.py:{name}"), static=True)
+        assert well, lines

@@ -19,9 +19,10 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 from configs import quickstart
+from maestro_jax import api
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
 from maestro_jax.config import parse_config
-from maestro_jax.errors import EXIT_CONFIG, DataError
+from maestro_jax.errors import EXIT_CONFIG, ConfigError, DataError
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import init_train_state
 from maestro_jax.observe.files import write_json
@@ -205,15 +206,12 @@ def test_one_checkpoint_in_bfloat16_with_the_files_of_a_base(
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(exported[0], base)
-    command = [f"--checkpoint={run.workdir}/checkpoints/{STEPS[0]}", f"--output={tmp_path}/out", f"--base={base}"]
-    result = export(*command)  # the base is of another type, and its config.json would be copied
-    assert (
-        result.returncode == EXIT_CONFIG and "says float32, which readers would cast to; give --dtype" in result.stderr
-    )
+    asked = run.workdir / f"checkpoints/{STEPS[0]}", tmp_path / "out"
+    with pytest.raises(ConfigError, match="says float32, which readers would cast to; give --dtype"):
+        api.export(*asked, base=base)  # the base is of another type, and its config.json would be copied
     config = base / "config.json"
     config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
-    result = export(*command)
-    assert result.returncode == 0, result.stderr
+    assert api.export(*asked, base=base).step == STEPS[0]
     found, wanted = load_file(tmp_path / "out/model.safetensors"), run.tensors[STEPS[0]]
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
@@ -250,20 +248,18 @@ def test_mistakes_are_one_line_that_names_the_cure(run: SavedRun, exported: tupl
     values = json.loads((exported[0] / "config.json").read_text())
     values["text_config"]["num_hidden_layers"] = 7
     (other / "config.json").write_text(json.dumps(values))
-    for flags, says in (
-        ([f"--checkpoint={run.workdir}", f"--output={exported[0]}"], "exists; give --output a new directory"),
-        ([f"--checkpoint={tmp_path}/no", f"--output={tmp_path}/a"], "has no config.json"),
-        ([f"--checkpoint={run.workdir}/checkpoints/4", f"--output={tmp_path}/a"], "no checkpoint 4; it holds: 2, 5"),
-        (
-            [f"--checkpoint={run.workdir}", f"--output={tmp_path}/a", f"--base={other}"],
-            "describes another architecture",
-        ),
-        ([f"--output={tmp_path}/a"], "--checkpoint is missing"),
+    for checkpoint, output, base, says in (
+        (run.workdir, exported[0], "", "exists; give --output a new directory"),
+        (tmp_path / "no", tmp_path / "a", "", "has no config.json"),
+        (run.workdir / "checkpoints/4", tmp_path / "a", "", "no checkpoint 4; it holds: 2, 5"),
+        (run.workdir, tmp_path / "a", other, "describes another architecture"),
     ):
-        result = export(*flags)
-        assert result.returncode == EXIT_CONFIG and result.stderr.count("\n") == 1, result.stderr
-        assert says in result.stderr
+        with pytest.raises(ConfigError, match=says):
+            api.export(checkpoint, output, base=base)
         assert not (tmp_path / "a").exists()
+    result = export(f"--output={tmp_path}/a")
+    assert result.returncode == EXIT_CONFIG and result.stderr.count("\n") == 1, result.stderr
+    assert "--checkpoint is missing" in result.stderr
 
 
 def test_shards_have_an_index_and_stay_below_the_limit(tmp_path: Path) -> None:
