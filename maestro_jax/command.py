@@ -14,22 +14,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-import absl
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from maestro_jax import failpoints
 from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_LOST, EXIT_PREEMPTED, ConfigError, UserError
 from maestro_jax.parallel import preemption
-from maestro_jax.settings import flatten, read_settings
+from maestro_jax.settings import flatten, read_config
 
 flags.disclaim_key_flags()  # --config is a flag of the command that asks for it
-# Frames of a config file come behind the parser's. Those of libraries do not say where in it something happened.
-_PARSER = os.path.dirname(config_flags.__file__)
-_LIBRARY = (os.path.dirname(_PARSER), os.path.dirname(absl.__file__), "<frozen")
 EXIT_SECONDS = 2.0  # for what libraries and we do at the exit
 TOGETHER_SECONDS = 10.0  # for all processes of a run that stop together
 
@@ -114,19 +109,14 @@ def _parse(
         rest = flags.FLAGS(argv)
     except UserError:
         raise
-    except Exception as error:  # parsing runs the config file, which may raise anything
-        place = _place_in_config_file(error)
-        if place:
-            raise ConfigError(f"the config file fails: {place}; correct it there") from error
-        if isinstance(error, flags.Error):
-            raise ConfigError(f"{error}; see --help") from error
-        if isinstance(error, AttributeError | KeyError):  # ml_collections, on an override of a key that is not there
-            raise ConfigError(_unknown_key(argv, str(error))) from error
-        if isinstance(error, IndexError | TypeError | ValueError):  # likewise, on a value that does not fit its key
-            raise ConfigError(
-                f"an override does not fit its setting: {error}; compare the --config.KEY=VALUE given"
-            ) from error
-        raise
+    except flags.Error as error:
+        raise ConfigError(f"{error}; see --help") from error
+    except (AttributeError, KeyError) as error:  # ml_collections, on an override of a key that is not there
+        raise ConfigError(_unknown_key(argv, str(error))) from error
+    except (IndexError, TypeError, ValueError) as error:  # likewise, on a value that does not fit its key
+        raise ConfigError(
+            f"an override does not fit its setting: {error}; compare the --config.KEY=VALUE given"
+        ) from error
     if "print_config" in flags.FLAGS and flags.FLAGS["print_config"].value:
         _print_config()
     if len(rest) - 1 > arguments:
@@ -142,23 +132,9 @@ def _print_config() -> NoReturn:
     """Every setting on a line of its own, in the order of their names."""
     if not flags.FLAGS["config"].value:
         raise ConfigError("--config is missing; --print_config shows the settings of a config file")
-    settings = flatten(load_config(flags.FLAGS["config"]).to_dict())
+    settings = flatten(flags.FLAGS["config"].value.to_dict())
     print("\n".join(f"config.{key} = {settings[key]}" for key in sorted(settings)))
     sys.exit()
-
-
-def _place_in_config_file(error: BaseException | None) -> str | None:
-    """File, line and reason of what a config file raised; None for what was raised elsewhere."""
-    while error is not None:
-        if isinstance(error, SyntaxError):
-            return f"{error.filename} line {error.lineno}: {error.msg}"
-        frames = traceback.extract_tb(error.__traceback__)
-        parsed = max((i for i, frame in enumerate(frames) if frame.filename.startswith(_PARSER)), default=len(frames))
-        theirs = [frame for frame in frames[parsed + 1 :] if not frame.filename.startswith(_LIBRARY)]
-        if theirs:
-            return f"{theirs[-1].filename} line {theirs[-1].lineno}: {type(error).__name__}: {error}"
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _unknown_key(argv: Sequence[str], reason: str) -> str:
@@ -181,22 +157,11 @@ class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
         self.groups: frozenset[str] = frozenset()
         self._complete = complete
 
-    def parse(self, path: str) -> Any:
-        config = self._read(path)
-        if not isinstance(config, ConfigDict):
-            return config  # of a file that is not there: `load_config` says so
+    def parse(self, path: str) -> ConfigDict:
+        config = read_config(path)
+        config = config if isinstance(config, ConfigDict) else ConfigDict(config)
         self.groups = frozenset(config.keys())
         return self._complete(config).lock()
-
-    def _read(self, path: str) -> Any:
-        if not path.endswith(".json"):
-            return super().parse(path)
-        settings = read_settings(Path(path))
-        if settings is None:
-            raise ConfigError(f"cannot load the config file: there is no {path}; check --config")
-        if "registry" not in settings.config:
-            raise ConfigError(f"{path} holds no settings of a run; name the config.json in a run's directory")
-        return ConfigDict(settings.config)
 
 
 def config_flag(complete: Callable[[ConfigDict], ConfigDict]) -> flags.FlagHolder:
@@ -215,18 +180,3 @@ def given_groups() -> frozenset[str]:
     """The groups of settings that the file of --config has itself."""
     parser = flags.FLAGS["config"].parser
     return parser.groups if isinstance(parser, _ConfigParser) else frozenset()
-
-
-def load_config(flag: Any) -> Any:
-    """The `ConfigDict` of a config-file flag.
-
-    Raises:
-      ConfigError: the file is missing or fails to run.
-    """
-    try:
-        config = flag.value
-        config.to_dict()
-        return config
-    except OSError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(f"cannot load the config file: {lines[-1] if lines else error}; check --config") from error

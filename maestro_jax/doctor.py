@@ -29,7 +29,7 @@ STATIC = flags.DEFINE_bool("static", False, "Look at the config only; no expert 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    raw, file = command.load_config(CONFIG), config_flags.get_config_filename(flags.FLAGS["config"])
+    raw, file = CONFIG.value, config_flags.get_config_filename(flags.FLAGS["config"])
 
     def tell(line: str) -> None:
         print(" ".join(line.split()), flush=True)

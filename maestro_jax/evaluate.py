@@ -34,7 +34,7 @@ REPLAY = flags.DEFINE_string("replay", "", "The journal.jsonl of an evaluation: 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    raw = command.load_config(CONFIG)
+    raw = CONFIG.value
     report = evaluate(
         OUTPUT.value,
         checkpoint=CHECKPOINT.value,

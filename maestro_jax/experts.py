@@ -41,7 +41,7 @@ EXIT_NOT_READY = 1
 def main(argv: Sequence[str]) -> None:
     if len(argv) != 2 or argv[1] not in ACTIONS:
         raise ConfigError(f"say what to do, one of {', '.join(ACTIONS)}: python -m maestro_jax.experts up --config ...")
-    registry = parse_registry(command.load_config(CONFIG).get("registry", {}))
+    registry = parse_registry(CONFIG.value.get("registry", {}))
     servers = servers_of(registry)
     if argv[1] == "status":
         if not asyncio.run(all_ready(servers)):

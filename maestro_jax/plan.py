@@ -30,7 +30,7 @@ PROGRAMS = flags.DEFINE_enum("programs", "all", ["all", "update"], "Which progra
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    raw = command.load_config(CONFIG)
+    raw = CONFIG.value
     if TOPOLOGY.value and gpu_target(TOPOLOGY.value) is None:
         jax.config.update("jax_platforms", "cpu")  # nothing runs, so no device is needed, or waited for
     found = plan(

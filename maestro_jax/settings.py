@@ -7,14 +7,21 @@ config's groups, under names that begin with "--".
 
 import dataclasses
 import json
+import os
+import runpy
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maestro_jax.errors import ConfigError
+import ml_collections
+
+from maestro_jax.errors import ConfigError, UserError
 from maestro_jax.observe.files import read_json, write_json
 
 _LIST, _MAPPING = "$list", "$mapping"
+# Frames of these do not say where in a config file something happened.
+_LIBRARIES = (os.path.dirname(__file__), os.path.dirname(ml_collections.__file__), runpy.__file__, "<frozen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +72,48 @@ def read_settings(path: Path) -> Settings | None:
         )
     flags = {key: value for key, value in values.items() if key.startswith("--")}
     return Settings(_from_json({key: value for key, value in values.items() if key not in flags}), flags)
+
+
+def read_config(config: Any) -> Any:
+    """A `ConfigDict` or nested mapping as it is; of a path, the config that the file holds.
+
+    Args:
+      config: a path may be that of a file with `get_config()`, with ":ARGUMENT" behind it where that takes one, or that
+        of a run's config.json.
+
+    Raises:
+      ConfigError: there is no such file, it fails to run, or it holds no config.
+    """
+    if not isinstance(config, str | os.PathLike):
+        return config
+    name, _, argument = os.fspath(config).partition(".py:")
+    path = Path(f"{name}.py" if argument else name)
+    if not path.is_file():
+        raise ConfigError(f"cannot load the config file: there is no {path}; check --config")
+    if path.suffix == ".json":
+        settings = read_settings(path)
+        if settings is None or "registry" not in settings.config:
+            raise ConfigError(f"{path} holds no settings of a run; name the config.json in a run's directory")
+        return settings.config
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is not None:
+            return get_config(argument) if argument else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # the file may do anything
+        raise ConfigError(f"the config file fails: {_place(error, path)}; correct it there") from error
+    raise ConfigError(f"{path} has no get_config(); write it as the shipped configs/quickstart.py does")
+
+
+def _place(error: Exception, path: Path) -> str:
+    """File, line and reason of what a config file, or one that it imports, raised."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename} line {error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    where = f"{theirs[-1].filename} line {theirs[-1].lineno}" if theirs else str(path)
+    return f"{where}: {type(error).__name__}: {error}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -22,7 +22,7 @@ ACCELERATOR = flags.DEFINE_string("accelerator", "", "v5litepod-64, v5p-128, v6e
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    config = parse_config(command.load_config(CONFIG))
+    config = parse_config(CONFIG.value)
     found = parse_accelerator(ACCELERATOR.value)
     jax.config.update("jax_platforms", "cpu")  # shapes only: devices there may be are left alone
     print(fit(config, found))

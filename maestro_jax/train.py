@@ -24,7 +24,7 @@ REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    raw = command.load_config(CONFIG)
+    raw = CONFIG.value
     result = train(raw, WORKDIR.value, replay=REPLAY.value, skip_doctor=SKIP_DOCTOR.value, progress="terminal")
     if cluster.is_main():
         print(result.table())

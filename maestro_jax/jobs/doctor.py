@@ -26,8 +26,8 @@ from maestro_jax.registry.description.reading import read_registry
 from maestro_jax.registry.dispatch import Registry
 from maestro_jax.rewards.graders import check_sources
 from maestro_jax.session.policy import fields
-from maestro_jax.session.reading import read_config
 from maestro_jax.session.tasks import first_tasks, graded_sources, open_held_out, open_training
+from maestro_jax.settings import read_config
 
 
 @dataclasses.dataclass(frozen=True)

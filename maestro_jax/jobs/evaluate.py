@@ -42,10 +42,9 @@ from maestro_jax.registry.record.journal import Journal
 from maestro_jax.session.binding import check_same_run
 from maestro_jax.session.calls import open_calls
 from maestro_jax.session.policy import open_params, policy_factory
-from maestro_jax.session.reading import read_config
 from maestro_jax.session.rollouts import open_rollouts
 from maestro_jax.session.tasks import check_tasks, open_held_out
-from maestro_jax.settings import Settings, flatten
+from maestro_jax.settings import Settings, flatten, read_config
 from maestro_jax.types import Task
 
 # Settings that an evaluation does not depend on.

@@ -28,8 +28,8 @@ from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.rollout.exchange import EpisodeConfig
 from maestro_jax.rollout.limits import Limits
 from maestro_jax.session.policy import fields, known_architecture
-from maestro_jax.session.reading import read_config
 from maestro_jax.session.rollouts import check_batches, sized_episodes
+from maestro_jax.settings import read_config
 
 CHARACTERS_A_TOKEN = 4  # of English text in Qwen's vocabulary, roughly
 

@@ -29,10 +29,9 @@ from maestro_jax.rollout.supply import Supply
 from maestro_jax.session.binding import check_same_run, holds_calls, settings_hashes
 from maestro_jax.session.calls import open_calls, try_servers
 from maestro_jax.session.policy import open_params
-from maestro_jax.session.reading import read_config
 from maestro_jax.session.rollouts import check_batches, open_rollouts
 from maestro_jax.session.tasks import open_tasks
-from maestro_jax.settings import Settings
+from maestro_jax.settings import Settings, read_config
 from maestro_jax.suite.demonstrations import WeakRouter
 from maestro_jax.training.loop import Record, Training, recall
 from maestro_jax.training.result import TrainResult
