@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
+from cachetools import LRUCache, cached
 
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.types import Task
@@ -211,22 +212,9 @@ def _open_records(directory: Path, split: str) -> Any:
         ) from error
 
 
-class RecentTasks:
+def remembering(source: TaskSource, most_bytes: int) -> Callable[[int], Task]:
     """Reads tasks of a source; those that were read last stay in memory, up to so many bytes of images."""
-
-    def __init__(self, source: TaskSource, most_bytes: int):
-        self._source, self._most, self._bytes = source, most_bytes, 0
-        self._kept: collections.OrderedDict[int, Task] = collections.OrderedDict()
-
-    def read(self, index: int) -> Task:
-        task = self._kept.pop(index, None)
-        if task is None:
-            task = self._source[index]
-            self._bytes += _image_bytes(task)
-        self._kept[index] = task
-        while self._bytes > self._most:
-            self._bytes -= _image_bytes(self._kept.popitem(last=False)[1])
-        return task
+    return cached(LRUCache(most_bytes, getsizeof=_image_bytes))(source.__getitem__)
 
 
 def _image_bytes(task: Task) -> int:

@@ -6,7 +6,6 @@ images, answers and choices are taken from it; its system prompt is not (the reg
 Rows are untrusted: images come inline or from under one declared folder, never from a URL.
 """
 
-import collections
 import json
 import os
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache
 
 from maestro_jax.data.choices import letter_of, split_options, with_options
 from maestro_jax.data.roots import ImageRoot, open_root, refuse_url
@@ -63,8 +63,8 @@ class VerlParquetSource:
         ]
         sizes = [self._files[file].metadata.row_group(group).num_rows for file, group, _ in self._groups]
         self._starts = np.cumsum([0, *sizes])
-        self._cache: collections.OrderedDict[int, Any] = collections.OrderedDict()
-        self._cache_bytes = cache_bytes
+        # One that is larger than all that may stay is the only one that does.
+        self._cache: LRUCache[int, Any] = LRUCache(cache_bytes, getsizeof=lambda table: min(table.nbytes, cache_bytes))
         self._lock = threading.Lock()  # a ParquetFile is one open file with one position
 
     def __len__(self) -> int:
@@ -119,9 +119,8 @@ class VerlParquetSource:
         import pyarrow as pa
 
         with self._lock:
-            if number in self._cache:
-                self._cache.move_to_end(number)
-                return self._cache[number]
+            if (known := self._cache.get(number)) is not None:
+                return known
             file, group, first = self._groups[number]
             columns = [name for name in self._files[file].schema_arrow.names if name in COLUMNS]
             try:
@@ -132,8 +131,6 @@ class VerlParquetSource:
                     "re-download it, or re-export it with smaller row groups"
                 ) from error
             self._cache[number] = table
-            while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > self._cache_bytes:
-                self._cache.popitem(last=False)
             return table
 
 

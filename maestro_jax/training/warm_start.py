@@ -10,7 +10,7 @@ from flax import nnx
 from maestro_jax import failpoints
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config
-from maestro_jax.data.source import OnDemand, RecentTasks, TaskSource, TaskView
+from maestro_jax.data.source import OnDemand, TaskSource, TaskView, remembering
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import GroupBatch, Metrics, TrainState, init_train_state, make_train_step, nll_loss
 from maestro_jax.observe.progress import Progress
@@ -75,7 +75,7 @@ def warm_start(
     calls.journal.begin("warm start")
     groups_needed = settings.steps * settings.groups
     rows = [i % len(source) for i in range(groups_needed) for _ in range(settings.group_size)]
-    tasks = OnDemand(rows, RecentTasks(source, DEMONSTRATED_BYTES).read)
+    tasks = OnDemand(rows, remembering(source, DEMONSTRATED_BYTES))
     demonstrations = write_demonstrations(tasks, router, rollouts.exchange, config.seed, progress, calls.outages)
     size = settings.group_size
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]

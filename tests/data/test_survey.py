@@ -12,7 +12,7 @@ import pytest
 
 from maestro_jax.data.jsonl import JsonlSource
 from maestro_jax.data.opening import open_source
-from maestro_jax.data.source import Label, RecentTasks, TaskSource, TaskView
+from maestro_jax.data.source import Label, TaskSource, TaskView, remembering
 from maestro_jax.data.store import write_tasks
 from maestro_jax.data.survey import survey
 from maestro_jax.errors import ConfigError, DataError
@@ -209,7 +209,7 @@ def test_recent_tasks_are_kept_up_to_their_bytes() -> None:
             reads.append(index)
             return Task(f"{index}", "What?", (b"x" * 100,), ("1",), "ChartQA")
 
-    recent = RecentTasks(Source(), most_bytes=250)
-    assert [recent.read(index).id for index in (0, 0, 1, 0, 2, 0, 1)] == list("0010201")
+    recent = remembering(Source(), most_bytes=250)
+    assert [recent(index).id for index in (0, 0, 1, 0, 2, 0, 1)] == list("0010201")
     assert reads == [0, 1, 2, 1]  # 1 had not been read for longest
-    assert RecentTasks(Source(), most_bytes=10).read(7).id == "7"
+    assert remembering(Source(), most_bytes=10)(7).id == "7"

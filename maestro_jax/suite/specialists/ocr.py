@@ -4,7 +4,6 @@ In come encoded images (and, for the expert, the prompt of a skill). Out go `tex
 or a short answer read off the picture. The network is RapidOCR, whose weights ship in its wheel.
 """
 
-import collections
 import difflib
 import hashlib
 import itertools
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache
 
 from maestro_jax.registry.description.interface import Message
 from maestro_jax.suite.specialists import prompting
@@ -34,8 +34,7 @@ class Engine:
     def __init__(self, memory: int = _MEMORY):
         self._lock = threading.Lock()
         self._network: Any = None
-        self._memory = memory
-        self._pages: collections.OrderedDict[bytes, tuple[prompting.Item, ...]] = collections.OrderedDict()
+        self._pages: LRUCache[bytes, tuple[prompting.Item, ...]] = LRUCache(memory)
 
     def read(self, image: bytes) -> tuple[prompting.Item, ...]:
         """Text boxes of an encoded image in reading order; none when it holds no text or cannot be decoded."""
@@ -43,9 +42,6 @@ class Engine:
         with self._lock:
             if key not in self._pages:
                 self._pages[key] = self._recognise(image)
-            self._pages.move_to_end(key)
-            if len(self._pages) > self._memory:
-                self._pages.popitem(last=False)
             return self._pages[key]
 
     def _recognise(self, image: bytes) -> tuple[prompting.Item, ...]:
