@@ -70,7 +70,9 @@ async def _try(expert: ExpertConfig, with_picture: bool, seconds: float) -> list
     try:
         trials = await asked.try_each(_request(with_picture, seconds))
         words_only = dict[str, Outcome]()
-        if with_picture and any(_may_be_blind(trial.outcome) for trial in trials):
+        # Servers refuse pictures with 400 as well as with 500.
+        refused = (one for one in trials if one.outcome.status is not Status.OK and one.outcome.why.startswith("HTTP"))
+        if with_picture and any(refused):
             words_only = {trial.url: trial.outcome for trial in await asked.try_each(_request(False, seconds))}
     finally:
         await asked.close()
@@ -95,11 +97,6 @@ def _picture() -> bytes:
     ImageDraw.Draw(picture).text((12, 16), "ready", "black", ImageFont.load_default(24))
     picture.save(file, "PNG")
     return file.getvalue()
-
-
-def _may_be_blind(outcome: Outcome) -> bool:
-    """Whether the same without a picture is worth trying: servers refuse pictures with 400 as well as with 500."""
-    return outcome.status is not Status.OK and outcome.why.startswith("HTTP")
 
 
 def _praise(trial: Trial, with_picture: bool) -> str:

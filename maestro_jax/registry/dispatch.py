@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from maestro_jax.errors import UserError
@@ -283,8 +283,8 @@ class Dispatcher:
         start = time.monotonic()
         try:
             left = max(0.0, end - start)
-            work = self._registry.call(call, question, images, left)
-            return await _within(work, left + GRACE_SECONDS)
+            async with asyncio.timeout(left + GRACE_SECONDS):
+                return await self._registry.call(call, question, images, left)
         except TimeoutError:
             return failure(Status.TIMEOUT, time.monotonic() - start)
         except UserError:
@@ -311,8 +311,3 @@ class Dispatcher:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._registry.close()
-
-
-async def _within(work: Coroutine[Any, Any, Observation], seconds: float) -> Observation:
-    async with asyncio.timeout(seconds):
-        return await work

@@ -23,10 +23,10 @@ EVERYWHERE = "0.0.0.0"  # as the address of a server: it listens to other machin
 
 def heard_by_all(experts: Iterable[ExpertConfig]) -> tuple[ExpertConfig, ...]:
     """The experts that are served here, listening to all machines."""
-    served = [expert for expert in experts if expert.serve]
     return tuple(
         dataclasses.replace(expert, endpoints=tuple(_at(url, EVERYWHERE) for url in expert.endpoints))
-        for expert in served
+        for expert in experts
+        if expert.serve
     )
 
 

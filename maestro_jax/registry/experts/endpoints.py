@@ -182,14 +182,10 @@ class Endpoints:
 
     def _wake_for(self, endpoint: Endpoint) -> None:
         """It may have room now, or has it once it is held no longer."""
-        if endpoint.pressure.held_until:
-            self._wake_after(endpoint.pressure.held_until)
-        self._wake()
-
-    def _wake_after(self, held_until: float) -> None:
-        seconds = held_until - self._clock()
-        if seconds > 0:
+        held = endpoint.pressure.held_until
+        if held and (seconds := held - self._clock()) > 0:
             asyncio.get_running_loop().call_later(seconds + _TICK, self._wake)
+        self._wake()
 
     def _wake(self) -> None:
         if self._line:

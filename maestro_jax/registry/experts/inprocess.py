@@ -172,17 +172,16 @@ class Workers:
         hosted = [specialist for specialist in self._specialists if isinstance(specialist, HostedSpecialist)]
         for specialist in hosted:
             specialist.close()
-        if hosted:
-            await asyncio.to_thread(self._join)
-
-    def _join(self) -> None:
-        for thread in self._threads:
-            thread.join(END_SECONDS)
+        for thread in self._threads if hosted else ():
+            await asyncio.to_thread(thread.join, END_SECONDS)
 
     def _loop(self, specialist: Any) -> None:
         while (job := self._jobs.get()) is not None:
             if isinstance(specialist, HostedSpecialist):
-                _restart(specialist)  # outside of the job: what takes longer than its deadline is ready for the next
+                try:  # outside of the job: what takes longer than its deadline is ready for the next
+                    specialist.restart_if_ended()
+                except (SpecialistError, ConfigError):  # the job will fail
+                    logger.exception("the process of a specialist could not be started again")
             job.run(specialist)
         if isinstance(specialist, HostedSpecialist):
             specialist.end()
@@ -211,10 +210,3 @@ def make_workers(config: ExpertConfig | ServiceConfig, what: str) -> Workers:
             raise
         raise ConfigError(f"{where}: {error} before {config.implementation} was built; see what it printed") from error
     return Workers(config.name, *hosted)
-
-
-def _restart(specialist: HostedSpecialist) -> None:
-    try:
-        specialist.restart_if_ended()
-    except (SpecialistError, ConfigError):  # the job will fail
-        logger.exception("the process of a specialist could not be started again")

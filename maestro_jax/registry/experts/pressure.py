@@ -47,8 +47,9 @@ class Pressure:
 
     @property
     def has_room(self) -> bool:
-        if self._window < self._concurrency:
-            self._grow()
+        if self._window < self._concurrency and (now := self._clock()) >= self._grows_at:
+            self._window = min(2 * self._window, self._concurrency)
+            self._grows_at = now + QUIET_SECONDS
         return self.running < self._window and (not self.held_until or self._clock() >= self.held_until)
 
     def served(self) -> None:
@@ -75,9 +76,3 @@ class Pressure:
         self.held_until = max(self.held_until, self._clock() + seconds)
         self._grows_at = self.held_until + QUIET_SECONDS
         return first and self.in_vain > 1
-
-    def _grow(self) -> None:
-        now = self._clock()
-        if now >= self._grows_at:
-            self._window = min(2 * self._window, self._concurrency)
-            self._grows_at = now + QUIET_SECONDS

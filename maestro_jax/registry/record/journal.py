@@ -205,7 +205,8 @@ class Journal:
                 with self._lock:
                     raise self._broken(error) from error
             if is_all and totals != self._kept:
-                keep_totals(self.path, self._file, totals)
+                values = dataclasses.asdict(totals)
+                write_json(_kept_path(self.path), values | {"seal": _seal(self._file, values)})
                 self._kept = totals
 
     def close(self) -> None:
@@ -303,14 +304,8 @@ def read_totals(path: str) -> Totals:
     return totals
 
 
-def keep_totals(path: str, file: int, totals: Totals) -> None:
-    """Writes them beside the journal, whose bytes up to there are on disk."""
-    values = dataclasses.asdict(totals)
-    write_json(_kept_path(path), values | {"seal": _seal(file, values)})
-
-
 def kept_totals(path: str) -> Totals:
-    """As they were kept; of nothing, unless they are whole and of this journal."""
+    """As they were kept by `Journal.sync`; of nothing, unless they are whole and of this journal."""
     with contextlib.suppress(DataError, AttributeError, KeyError, TypeError), open(path, "rb") as file:
         values = read_json(_kept_path(path)) or {}
         if values.pop("seal") == _seal(file.fileno(), values):

@@ -7,7 +7,7 @@ in the order in which they were recorded.
 import asyncio
 import collections
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,15 +118,12 @@ def read_calls(path: str) -> Iterator[tuple[CallKey, Observation]]:
         elif isinstance(line, CallLine):
             sections[section].append((CallKey(section, line.asker, line.request), line.observation))
         elif isinstance(line, VoidLine):
-            _remove_last(sections[section], line.askers)
+            calls = sections[section]
+            for asker in line.askers:
+                if (last := next((i for i in reversed(range(len(calls))) if calls[i][0].asker == asker), -1)) >= 0:
+                    del calls[last]
     for calls in sections.values():
         yield from calls
-
-
-def _remove_last(calls: list[tuple[CallKey, Observation]], askers: Sequence[str]) -> None:
-    for asker in askers:
-        if (last := next((i for i in reversed(range(len(calls))) if calls[i][0].asker == asker), None)) is not None:
-            del calls[last]
 
 
 # ---- a run that was interrupted ----------------------------------------------------------------------------

@@ -42,7 +42,9 @@ def crops(images: Sequence[bytes], boxes: Sequence[Box], margin: float, most: in
     for box in boxes[:most]:
         picture = _decoded(images[box.image])
         if picture is not None:
-            made.append(_png(picture.crop(_around(box, margin, *picture.size))))
+            left, right = _stretched(box.left, box.right, margin, picture.width)
+            top, bottom = _stretched(box.top, box.bottom, margin, picture.height)
+            made.append(_png(picture.crop((left, top, right, bottom))))
     return tuple(made)
 
 
@@ -65,12 +67,6 @@ def _drawn(image: bytes, number: int, boxes: Sequence[Box]) -> bytes:
         draw.rectangle(draw.textbbox(tag, str(count), font), fill=_INK)
         draw.text(tag, str(count), "white", font)
     return _png(picture)
-
-
-def _around(box: Box, margin: float, width: int, height: int) -> tuple[int, int, int, int]:
-    left, right = _stretched(box.left, box.right, margin, width)
-    top, bottom = _stretched(box.top, box.bottom, margin, height)
-    return left, top, right, bottom
 
 
 def _stretched(low: int, high: int, margin: float, most: int) -> tuple[int, int]:

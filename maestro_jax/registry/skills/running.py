@@ -33,7 +33,7 @@ from maestro_jax.registry.skills.pictures import crops, drawn, shown_size
 from maestro_jax.registry.skills.served import NOTHING_FOUND, turned
 from maestro_jax.registry.skills.templates import fill, named_in, occurrences, program_in, said, shortened
 from maestro_jax.sandbox.interface import Limits, Sandbox
-from maestro_jax.sandbox.tested import Judged, Verdict, run_tests
+from maestro_jax.sandbox.tested import Verdict, run_tests
 from maestro_jax.types import Observation, Status, Usage
 
 NO_USAGE = Usage()
@@ -239,13 +239,14 @@ class _Run:
 
     async def _run_program(self, stage: RunStage, needed: Mapping[str, StageResult]) -> StageResult:
         """Runs, and lets the expert repair, until the tests pass or the rounds are over."""
+        assert self._means.sandbox is not None  # the registry makes one where a skill has such a stage
         program, tests = needed[stage.program].text, needed[stage.tests].text
         images, values = self._images(stage.images, needed), self._values(needed)
         usage, seconds = NO_USAGE, 0.0
         for repairs_left in reversed(range(stage.rounds + 1)):
             try:
                 async with asyncio.timeout(self._remaining):
-                    judged = await self._test(program, tests)
+                    judged = await run_tests(self._means.sandbox, program, tests, Limits())
             except TimeoutError:
                 return StageResult(status=Status.TIMEOUT, seconds=seconds, usage=usage)
             seconds += judged.seconds
@@ -261,10 +262,6 @@ class _Run:
             program = program_in(said(reply.text))
         report = f"```python\n{program}\n```\n{VERDICTS[judged.verdict].format(why=why)}"
         return StageResult(report, seconds=seconds, seen=images, usage=usage)
-
-    async def _test(self, program: str, tests: str) -> Judged:
-        assert self._means.sandbox is not None  # the registry makes one where a skill has such a stage
-        return await run_tests(self._means.sandbox, program, tests, Limits())
 
     def _ask(self, prompt: str, images: tuple[bytes, ...]) -> Coroutine[Any, Any, Reply]:
         return _ask(self._means.expert, prompt, images, self._end)
