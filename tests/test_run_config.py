@@ -271,7 +271,7 @@ PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", 
         ("rollout.member_buckets", (0, 96), r"member_buckets (0, 96) are lengths in tokens; use 1 or more"),
         ("rollout.room", -1, "config.rollout.room=-1 is below 0; set it to 0, and it is computed"),
         ("grpo.logprob_chunk", 0, "use 1 or more entries of the vocabulary"),
-        ("policy.attention", "flash", "use one of auto, xla, blocks, splash"),
+        ("policy.attention", "flash", "use one of auto, blocks, splash"),
         ("rollout.room", 32, "config.rollout.turn_budget=32 must be below room=32"),
         ("grpo.group_size", 1, "use at least 2"),
         ("grpo.microbatches", 3, "must divide config.grpo.groups=16"),
@@ -322,7 +322,7 @@ def test_settings_that_only_training_uses_are_checked_for_training_only(key: str
         ("rollout.turn_budget", 0, "decodes nothing"),
         ("rollout.room", 32, "must be below room="),
         ("data.kind", "jsonl", '"jsonl" needs config.data.test_files'),
-        ("policy.attention", "flash", "use one of auto, xla, blocks, splash"),
+        ("policy.attention", "flash", "use one of auto, blocks, splash"),
     ],
 )
 def test_settings_that_an_evaluation_uses_are_checked(key: str, value: Any, says: str) -> None:

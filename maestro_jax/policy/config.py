@@ -29,7 +29,7 @@ class PolicyConfig:
       freeze: what is not trained and has no optimiser state: "vision" (the tower with its mergers), "embeddings"
         (with tied embeddings, the head is the same parameter), both or nothing.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
-      attention: how attention of whole sequences is computed (`policy/attention/`): "xla", "blocks", "splash" (TPU), or
+      attention: how attention of whole sequences is computed (`policy/attention/`): "blocks", "splash" (TPU), or
         "auto", which takes what suits the devices.
       prefix_buckets: static lengths of a task's prompt, in tokens.
       image_buckets: static sizes of an image, in patches.
@@ -42,7 +42,7 @@ class PolicyConfig:
     compute_dtype: Dtype = "bfloat16"
     freeze: tuple[Literal["vision", "embeddings"], ...] = ()
     remat: bool = True
-    attention: Literal["auto", "xla", "blocks", "splash", "splash_interpret"] = "auto"
+    attention: Literal["auto", "blocks", "splash", "splash_interpret"] = "auto"
     prefix_buckets: tuple[int, ...] = (512, 1024, 2048, 4096)
     image_buckets: tuple[int, ...] = (1024, 2048, 4096)
     images_per_task: int = 1

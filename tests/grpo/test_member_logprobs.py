@@ -34,7 +34,6 @@ def weights() -> np.ndarray:
 
 
 BACKENDS = {
-    "xla": AttentionConfig("xla"),
     "blocks": AttentionConfig("blocks", block=8),
     "splash, interpreted": AttentionConfig("splash_interpret"),
 }

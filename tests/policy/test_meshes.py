@@ -22,7 +22,7 @@ from tests.policy.reference import ROOT, assert_near
 
 MESHES = {"fsdp 8": (1, 8, 1), "fsdp 4, tensor 2": (1, 4, 2), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 B, G, P, R = 8, 2, 24, 4
-BLOCKS, PLAIN, SPLASH = AttentionConfig("blocks"), AttentionConfig("xla"), AttentionConfig("splash_interpret")
+BLOCKS, SPLASH = AttentionConfig("blocks"), AttentionConfig("splash_interpret")
 TOLERANCE = 1e-5  # fp32: sums are split over devices; a missing collective is off by parts of one
 
 
@@ -66,7 +66,7 @@ def run(axes: tuple[int, int, int], attention: AttentionConfig = BLOCKS) -> Run:
 
 @pytest.fixture(scope="module")
 def alone() -> Run:
-    return run((1, 1, 1), PLAIN)
+    return run((1, 1, 1))
 
 
 @pytest.mark.parametrize("attention", [BLOCKS, SPLASH], ids=["blocks", "splash, interpreted"])

@@ -2,22 +2,19 @@
 
 What lanes attend to stands in four places: the root (once for all), prefixes (once per group), each lane's own
 cache, and the fresh tokens of the running program. The members of a group are rows of one matmul over their prefix
-(cascade attention). Each place gives an unnormalised part of the softmax; parts are merged in fp32. Nothing here is
-differentiated.
+(cascade attention). Each place is a part of the softmax (`merge.py`). Nothing here is differentiated.
 
 Letters: d shards, s lanes, x groups, c columns of a group, k KV heads, q queries of a KV head, h head size.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from maestro_jax.policy.attention.merge import Pair, masked, merge, softmaxed
 
-_MASKED = -1e30  # finite: a row that sees nothing in one part weighs exp(-huge) = 0 there, not NaN
+Array = jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -139,14 +136,6 @@ def put(x: Array, at: Array, rows: Array) -> Array:
     return jax.vmap(lambda all_rows, i, new: all_rows.at[i].set(new.astype(all_rows.dtype), mode="drop"))(x, at, rows)
 
 
-class _Part(NamedTuple):
-    """A piece of the softmax of queries `[D, S, K, q]`: unnormalised output, its peak logit and sum of weights."""
-
-    output: Array  # fp32 [D, S, K, q, H]
-    peak: Array  # fp32 [D, S, K, q]
-    total: Array  # fp32 [D, S, K, q]
-
-
 def attend_cached(
     q: Array,
     root: tuple[Array, Array],
@@ -179,49 +168,36 @@ def attend_cached(
     parts.append(_over_lanes(rows, keys, values, mask[:, :, None, None, :]))
     keys, values, mask = fresh
     parts.append(_over_lanes(rows, keys, values, jnp.repeat(mask, repeats, axis=2)[:, :, None]))
-    merged = _merge(parts).reshape(d, s, kv, t, repeats, h)
+    merged = merge(parts)[0].reshape(d, s, kv, t, repeats, h)
     return jnp.moveaxis(merged, 2, 3).reshape(d, s, t, n, h).astype(q.dtype)
 
 
-def _over_root(rows: Array, keys: Array, values: Array) -> _Part:
+def _over_root(rows: Array, keys: Array, values: Array) -> Pair:
     """One matmul per KV head for all lanes."""
     d, s, k, q, h = rows.shape
     flat = jnp.moveaxis(rows, 2, 0).reshape(k, d * s * q, h)  # XLA for CPUs multiplies bf16 with the heads first only
-    part = _part(flat, "kmh,khp->kmp", keys, "kmp,kph->kmh", values, None)
-    return _Part(*[jnp.moveaxis(x.reshape(k, d, s, q, *x.shape[2:]), 0, 2) for x in part])
+    out, lse = softmaxed(_scores("kmh,khp->kmp", flat, keys), values)
+    return jnp.moveaxis(out.reshape(k, d, s, q, h), 0, 2), jnp.moveaxis(lse.reshape(k, d, s, q), 0, 2)
 
 
-def _over_prefix(rows: Array, keys: Array, values: Array, mask: Array, seats: Seats | None) -> _Part:
+def _over_prefix(rows: Array, keys: Array, values: Array, mask: Array, seats: Seats | None) -> Pair:
     """One matmul per group and KV head for all members of a group."""
     seated = rows[:, :, None] if seats is None else seats.sit(rows)
     d, x, c, k, q, h = seated.shape
     flat = jnp.moveaxis(seated, 3, 2).reshape(d, x, k, c * q, h)
-    part = _part(flat, "dxkmh,dxkhp->dxkmp", keys, "dxkmp,dxkph->dxkmh", values, mask[:, :, None, None, :])
-    back = [jnp.moveaxis(a.reshape(d, x, k, c, q, *a.shape[4:]), 2, 3) for a in part]
-    return _Part(*[a[:, :, 0] if seats is None else seats.rise(a) for a in back])
+    scores = masked(_scores("dxkmh,dxkhp->dxkmp", flat, keys), mask[:, :, None, None, :])
+
+    def back(a: Array) -> Array:
+        a = jnp.moveaxis(a.reshape(d, x, k, c, q, *a.shape[4:]), 2, 3)
+        return a[:, :, 0] if seats is None else seats.rise(a)
+
+    out, lse = softmaxed(scores, values)
+    return back(out), back(lse)
 
 
-def _over_lanes(rows: Array, keys: Array, values: Array, mask: Array) -> _Part:
-    return _Part(*_part(rows, "dskqh,dskph->dskqp", keys, "dskqp,dskph->dskqh", values, mask))
+def _over_lanes(rows: Array, keys: Array, values: Array, mask: Array) -> Pair:
+    return softmaxed(masked(_scores("dskqh,dskph->dskqp", rows, keys), mask), values)
 
 
-def _part(
-    q: Array, logits: str, keys: Array, mix: str, values: Array, mask: Array | None
-) -> tuple[Array, Array, Array]:
-    x = jnp.einsum(logits, q, keys, preferred_element_type=jnp.float32)
-    if mask is not None:
-        x = jnp.where(mask, x, _MASKED)
-    peak = jnp.max(x, axis=-1)
-    weights = jnp.exp(x - peak[..., None])
-    output = jnp.einsum(mix, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return output, peak, jnp.sum(weights, axis=-1)
-
-
-def _merge(parts: Sequence[_Part]) -> Array:
-    peak = parts[0].peak
-    for part in parts[1:]:
-        peak = jnp.maximum(peak, part.peak)
-    shares = [jnp.exp(part.peak - peak) for part in parts]
-    total = sum(share * part.total for share, part in zip(shares, parts, strict=True))
-    output = sum(share[..., None] * part.output for share, part in zip(shares, parts, strict=True))
-    return jnp.asarray(output) / jnp.asarray(total)[..., None]
+def _scores(letters: str, rows: Array, keys: Array) -> Array:
+    return jnp.einsum(letters, rows, keys, preferred_element_type=jnp.float32)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maestro_jax.policy.attention.merge import Part
+
 Array = jax.Array
 
 
@@ -34,6 +36,16 @@ class GroupLayout:
     def of_members(self, row: Array) -> Array:
         """`[B, T, ...]` → its members `[B, G, R, ...]`."""
         return row[:, self.prefix :].reshape(row.shape[0], self.members, self.room, *row.shape[2:])
+
+    def parts(self, before: int) -> tuple[Part, ...]:
+        """What a row attends to, behind `before` keys that everybody sees."""
+        end, prefix = before + self.length, before + self.prefix
+        parts = (Part((0, self.prefix), (0, prefix), causal=True),)
+        if not self.members:
+            return parts
+        members = (self.prefix, self.length)
+        own = Part(members, (prefix, end), causal=True, sequences=self.members)
+        return (*parts, Part(members, (0, prefix)), own)
 
     def sees(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
         """Whether the token at `query` of a row may see the one at `key`, all of them real; broadcasts."""

@@ -14,6 +14,7 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.attention.groups import GroupLayout, causal
 from maestro_jax.policy.attention.interface import AttentionConfig, attend_groups, attend_images
+from tests.policy.attention import plain
 from tests.policy.reference import assert_near
 
 B, N, K, H, ROOT = 8, 4, 2, 16, 7
@@ -26,7 +27,7 @@ OTHERS = {
 }
 MESHES = {"one device": (1, 1, 1), "data 2, fsdp 2, tensor 2": (2, 2, 2), "fsdp 8": (1, 8, 1)}
 TOLERANCE = 2e-6  # fp32, of the largest value: the order of sums differs, nothing else
-PLAIN = AttentionConfig("xla")
+PLAIN = None
 
 
 def arrays(layout: GroupLayout, groups: int = B, seed: int = 0) -> dict[str, jax.Array]:
@@ -51,12 +52,15 @@ def ragged(layout: GroupLayout, groups: int = B, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.concatenate([prefix, members.reshape(groups, -1)], axis=1))
 
 
-def value_and_gradients(x: dict[str, jax.Array], real: jax.Array, layout: GroupLayout, config: AttentionConfig) -> Any:
+def value_and_gradients(
+    x: dict[str, jax.Array], real: jax.Array, layout: GroupLayout, config: AttentionConfig | None
+) -> Any:
     """Of a weighted sum of the outputs of real tokens."""
 
     def value(x: dict[str, jax.Array]) -> jax.Array:
         root = (x["root_k"], x["root_v"])
-        out = attend_groups(x["q"], x["k"], x["v"], root, real, layout, H**-0.5, config)
+        given = x["q"], x["k"], x["v"], root, real, layout, H**-0.5
+        out = plain.attend_groups(*given) if config is PLAIN else attend_groups(*given, config)
         return jnp.sum(out * x["weights"] * real[..., None, None])
 
     return jax.jit(jax.value_and_grad(value))(x)
@@ -98,11 +102,13 @@ def test_images(config: AttentionConfig) -> None:
     k, v = (jnp.repeat(x[name], N // K, axis=2) for name in ("k", "v"))
     real = ragged(layout, 3)
 
-    def outputs(config: AttentionConfig) -> Any:
+    def outputs(config: AttentionConfig | None) -> Any:
         def value(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.sum(
-                attend_images(q, k, v, real, H**-0.5, config) * x["weights"] * real[..., None, None],
-            )
+            if config is PLAIN:
+                out = plain.attend(q, k, v, jnp.broadcast_to(real[:, None], (3, 128, 128)), H**-0.5)
+            else:
+                out = attend_images(q, k, v, real, H**-0.5, config)
+            return jnp.sum(out * x["weights"] * real[..., None, None])
 
         return jax.jit(jax.grad(value, argnums=(0, 1, 2)))(x["q"], k, v)
 
@@ -155,5 +161,5 @@ def test_splash_says_which_lengths_it_needs() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'flash' is unknown; use one of xla, blocks, splash"):
+    with pytest.raises(ConfigError, match="'flash' is unknown; use one of blocks, splash"):
         AttentionConfig("flash")
