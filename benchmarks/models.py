@@ -30,7 +30,7 @@ from maestro_jax.policy.huggingface import counterparts
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.policy.prompts import collate_prompts
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
-from maestro_jax.rollout.moves import Seating
+from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Lane, Sizes
@@ -189,13 +189,13 @@ class OurLanes:
         self._tables = _endless(policy.architecture.text.vocab_size)
 
     def begin(self, params: nnx.State) -> None:
-        """Prefills the prompt, once for all members, and seats them; positions and masks are made on the host."""
+        """Prefills the prompt, once for all members, and gives them lanes; positions and masks are made on the host."""
         programs, batch = self._programs, self.policy.batch(self.prompt)
         with jax.set_mesh(self.policy.mesh):
             self.weights = programs.weights(params)
             groups, lanes, _ = programs.open(params, batch.root)
             self._groups = programs.prefill(params, groups, batch, np.zeros((1, 1), np.int32))
-            self._lanes = jax.block_until_ready(programs.seat(self._groups, lanes, self._seating()))
+            self._lanes = jax.block_until_ready(programs.assign(self._groups, lanes, self._starts()))
 
     def decode(self) -> None:
         """A turn of every member."""
@@ -214,13 +214,13 @@ class OurLanes:
         with jax.set_mesh(self.policy.mesh):
             self._lanes = jax.block_until_ready(self._programs.append(self.weights, self._groups, self._lanes, *told))
 
-    def _seating(self) -> Seating:
+    def _starts(self) -> LaneStarts:
         lanes = (1, self.members)
         zeros = jnp.zeros(lanes, jnp.int32)
-        return Seating(
+        return LaneStarts(
             changed=jnp.ones(lanes, jnp.int32),
             status=jnp.full(lanes, Lane.DECODING, jnp.int32),
-            seat=jnp.arange(self.members, dtype=jnp.int32)[None],
+            member_slot=jnp.arange(self.members, dtype=jnp.int32)[None],
             length=zeros,
             turn=zeros,
             keys=jnp.zeros((*lanes, 2), jnp.uint32),

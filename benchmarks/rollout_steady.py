@@ -179,7 +179,7 @@ def measure(side: ScriptedRollouts, server: ServerProcess, trace: Trace, shape: 
     """
     records, start = run_session(side, server, trace, shape, shape.seconds)
     end = start + shape.seconds
-    if any(member.timing.seated for member in records[-1].members):
+    if any(member.timing.assigned for member in records[-1].members):
         raise ValueError(f"the last of {len(records)} groups had begun when the clock stopped; draw more groups")
     chunks = [c for c in side.engine.chunks if start < c.end <= end]
     return Stretch(
@@ -211,8 +211,8 @@ def run_session(
 
 def _mean_in_flight(records: Sequence[GroupRecord], start: float, end: float) -> float:
     """Trajectories between their first lane and their end, averaged over the time between `start` and `end`."""
-    begun = [m.timing for record in records for m in record.members if m.timing.seated]
-    overlaps = (min(t.finished or end, end) - max(t.seated, start) for t in begun)
+    begun = [m.timing for record in records for m in record.members if m.timing.assigned]
+    overlaps = (min(t.finished or end, end) - max(t.assigned, start) for t in begun)
     return sum(max(0.0, overlap) for overlap in overlaps) / (end - start)
 
 

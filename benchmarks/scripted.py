@@ -90,7 +90,7 @@ def make_tokens(directory: Path) -> Tokens:
 class ScriptedPolicy(nnx.Module):
     """The interface of `Policy` that a rollout uses: the next token stands in a script.
 
-    A prompt names its group, a seat the member; together they tell the script. Hidden states are logits.
+    A prompt names its group, a slot the member; together they tell the script. Hidden states are logits.
 
     Args:
       scripts: float32 `[groups * members, R]` of ids, member by member: what stands at every place of its tokens.
@@ -120,10 +120,10 @@ class ScriptedPolicy(nnx.Module):
     def extend(
         self, tokens: Array, steps: Array, view: View, fresh: LaneKV, at: Array | int, mask: Array
     ) -> tuple[Array, LaneKV]:
-        if view.seats is None:  # an observation, behind which a turn opens
+        if view.assignment is None:  # an observation, behind which a turn opens
             return self._logits(jnp.full(tokens.shape, self.opening)), fresh
         group = take(view.shared.keys[0][:, :, 0, 0, 0], view.group)
-        script = group.astype(jnp.int32) * self.members + view.seats.seat % self.members
+        script = group.astype(jnp.int32) * self.members + view.assignment.member_slot % self.members
         following = self.scripts[...].at[script[..., None], steps + 1].get(mode="clip")
         return self._logits(following.astype(jnp.int32)), fresh
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maestro_jax.parallel.sharding import keep_over_heads
-from maestro_jax.policy.attention.cascade import LaneKV, Seats, Shared, View, put, take
+from maestro_jax.policy.attention.cascade import Assignment, LaneKV, Shared, View, put, take
 from maestro_jax.policy.model import DecodingPolicy, Policy, PrefixBatch
 from maestro_jax.policy.text import Context, LayerKV
 from maestro_jax.policy.vision import Leaf
@@ -111,8 +111,8 @@ def decode_chunk(
     Args:
       noise: float32 `[]`, 1 to sample, 0 for greedy decoding.
     """
-    seats = Seats.of(lanes.seat, sizes.groups, sizes.members)
-    view = View.of_all(groups.shared, lanes.cache, lanes.length, seats)
+    assignment = Assignment.of(lanes.member_slot, sizes.groups, sizes.members)
+    view = View.of_all(groups.shared, lanes.cache, lanes.length, assignment)
     room = jnp.minimum(sizes.room - lanes.length + lanes.written, sizes.turn_budget)  # most tokens of this turn
 
     def go_on(carry: tuple[Array, Lanes, LaneKV]) -> Array:
@@ -134,7 +134,7 @@ def decode_chunk(
     fresh = room_for_fresh(lanes.cache, sizes.lanes, config.chunk)
     _, end, fresh = jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), start, fresh))
     added = end.written - lanes.written
-    everywhere = jnp.broadcast_to(jnp.arange(sizes.lanes), lanes.seat.shape)
+    everywhere = jnp.broadcast_to(jnp.arange(sizes.lanes), lanes.member_slot.shape)
     cache = write(lanes.cache, everywhere, fresh, lanes.length, added)
     return dataclasses.replace(end, length=lanes.length + added, cache=cache)
 
@@ -190,8 +190,8 @@ def append_observations(
       observation_length: int32 `[D, A]`.
     """
     width = observation.shape[-1]
-    seats = Seats.of(lanes.seat, sizes.groups, sizes.members)
-    view = View.of_few(groups.shared, lanes.cache, lanes.length, seats, at)
+    assignment = Assignment.of(lanes.member_slot, sizes.groups, sizes.members)
+    view = View.of_few(groups.shared, lanes.cache, lanes.length, assignment, at)
     steps = view.length[..., None] + jnp.arange(width)
     fresh = room_for_fresh(lanes.cache, at.shape[1], width)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (*at.shape, width, width))

@@ -1,4 +1,4 @@
-"""The pure device programs that seat trajectories in lanes and carry their keys and values in and out.
+"""The pure device programs that give lanes to trajectories and carry their keys and values in and out.
 
 A lane whose trajectory waits for an expert can be given to another one. What the first has computed goes to pages on
 the device, or to the host, and comes back when the expert has answered: nothing is computed twice. Each program
@@ -18,36 +18,36 @@ Array = jax.Array
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Seating:
-    """Who sits in which lane from now on."""
+class LaneStarts:
+    """Which trajectory each lane decodes from now on, and from where."""
 
     changed: Array  # int32 [D, S]: 1 where the lane gets another trajectory, or none
     status: Array  # int32 [D, S]: DECODING, or EMPTY
-    seat: Array  # int32 [D, S]
+    member_slot: Array  # int32 [D, S]
     length: Array  # int32 [D, S]: tokens that the trajectory has already
     turn: Array  # int32 [D, S]: its turn
     keys: Array  # uint32 [D, S, 2]: its random key data
 
 
-def seat_lanes(groups: Groups, lanes: Lanes, seating: Seating, sizes: Sizes) -> Lanes:
+def assign_lanes(groups: Groups, lanes: Lanes, starts: LaneStarts, sizes: Sizes) -> Lanes:
     """Gives lanes to other trajectories. A first turn goes on from the prefix's last state."""
-    group = jnp.minimum(seating.seat // sizes.members, sizes.groups - 1)
-    changed = seating.changed > 0
+    group = jnp.minimum(starts.member_slot // sizes.members, sizes.groups - 1)
+    changed = starts.changed > 0
 
     def new(before: Array, after: Array | int) -> Array:
         return jnp.where(changed, after, before)
 
     return dataclasses.replace(
         lanes,
-        status=new(lanes.status, seating.status),
+        status=new(lanes.status, starts.status),
         stop=new(lanes.stop, 0),
         written=new(lanes.written, 0),
-        length=new(lanes.length, seating.length),
-        turn=new(lanes.turn, seating.turn),
+        length=new(lanes.length, starts.length),
+        turn=new(lanes.turn, starts.turn),
         automaton=new(lanes.automaton, 0),
         hidden=jnp.where(changed[..., None], take(groups.hidden, group), lanes.hidden),
-        keys=jnp.where(changed[..., None], seating.keys, lanes.keys),
-        seat=new(lanes.seat, seating.seat),
+        keys=jnp.where(changed[..., None], starts.keys, lanes.keys),
+        member_slot=new(lanes.member_slot, starts.member_slot),
     )
 
 

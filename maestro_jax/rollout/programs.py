@@ -61,7 +61,7 @@ class RolloutPrograms:
     prefill: Any
     decode: Any
     append: Any
-    seat: Any
+    assign: Any
     park: Any
     load: Any
     unload: Any
@@ -91,7 +91,7 @@ def rollout_programs(graph: nnx.GraphDef, sizes: Sizes, config: DecodeConfig) ->
         prefill=jax.jit(on_policy(decode.prefill), donate_argnums=1),
         decode=jax.jit(on_decoder(decode.decode_chunk, sizes=sizes, config=config), donate_argnums=2),
         append=jax.jit(on_decoder(decode.append_observations, sizes=sizes), donate_argnums=2),
-        seat=jax.jit(on_lanes(moves.seat_lanes, sizes=sizes), donate_argnums=1),
+        assign=jax.jit(on_lanes(moves.assign_lanes, sizes=sizes), donate_argnums=1),
         park=jax.jit(on_lanes(moves.park), donate_argnums=1),
         load=jax.jit(on_lanes(moves.load), donate_argnums=0),
         unload=jax.jit(on_lanes(moves.unload)),

@@ -53,7 +53,7 @@ class Orders:
 
     changed: np.ndarray  # int32 [S]
     status: np.ndarray  # int32 [S]
-    seat: np.ndarray  # int32 [S]
+    member_slot: np.ndarray  # int32 [S]
     length: np.ndarray  # int32 [S]
     turn: np.ndarray  # int32 [S]
     keys: np.ndarray  # uint32 [S, 2]
@@ -99,7 +99,7 @@ def orders_layout(c: Capacity) -> tuple[np.ndarray, dict[str, Place]]:
     blank = {
         "changed": (lanes, 0),
         "status": (lanes, 0),
-        "seat": (lanes, c.groups * c.members),
+        "member_slot": (lanes, c.groups * c.members),
         "length": (lanes, 0),
         "turn": (lanes, 0),
         "keys": ((c.lanes, 2), 0),
@@ -151,7 +151,7 @@ class Scheduler:
         self.unloaded: list[tuple[Parked, int]] = []  # where it goes, and how many tokens are of use
         self.brought_back: list[Trajectory] = []
         self._vacated: list[int] = []  # pages that are free once the orders have been carried out
-        self._seated: set[int] = set()  # lanes that somebody sits in, as far as the device knows
+        self._occupied: set[int] = set()  # lanes that decode somebody, as far as the device knows
         self._cleared_at_once = False  # whether lanes without a trajectory may still be decoding
 
     # ---- what happens to trajectories ----------------------------------------------------------------------
@@ -196,9 +196,9 @@ class Scheduler:
                     self.finish(member)
         self.fresh.clear()
         self.returning.clear()
-        # Whatever was being ordered when the fault happened: nobody is parked or seated now.
+        # Whatever was being ordered when the fault happened: nobody is parked or given a lane now.
         self.free_pages, self._vacated, self.host_bytes = list(range(self.capacity.pages)), [], 0
-        self._seated, self._cleared_at_once = set(range(self.capacity.lanes)), True
+        self._occupied, self._cleared_at_once = set(range(self.capacity.lanes)), True
 
     def stages(self) -> list[Stage | None]:
         """Of each lane's trajectory; None in an empty lane."""
@@ -242,11 +242,11 @@ class Scheduler:
         return orders, self._may_seat or Stage.READY in self.stages()
 
     def _clear(self, orders: Orders) -> None:
-        """Empties lanes that nobody sits in, together with the next seating: until then they stand still anyway."""
+        """Empties lanes without a trajectory, together with the next assignment: until then they stand still anyway."""
         if orders.changed.any() or self._cleared_at_once:
-            empty = {lane for lane in self._seated if self.lanes[lane] is None}
-            orders.changed[list(empty)] = 1  # seat and status say already that they are empty
-            self._seated -= empty
+            empty = {lane for lane in self._occupied if self.lanes[lane] is None}
+            orders.changed[list(empty)] = 1  # member slot and status say already that they are empty
+            self._occupied -= empty
             self._cleared_at_once = False
 
     @property
@@ -312,15 +312,15 @@ class Scheduler:
             trajectory = self.fresh.popleft()
             self._seat(orders, lane, trajectory, 0)
             trajectory.stage = Stage.DECODING
-            trajectory.timing.seated = trajectory.timing.begun = time.monotonic()
+            trajectory.timing.assigned = trajectory.timing.begun = time.monotonic()
 
     def _seat(self, orders: Orders, lane: int, trajectory: Trajectory, length: int) -> None:
         group = trajectory.group
         assert group is not None
         self.lanes[lane] = trajectory
-        self._seated.add(lane)
+        self._occupied.add(lane)
         orders.changed[lane] = orders.status[lane] = 1
-        orders.seat[lane] = group.slot * self.capacity.members + trajectory.member
+        orders.member_slot[lane] = group.slot * self.capacity.members + trajectory.member
         orders.length[lane] = length
         # An observation starts the next turn.
         orders.turn[lane] = trajectory.turns - 1 if length else 0

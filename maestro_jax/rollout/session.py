@@ -1,6 +1,6 @@
 """Episodes in flight: the loop of programs that serves them.
 
-Exchange with the experts, carry out the orders (prefill, park, seat, load, append what experts said), decode a chunk.
+Exchange with the experts, carry out the orders (prefill, park, assign, load, append what experts said), decode a chunk.
 The loop's conditions are replicated device values, so all processes enqueue the same programs in the same order.
 """
 
@@ -21,7 +21,7 @@ from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import join_prompts
 from maestro_jax.rollout.decode import StopTables
 from maestro_jax.rollout.exchange import Counts, Exchange
-from maestro_jax.rollout.moves import Seating
+from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms
 from maestro_jax.rollout.scheduler import Capacity, Scheduler
 from maestro_jax.rollout.state import Groups, Lanes, Sizes
@@ -188,7 +188,7 @@ class Session:
         if counts.unloaded:
             self._keep_on_host(programs.unload(lanes, orders.unload_lanes))
         if counts.reseated:
-            lanes = programs.seat(groups, lanes, seating(orders))
+            lanes = programs.assign(groups, lanes, lane_starts(orders))
         if counts.loaded:
             lanes = programs.load(lanes, pages, orders.load_lanes, orders.load_table)
         if counts.brought_back:
@@ -263,6 +263,6 @@ def rows_of_shard(x: Array, shard: int) -> np.ndarray:
     return whole
 
 
-def seating(orders: Any) -> Seating:
-    """The part of `Orders` (of arrays on the devices) that says who sits where."""
-    return Seating(**{field.name: getattr(orders, field.name) for field in dataclasses.fields(Seating)})
+def lane_starts(orders: Any) -> LaneStarts:
+    """The part of `Orders` (of arrays on the devices) that says which trajectory each lane decodes."""
+    return LaneStarts(**{field.name: getattr(orders, field.name) for field in dataclasses.fields(LaneStarts)})

@@ -35,7 +35,7 @@ class Sizes:
     shards: int  # D
     lanes: int  # S
     groups: int  # B
-    members: int  # C, seats of a group
+    members: int  # C, of a group
     prefix: int  # P
     room: int  # R
     turn_budget: int  # T
@@ -77,7 +77,7 @@ class Lanes:
     automaton: Array  # int32 [D, S]: state of the stop automaton
     hidden: Array  # [D, S, width]: final hidden state from which the next token is predicted
     keys: Array  # uint32 [D, S, 2]: random key data, from (seed, step, task, member)
-    seat: Array  # int32 [D, S]: group * C + member, B C in a lane without a trajectory
+    member_slot: Array  # int32 [D, S]: group * C + member, B C in a lane without a trajectory
     cache: LaneKV
 
 
@@ -95,7 +95,7 @@ def empty_lanes(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> Lanes:
         automaton=zeros,
         hidden=jnp.zeros((*lanes, config.hidden_size), dtype),
         keys=jnp.zeros((*lanes, 2), jnp.uint32),
-        seat=jnp.full(lanes, sizes.groups * sizes.members, jnp.int32),
+        member_slot=jnp.full(lanes, sizes.groups * sizes.members, jnp.int32),
         cache=LaneKV([], []),
     )
     # Constants depend on nothing that is sharded: without this every device would hold every lane.

@@ -27,7 +27,7 @@ class Timing:
     """Where the seconds of a trajectory went, on the host's clock."""
 
     submitted: float = dataclasses.field(default_factory=time.monotonic)  # a point in time, as are the others below
-    seated: float = 0.0  # when it got its first lane
+    assigned: float = 0.0  # when it got its first lane
     finished: float = 0.0
     begun: float = 0.0  # when the turn that is being written began
     called: float = 0.0  # when the last call went out
@@ -39,7 +39,7 @@ class Timing:
     @property
     def queued(self) -> float:
         """Seconds from submission to its first lane; its group's prefill is among them."""
-        return self.seated - self.submitted
+        return self.assigned - self.submitted
 
 
 @dataclasses.dataclass

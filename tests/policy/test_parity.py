@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maestro_jax.policy.attention.cascade import LaneKV, Seats, View
+from maestro_jax.policy.attention.cascade import Assignment, LaneKV, View
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.rollout.decode import open_groups, prefill, write
 from maestro_jax.rollout.state import Groups, Sizes, empty_kv
@@ -32,7 +32,7 @@ SIZES = Sizes(
     append_rows=3 * G,
     prefill_groups=3,
 )
-SEAT = np.random.default_rng(2).permutation(3 * G).astype(np.int32)[None]
+MEMBER_SLOT = np.random.default_rng(2).permutation(3 * G).astype(np.int32)[None]
 
 
 def encode(policy: Policy, batch: PrefixBatch, members: jax.Array, length: jax.Array) -> tuple[Any, ...]:
@@ -123,7 +123,7 @@ def jitted_extend(
 ) -> tuple[jax.Array, LaneKV]:
     """Runs tokens `[1, S, T]` behind `length [1, S]` others and keeps the first `count [1, S]` of each lane."""
     text, width = policy.architecture.text, tokens.shape[-1]
-    view = View.of_all(groups.shared, cache, length, Seats.of(jnp.asarray(SEAT), 3, G))
+    view = View.of_all(groups.shared, cache, length, Assignment.of(jnp.asarray(MEMBER_SLOT), 3, G))
     fresh = empty_kv((1, 3 * G, text.num_key_value_heads, width, text.head_dim), text, jnp.float32)
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (*tokens.shape, width))
     steps = length[..., None] + jnp.arange(width)
@@ -133,7 +133,7 @@ def jitted_extend(
 
 def in_lanes(x: np.ndarray) -> np.ndarray:
     """Members `[3, G, ...]` as lanes `[S, ...]`."""
-    return x.reshape(3 * G, *x.shape[2:])[SEAT[0]]
+    return x.reshape(3 * G, *x.shape[2:])[MEMBER_SLOT[0]]
 
 
 def test_extend_equals_encoding_at_once(policy: Policy, encoded: tuple[Any, ...]) -> None:

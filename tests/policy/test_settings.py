@@ -20,7 +20,7 @@ from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.policy.preprocess import block_order
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables, decode_chunk, open_groups, prefill
-from maestro_jax.rollout.moves import Seating, seat_lanes
+from maestro_jax.rollout.moves import LaneStarts, assign_lanes
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Sizes, empty_lanes
 from tests.policy import reference
@@ -273,12 +273,12 @@ def test_greedy_tokens_with_the_cache(pair: Pair) -> None:
         append_rows=3,
         prefill_groups=3,
     )
-    nothing, ones, seat = jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.int32), jnp.arange(3)[None]
-    start = Seating(ones, ones, seat, nothing, nothing, jnp.zeros((1, 3, 2), jnp.uint32))
+    nothing, ones, member_slot = jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.int32), jnp.arange(3)[None]
+    start = LaneStarts(ones, ones, member_slot, nothing, nothing, jnp.zeros((1, 3, 2), jnp.uint32))
 
     def decode(policy: Policy, batch: PrefixBatch) -> jax.Array:
-        groups = prefill(policy, open_groups(policy, batch.root, sizes), batch, seat)
-        lanes = seat_lanes(groups, empty_lanes(sizes, policy.architecture.text, jnp.float32), start, sizes)
+        groups = prefill(policy, open_groups(policy, batch.root, sizes), batch, member_slot)
+        lanes = assign_lanes(groups, empty_lanes(sizes, policy.architecture.text, jnp.float32), start, sizes)
         config = DecodeConfig(NEW, SamplingConfig())
         device_tables = jax.tree.map(jnp.asarray, tables)
         return decode_chunk(policy.for_decoding(), groups, lanes, device_tables, jnp.zeros(()), sizes, config).tokens[0]

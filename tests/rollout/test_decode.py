@@ -17,7 +17,7 @@ from maestro_jax.parallel.sharding import over_groups, replicated
 from maestro_jax.policy.model import PrefixBatch, prompt_shardings
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
-from maestro_jax.rollout.moves import Seating
+from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, Weights, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes
@@ -113,7 +113,7 @@ def device_episodes(
 ) -> list[list[Episode]]:
     """Decodes as a session does; episode `numbers [B, G]` is told something `patience` rounds after its turn."""
     run, tables = programs(sizes(len(keys)), chunk), tables or stop_tables()
-    groups, lanes = seated(run, prompts, keys)
+    groups, lanes = assigned(run, prompts, keys)
     episodes = [Episode(int(number)) for number in numbers.ravel()]  # by lane
     told: dict[int, tuple[int, list[int]]] = {}  # by lane: how many rounds from now, and what
     while not all(episode.done for episode in episodes):
@@ -128,7 +128,7 @@ def device_episodes(
             rounds = patience(episode.number, len(episode.stops))
             told[lane] = rounds, episode.end_turn(StopReason(int(stop[lane])))
         over = np.array([[episode.done for episode in episodes]])
-        lanes = run.seat(groups, lanes, seating(changed=over))
+        lanes = run.assign(groups, lanes, starts(changed=over))
         due = [lane for lane, (rounds, ids) in told.items() if rounds <= 0 and ids]
         for few in (due[at : at + ROWS] for at in range(0, len(due), ROWS)):
             lanes = run.append(
@@ -137,25 +137,25 @@ def device_episodes(
     return [episodes[at : at + MEMBERS] for at in range(0, len(episodes), MEMBERS)]
 
 
-def seated(run: RolloutPrograms, prompts: PrefixBatch, keys: np.ndarray) -> tuple[Groups, Lanes]:
+def assigned(run: RolloutPrograms, prompts: PrefixBatch, keys: np.ndarray) -> tuple[Groups, Lanes]:
     """Prefilled groups whose members have a lane each, in their order."""
     groups, lanes, _ = run.open(PARAMS, prompts.root)
     groups = run.prefill(PARAMS, groups, prompts, np.arange(len(keys))[None])
     everyone = np.ones((1, keys[..., 0].size), np.int32)
-    return groups, run.seat(groups, lanes, seating(everyone, status=everyone, keys=keys.reshape(1, -1, 2)))
+    return groups, run.assign(groups, lanes, starts(everyone, status=everyone, keys=keys.reshape(1, -1, 2)))
 
 
-def seating(
+def starts(
     changed: np.ndarray,
     status: np.ndarray | None = None,
     keys: np.ndarray | None = None,
-) -> Seating:
+) -> LaneStarts:
     """Lane n is that of member n; without a status it is emptied."""
     nothing, lanes = np.zeros(changed.shape, np.int32), changed.shape[1]
-    return Seating(
+    return LaneStarts(
         changed=np.asarray(changed, np.int32),
         status=nothing if status is None else status,
-        seat=np.full(changed.shape, lanes) if status is None else np.arange(lanes)[None],
+        member_slot=np.full(changed.shape, lanes) if status is None else np.arange(lanes)[None],
         length=nothing,
         turn=nothing,
         keys=np.zeros((*changed.shape, 2), np.uint32) if keys is None else keys,
@@ -350,9 +350,9 @@ def test_the_end_of_turn_token_ends_a_turn_at_once(sampled: list[list[Episode]])
 
 def test_empty_lanes_never_decode() -> None:
     run = programs(sizes(), CHUNK)
-    groups, lanes = seated(run, toy.prompts(), KEYS)
+    groups, lanes = assigned(run, toy.prompts(), KEYS)
     empty = np.arange(GROUPS * MEMBERS)[None] // MEMBERS == 1
-    lanes = run.seat(groups, lanes, seating(empty))
+    lanes = run.assign(groups, lanes, starts(empty))
     lanes = run.decode(WEIGHTS, groups, lanes, stop_tables(), np.float32(1))
     for counts in (lanes.written, lanes.length):
         np.testing.assert_array_equal(np.asarray(counts) == 0, empty)
@@ -364,13 +364,13 @@ def test_fresh_lanes_are_spread_over_the_mesh_and_decoded_by_one_program(caplog:
     mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
     run = rollout_programs(GRAPH, sizes(1, shards=2, pages=2), DecodeConfig(CHUNK, SamplingConfig(TEMPERATURE)))
     prompts, everyone = toy.prompts((0, 1)), np.ones((2, MEMBERS), np.int32)
-    start = seating(everyone, status=everyone, keys=toy.lanes((2, MEMBERS)))
-    start = dataclasses.replace(start, seat=np.tile(np.arange(MEMBERS), (2, 1)))
+    start = starts(everyone, status=everyone, keys=toy.lanes((2, MEMBERS)))
+    start = dataclasses.replace(start, member_slot=np.tile(np.arange(MEMBERS), (2, 1)))
     slots, start = jax.device_put((np.zeros((2, 1), np.int32), start), over_groups(mesh))
     with jax.set_mesh(mesh):
         groups, lanes, pages = run.open(PARAMS, prompts.root)
         groups = run.prefill(PARAMS, groups, jax.device_put(prompts, prompt_shardings(mesh)), slots)
-        lanes = run.seat(groups, lanes, start)
+        lanes = run.assign(groups, lanes, start)
         weights = run.weights(jax.device_put(PARAMS, replicated(mesh)))
         for step in range(3):
             caplog.clear()

@@ -9,7 +9,7 @@ from flax import nnx
 
 from maestro_jax.policy.attention.cascade import LaneKV
 from maestro_jax.rollout.decode import DecodeConfig
-from maestro_jax.rollout.moves import Seating
+from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes, empty_groups, empty_lanes, empty_pages
@@ -109,26 +109,26 @@ def test_a_lane_gets_its_trajectory_and_the_others_keep_theirs(run: RolloutProgr
     rng = np.random.default_rng(4)
     changed = np.array([[1, 0, 1, 0], [0, 1, 0, 0]])
     empty = SIZES.groups * SIZES.members
-    seating = Seating(
+    starts = LaneStarts(
         changed=changed.astype(np.int32),
         status=np.array([[Lane.DECODING, 0, Lane.EMPTY, 0], [0, Lane.DECODING, 0, 0]], np.int32),
-        seat=np.array([[5, empty, empty, empty], [empty, 1, empty, empty]], np.int32),
+        member_slot=np.array([[5, empty, empty, empty], [empty, 1, empty, empty]], np.int32),
         length=rng.integers(0, 24, (2, 4)).astype(np.int32),
         turn=rng.integers(0, 4, (2, 4)).astype(np.int32),
         keys=rng.integers(0, 2**32, (2, 4, 2), dtype=np.uint32),
     )
-    found = run.seat(groups, before, seating)
+    found = run.assign(groups, before, starts)
     new = changed > 0
-    for name in ("status", "seat", "length", "turn", "keys"):
-        given, old = getattr(seating, name), getattr(before, name)
+    for name in ("status", "member_slot", "length", "turn", "keys"):
+        given, old = getattr(starts, name), getattr(before, name)
         np.testing.assert_array_equal(found_of(found, name)[new], given[new], err_msg=name)
         np.testing.assert_array_equal(found_of(found, name)[~new], old[~new], err_msg=name)
     for name in ("stop", "written", "automaton"):
         np.testing.assert_array_equal(found_of(found, name), np.where(new, 0, getattr(before, name)), err_msg=name)
     for d, lane in np.ndindex(2, 4):
-        starts = new[d, lane] and seating.status[d, lane] == Lane.DECODING
-        wanted = groups.hidden[d, seating.seat[d, lane] // SIZES.members] if starts else before.hidden[d, lane]
-        if starts or not new[d, lane]:  # an empty lane has no state
+        begins = new[d, lane] and starts.status[d, lane] == Lane.DECODING
+        wanted = groups.hidden[d, starts.member_slot[d, lane] // SIZES.members] if begins else before.hidden[d, lane]
+        if begins or not new[d, lane]:  # an empty lane has no state
             np.testing.assert_array_equal(found.hidden[d, lane], wanted)
     for name in ("tokens", "logprobs"):
         np.testing.assert_array_equal(found_of(found, name), getattr(before, name), err_msg=name)

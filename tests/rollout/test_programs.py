@@ -17,7 +17,7 @@ from maestro_jax.policy.attention.interface import suited_to
 from maestro_jax.policy.model import DecodingPolicy, Policy
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
-from maestro_jax.rollout.moves import Seating
+from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, Weights, decoding_weights, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Sizes
@@ -60,7 +60,7 @@ def calls() -> dict[str, tuple[Any, Any, tuple]]:
     moved = jax.eval_shape(run.unload, lanes, integers(1, 3))
     at, table, every_lane = integers(1, 3), integers(1, 3, SIZES.pages_of_lane), integers(1, 12)
     keys = jax.ShapeDtypeStruct((1, 12, 2), jnp.uint32)
-    seating = Seating(every_lane, every_lane, every_lane, every_lane, every_lane, keys)
+    starts = LaneStarts(every_lane, every_lane, every_lane, every_lane, every_lane, keys)
     noise = jax.ShapeDtypeStruct((), jnp.float32)
     prefixes, weights = dataclasses.replace(groups.shared, root_keys=[], root_values=[]), Weights.of(params)
     return {
@@ -68,14 +68,14 @@ def calls() -> dict[str, tuple[Any, Any, tuple]]:
         "prefill": (run.prefill, groups, (params, groups, prompts, at)),
         "decode": (run.decode, lanes, (weights, groups, lanes, TABLES, noise)),
         "append": (run.append, lanes, (weights, groups, lanes, at, integers(1, 3, 5), at)),
-        "seat": (run.seat, lanes, (groups, lanes, seating)),
+        "assign": (run.assign, lanes, (groups, lanes, starts)),
         "park": (run.park, pages, (lanes, pages, at, table)),
         "load": (run.load, lanes, (lanes, pages, at, table)),
         "bring_back": (run.bring_back, lanes, (lanes, at, moved)),
     }
 
 
-@pytest.mark.parametrize("name", ["with_root", "prefill", "decode", "append", "seat", "park", "load", "bring_back"])
+@pytest.mark.parametrize("name", ["with_root", "prefill", "decode", "append", "assign", "park", "load", "bring_back"])
 def test_what_a_program_changes_stays_where_it_lies(name: str, calls: Mapping[str, tuple[Any, Any, tuple]]) -> None:
     program, changed, arguments = calls[name]
     memory = program.lower(*arguments).compile().memory_analysis()
@@ -123,8 +123,8 @@ def decoded(run: RolloutPrograms, params: nnx.State, weights: Any) -> tuple[np.n
     groups, lanes, _ = run.open(params, prompts.root)
     groups = run.prefill(params, groups, prompts, np.arange(3)[None])
     nothing = np.zeros((1, 12), np.int32)
-    seat, keys = np.arange(12)[None], np.zeros((1, 12, 2), np.uint32)
-    lanes = run.seat(groups, lanes, Seating(everyone, everyone, seat, nothing, nothing, keys))
+    member_slot, keys = np.arange(12)[None], np.zeros((1, 12, 2), np.uint32)
+    lanes = run.assign(groups, lanes, LaneStarts(everyone, everyone, member_slot, nothing, nothing, keys))
     lanes = run.decode(weights, groups, lanes, TABLES, np.float32(0))
     return np.asarray(lanes.tokens), np.asarray(lanes.logprobs)
 

@@ -68,7 +68,7 @@ def test_lanes_are_filled_in_the_order_of_groups() -> None:
     orders, more = scheduler.plan(version=5)
     assert scheduler.lanes == trajectories[:4] and not more
     assert orders.changed.tolist() == orders.status.tolist() == [1, 1, 1, 1]
-    assert orders.seat.tolist() == [0, 1, 2, 3] and orders.slots.tolist() == [0, 1]
+    assert orders.member_slot.tolist() == [0, 1, 2, 3] and orders.slots.tolist() == [0, 1]
     assert orders.keys.tolist() == [[n, 7] for n in range(4)]
     assert not orders.length.any() and not orders.turn.any()
     assert [record.version for record in scheduler.admitted] == [5, 5] and scheduler.unfinished == 3
@@ -128,12 +128,12 @@ def test_what_was_parked_comes_back_and_goes_on() -> None:
     scheduler.finish(third)
     orders, _ = scheduler.plan(0)
     assert rows(orders.load_lanes, 1) == [0] and orders.load_table[0, :3].tolist() == [0, 1, 2]
-    assert (orders.seat[0], orders.length[0], orders.turn[0], orders.keys[0, 0]) == (0, 6, 0, 0)
+    assert (orders.member_slot[0], orders.length[0], orders.turn[0], orders.keys[0, 0]) == (0, 6, 0, 0)
     assert rows(orders.append_lanes, 1) == [0] and scheduler.lanes == [first] and first.parked is None
     scheduler.finish(first)
     orders, _ = scheduler.plan(0)
     assert rows(orders.back_lanes, 1) == [0] and scheduler.brought_back == [second]
-    assert (orders.seat[0], orders.length[0]) == (1, 7) and scheduler.host_bytes == 0
+    assert (orders.member_slot[0], orders.length[0]) == (1, 7) and scheduler.host_bytes == 0
 
 
 def test_pages_are_given_back_only_once_the_orders_are_carried_out() -> None:
@@ -239,7 +239,7 @@ def test_a_slot_is_used_again_when_its_whole_group_is_over() -> None:
     assert orders.slots.tolist() == [2] and not orders.changed.any()
     scheduler.finish(trajectories[5])
     orders, _ = scheduler.plan(1)
-    assert orders.slots.tolist() == [1] and orders.seat.tolist()[3:] == [3, 4, 5]
+    assert orders.slots.tolist() == [1] and orders.member_slot.tolist()[3:] == [3, 4, 5]
     assert scheduler.finished == [trajectories[3].group] and scheduler.slots[1] is trajectories[6].group
     assert trajectories[6].group.version == 1 and scheduler.unfinished == 2
 
@@ -250,7 +250,7 @@ def test_lanes_of_who_is_over_are_emptied_with_the_next_seating() -> None:
     scheduler.finish(trajectories[0])
     scheduler.finish(trajectories[2])
     orders, _ = scheduler.plan(0)
-    assert orders.changed.tolist() == [1, 0, 1] and orders.seat.tolist() == [3, 6, 4]
+    assert orders.changed.tolist() == [1, 0, 1] and orders.member_slot.tolist() == [3, 6, 4]
     scheduler.finish(trajectories[1])
     orders, _ = scheduler.plan(0)
     assert orders.changed.tolist() == [0, 1, 0]
@@ -350,10 +350,10 @@ class Device:
     def __init__(self, capacity: Capacity):
         self.capacity = capacity
         self.groups: list[GroupRecord | None] = [None] * capacity.groups
-        self.seated: list[Trajectory | None] = [None] * capacity.lanes
+        self.decoding: list[Trajectory | None] = [None] * capacity.lanes
         self.status = [Lane.EMPTY] * capacity.lanes
         self.turn = [0] * capacity.lanes
-        self.seat = [capacity.groups * capacity.members] * capacity.lanes
+        self.member_slot = [capacity.groups * capacity.members] * capacity.lanes
         self.cache: list[list[int]] = [[] for _ in range(capacity.lanes)]
         self.pages: list[list[int]] = [[] for _ in range(capacity.pages)]
 
@@ -383,14 +383,14 @@ class Device:
         members = self.capacity.members
         for lane in np.flatnonzero(orders.changed):
             self.status[lane], self.turn[lane] = Lane(orders.status[lane]), int(orders.turn[lane])
-            self.seat[lane] = int(orders.seat[lane])
-            self.cache[lane], self.seated[lane] = [], None
+            self.member_slot[lane] = int(orders.member_slot[lane])
+            self.cache[lane], self.decoding[lane] = [], None
             if orders.status[lane] == Lane.DECODING:
-                record = self.groups[orders.seat[lane] // members]
-                self.seated[lane] = record.members[orders.seat[lane] % members]
-                assert orders.keys[lane].tolist() == self.seated[lane].key.tolist()
-        taken = [seat for seat in self.seat if seat < self.capacity.groups * members]
-        assert len(set(taken)) == len(taken)  # two lanes on a seat would overwrite each other's queries
+                record = self.groups[orders.member_slot[lane] // members]
+                self.decoding[lane] = record.members[orders.member_slot[lane] % members]
+                assert orders.keys[lane].tolist() == self.decoding[lane].key.tolist()
+        taken = [slot for slot in self.member_slot if slot < self.capacity.groups * members]
+        assert len(set(taken)) == len(taken)  # two lanes for a member would overwrite each other's queries
 
 
 class Session:
@@ -434,7 +434,7 @@ class Session:
                 self.scheduler.finish(trajectory)
 
     def _decode(self, number: int) -> None:
-        for lane, trajectory in enumerate(self.device.seated):
+        for lane, trajectory in enumerate(self.device.decoding):
             if self.device.status[lane] is not Lane.DECODING:
                 continue
             cache, turn = self.device.cache[lane], self.scripts[trajectory][self.device.turn[lane]]
@@ -466,8 +466,8 @@ class Session:
             decodes = trajectory is not None and trajectory.stage is Stage.DECODING
             assert (device.status[lane] is Lane.DECODING) == decodes
             if trajectory is None:
-                continue  # its last trajectory stands still in it, until lanes are seated the next time
-            assert device.seated[lane] is trajectory
+                continue  # its last trajectory stands still in it, until lanes are assigned the next time
+            assert device.decoding[lane] is trajectory
             # Its own tokens, all of them; those of a turn that goes on come on top.
             assert device.cache[lane][: len(trajectory.tokens)] == trajectory.tokens
             assert device.turn[lane] == trajectory.turns - (trajectory.stage is not Stage.DECODING)

@@ -47,40 +47,40 @@ class Shared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seats:
-    """Where lanes sit among the members of groups: lane → seat `x * C + c`, and back.
+class Assignment:
+    """Which lanes decode which members of groups: lane → member slot `x * C + c`, and back.
 
     Attributes:
-      seat: int32 `[D, S]`; lanes without a trajectory have X C.
-      lane: int32 `[D, X, C]`; seats without a lane have S.
+      member_slot: int32 `[D, S]`; lanes without a trajectory have X C.
+      lane: int32 `[D, X, C]`; member slots without a lane have S.
     """
 
-    seat: Array
+    member_slot: Array
     lane: Array
 
     @classmethod
-    def of(cls, seat: Array, groups: int, columns: int) -> "Seats":
-        lanes = seat.shape[1]
+    def of(cls, member_slot: Array, groups: int, columns: int) -> "Assignment":
+        lanes = member_slot.shape[1]
 
-        def invert(seat: Array) -> Array:
+        def invert(member_slot: Array) -> Array:
             free = jnp.full((groups * columns,), lanes, jnp.int32)
-            return free.at[seat].set(jnp.arange(lanes, dtype=jnp.int32), mode="drop")
+            return free.at[member_slot].set(jnp.arange(lanes, dtype=jnp.int32), mode="drop")
 
-        return cls(seat, jax.vmap(invert)(seat).reshape(-1, groups, columns))
+        return cls(member_slot, jax.vmap(invert)(member_slot).reshape(-1, groups, columns))
 
     def group(self) -> Array:
         """The group of each lane `[D, S]`, 0 for lanes without a trajectory."""
         groups, columns = self.lane.shape[1:]
-        return jnp.where(self.seat < groups * columns, self.seat // columns, 0)
+        return jnp.where(self.member_slot < groups * columns, self.member_slot // columns, 0)
 
-    def sit(self, x: Array) -> Array:
-        """`[D, S, ...]` → `[D, X, C, ...]`, zeros on free seats."""
+    def to_members(self, x: Array) -> Array:
+        """`[D, S, ...]` → `[D, X, C, ...]`, zeros where no lane is."""
         return jax.vmap(lambda rows, at: rows.at[at].get(mode="fill", fill_value=0))(x, self.lane)
 
-    def rise(self, x: Array) -> Array:
+    def to_lanes(self, x: Array) -> Array:
         """`[D, X, C, ...]` → `[D, S, ...]`."""
         flat = x.reshape(x.shape[0], -1, *x.shape[3:])
-        return jax.vmap(lambda rows, at: rows.at[at].get(mode="clip"))(flat, self.seat)
+        return jax.vmap(lambda rows, at: rows.at[at].get(mode="clip"))(flat, self.member_slot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class View:
     """What the lanes of a program see, layer by layer: all lanes, or a few of them taken out.
 
     Attributes:
-      seats: who shares a prefix; None where each lane's prefix is taken out for it.
+      assignment: who shares a prefix; None where each lane's prefix is taken out for it.
       lanes: int32 `[D, A]`, which lanes the program is about; None for all of them.
       length: int32 `[D, S]`, tokens in each lane's cache.
     """
@@ -96,18 +96,18 @@ class View:
     shared: Shared
     cache: LaneKV
     length: Array
-    seats: Seats | None
+    assignment: Assignment | None
     lanes: Array | None
     group: Array  # int32 [D, S], of each lane of the program
 
     @classmethod
-    def of_all(cls, shared: Shared, cache: LaneKV, length: Array, seats: Seats) -> "View":
-        return cls(shared, cache, length, seats, None, seats.group())
+    def of_all(cls, shared: Shared, cache: LaneKV, length: Array, assignment: Assignment) -> "View":
+        return cls(shared, cache, length, assignment, None, assignment.group())
 
     @classmethod
-    def of_few(cls, shared: Shared, cache: LaneKV, length: Array, seats: Seats, lanes: Array) -> "View":
+    def of_few(cls, shared: Shared, cache: LaneKV, length: Array, assignment: Assignment, lanes: Array) -> "View":
         """Of lanes `[D, A]`; their caches and prefixes are copied, which is little beside all lanes' work."""
-        return cls(shared, cache, take(length, lanes), None, lanes, take(seats.group(), lanes))
+        return cls(shared, cache, take(length, lanes), None, lanes, take(assignment.group(), lanes))
 
     def next_position(self) -> Array:
         """Position of the first member token of each lane `[D, S]`."""
@@ -123,7 +123,7 @@ class View:
             prefix = take(prefix[0], self.group), take(prefix[1], self.group), take(prefix[2], self.group)
             own = take(own[0], self.lanes), take(own[1], self.lanes)
         mask = jnp.arange(own[0].shape[3]) < self.length[..., None]
-        return attend_cached(q, root, prefix, self.seats, (*own, mask), fresh, scale)
+        return attend_cached(q, root, prefix, self.assignment, (*own, mask), fresh, scale)
 
 
 def take(x: Array, at: Array) -> Array:
@@ -140,7 +140,7 @@ def attend_cached(
     q: Array,
     root: tuple[Array, Array],
     prefix: tuple[Array, Array, Array],
-    seats: Seats | None,
+    assignment: Assignment | None,
     own: tuple[Array, Array, Array],
     fresh: tuple[Array, Array, Array],
     scale: float,
@@ -151,7 +151,7 @@ def attend_cached(
       q: `[D, S, T, N, H]`.
       root: keys `[K, H, P0]` and values `[K, P0, H]`.
       prefix: keys `[D, X, K, H, P]`, values `[D, X, K, P, H]`, mask `[D, X, P]`.
-      seats: which lanes share a prefix; None where lane s has the prefix x = s to itself.
+      assignment: which lanes share a prefix; None where lane s has the prefix x = s to itself.
       own: keys and values `[D, S, K, R, H]`, mask `[D, S, R]`.
       fresh: keys and values `[D, S, K, W, H]`, mask `[D, S, T, W]`.
       scale: multiplies the logits, 1 / sqrt(H).
@@ -164,7 +164,7 @@ def attend_cached(
     repeats = n // kv
     rows = jnp.moveaxis(q.reshape(d, s, t, kv, repeats, h) * scale, 3, 2).reshape(d, s, kv, t * repeats, h)
     keys, values, mask = own
-    parts = [_over_root(rows, *root), _over_prefix(rows, *prefix, seats)]
+    parts = [_over_root(rows, *root), _over_prefix(rows, *prefix, assignment)]
     parts.append(_over_lanes(rows, keys, values, mask[:, :, None, None, :]))
     keys, values, mask = fresh
     parts.append(_over_lanes(rows, keys, values, jnp.repeat(mask, repeats, axis=2)[:, :, None]))
@@ -180,16 +180,16 @@ def _over_root(rows: Array, keys: Array, values: Array) -> Pair:
     return jnp.moveaxis(out.reshape(k, d, s, q, h), 0, 2), jnp.moveaxis(lse.reshape(k, d, s, q), 0, 2)
 
 
-def _over_prefix(rows: Array, keys: Array, values: Array, mask: Array, seats: Seats | None) -> Pair:
+def _over_prefix(rows: Array, keys: Array, values: Array, mask: Array, assignment: Assignment | None) -> Pair:
     """One matmul per group and KV head for all members of a group."""
-    seated = rows[:, :, None] if seats is None else seats.sit(rows)
-    d, x, c, k, q, h = seated.shape
-    flat = jnp.moveaxis(seated, 3, 2).reshape(d, x, k, c * q, h)
+    of_members = rows[:, :, None] if assignment is None else assignment.to_members(rows)
+    d, x, c, k, q, h = of_members.shape
+    flat = jnp.moveaxis(of_members, 3, 2).reshape(d, x, k, c * q, h)
     scores = masked(_scores("dxkmh,dxkhp->dxkmp", flat, keys), mask[:, :, None, None, :])
 
     def back(a: Array) -> Array:
         a = jnp.moveaxis(a.reshape(d, x, k, c, q, *a.shape[4:]), 2, 3)
-        return a[:, :, 0] if seats is None else seats.rise(a)
+        return a[:, :, 0] if assignment is None else assignment.to_lanes(a)
 
     out, lse = softmaxed(scores, values)
     return back(out), back(lse)

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maestro_jax.policy.attention.cascade import LaneKV, Seats, Shared, View, attend_cached, put, take
+from maestro_jax.policy.attention.cascade import Assignment, LaneKV, Shared, View, attend_cached, put, take
 from tests.policy.reference import assert_near
 
-D, X, C = 2, 3, 4  # shards, groups, seats of a group
+D, X, C = 2, 3, 4  # shards, groups, members of a group
 S, T, N, K, H = 7, 3, 6, 2, 8  # lanes, new tokens, query heads, KV heads, head size
 P0, P, R, W = 5, 6, 9, 4  # tokens of the root, prefixes, lanes, and fresh ones
 SCALE = H**-0.5
 FREE = X * C
 # The members of a group stand apart. In the first shard two lanes are empty, and the second group has nobody.
-SEAT = np.array([[11, FREE, 2, 8, 0, FREE, 3], [1, 4, 0, 3, 7, 2, 6]], np.int32)
+MEMBER_SLOT = np.array([[11, FREE, 2, 8, 0, FREE, 3], [1, 4, 0, 3, 7, 2, 6]], np.int32)
 TOLERANCE = 2e-6  # fp32, sums of some 25 terms of size one
 # bf16 keeps 8 bits; queries, keys, weights and the result are rounded once each, sums are fp32.
 BF16_TOLERANCE = 2e-2
@@ -26,7 +26,7 @@ BF16_TOLERANCE = 2e-2
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What `attend_cached` takes, but for the seats."""
+    """What `attend_cached` takes, but for the assignment."""
 
     q: Any
     root: Any
@@ -76,12 +76,12 @@ def plain(x: Inputs, group: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def by_seat(x: Inputs, seat: jax.Array) -> jax.Array:
-    return attend_cached(x.q, x.root, x.prefix, Seats.of(seat, X, C), x.own, x.fresh, SCALE)
+def by_slot(x: Inputs, member_slot: jax.Array) -> jax.Array:
+    return attend_cached(x.q, x.root, x.prefix, Assignment.of(member_slot, X, C), x.own, x.fresh, SCALE)
 
 
-SITS = SEAT < FREE
-GROUP = np.where(SITS, SEAT // C, 0)
+HELD = MEMBER_SLOT < FREE
+GROUP = np.where(HELD, MEMBER_SLOT // C, 0)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -90,20 +90,20 @@ GROUP = np.where(SITS, SEAT // C, 0)
 @pytest.mark.parametrize("sharp", [1.0, 30.0])
 def test_parts_are_one_softmax_over_all_that_a_lane_sees(sharp: float) -> None:
     x = inputs(sharp=sharp)
-    found = np.asarray(by_seat(x, SEAT))
+    found = np.asarray(by_slot(x, MEMBER_SLOT))
     assert np.isfinite(found).all()  # of empty lanes too
-    assert_near(found[SITS], plain(x, GROUP)[SITS], TOLERANCE * sharp)  # logits are off by parts of their size
+    assert_near(found[HELD], plain(x, GROUP)[HELD], TOLERANCE * sharp)  # logits are off by parts of their size
 
 
 def test_bfloat16_is_rounded_and_nothing_else() -> None:
     x = inputs(jnp.bfloat16)
-    found = by_seat(x, SEAT)
+    found = by_slot(x, MEMBER_SLOT)
     assert found.dtype == jnp.bfloat16
-    assert_near(np.asarray(found, np.float32)[SITS], plain(x, GROUP)[SITS], BF16_TOLERANCE)
+    assert_near(np.asarray(found, np.float32)[HELD], plain(x, GROUP)[HELD], BF16_TOLERANCE)
 
 
 def test_lanes_with_a_prefix_each() -> None:
-    """What appending observations does: no seats, lane s has prefix s."""
+    """What appending observations does: no assignment, lane s has prefix s."""
 
     @jax.jit
     def one_by_one(x: Inputs) -> jax.Array:
@@ -116,28 +116,28 @@ def test_lanes_with_a_prefix_each() -> None:
 
 def test_a_lane_depends_on_no_other_and_on_no_place() -> None:
     x = inputs()
-    wanted = by_seat(x, SEAT)
-    louder = by_seat(dataclasses.replace(x, q=x.q.at[:, 5].multiply(3)), SEAT)
+    wanted = by_slot(x, MEMBER_SLOT)
+    louder = by_slot(dataclasses.replace(x, q=x.q.at[:, 5].multiply(3)), MEMBER_SLOT)
     np.testing.assert_array_equal(np.delete(louder, 5, axis=1), np.delete(wanted, 5, axis=1))
     order = np.random.default_rng(1).permutation(S)
     moved = Inputs(x.q[:, order], x.root, x.prefix, *(tuple(a[:, order] for a in part) for part in (x.own, x.fresh)))
-    seat = np.where(order == 4, SEAT[:, order], FREE)  # alone
-    np.testing.assert_array_equal(by_seat(moved, seat)[:, order == 4], wanted[:, 4:5])
+    member_slot = np.where(order == 4, MEMBER_SLOT[:, order], FREE)  # alone
+    np.testing.assert_array_equal(by_slot(moved, member_slot)[:, order == 4], wanted[:, 4:5])
 
 
 # ---- who sits where ----------------------------------------------------------------------------------------
 
 
 def test_lanes_sit_down_and_rise_again() -> None:
-    seats = Seats.of(jnp.asarray(SEAT), X, C)
-    for d, s in np.argwhere(SITS):
-        assert seats.lane[d, SEAT[d, s] // C, SEAT[d, s] % C] == s
-    assert (np.asarray(seats.lane) < S).sum() == SITS.sum()
-    np.testing.assert_array_equal(seats.group(), GROUP)
+    assignment = Assignment.of(jnp.asarray(MEMBER_SLOT), X, C)
+    for d, s in np.argwhere(HELD):
+        assert assignment.lane[d, MEMBER_SLOT[d, s] // C, MEMBER_SLOT[d, s] % C] == s
+    assert (np.asarray(assignment.lane) < S).sum() == HELD.sum()
+    np.testing.assert_array_equal(assignment.group(), GROUP)
     x = 1 + np.arange(D * S * 2, dtype=np.float32).reshape(D, S, 2)
-    seated = seats.sit(jnp.asarray(x))
-    assert not np.asarray(seated)[np.asarray(seats.lane) == S].any()
-    np.testing.assert_array_equal(np.asarray(seats.rise(seated))[SITS], x[SITS])
+    by_member = assignment.to_members(jnp.asarray(x))
+    assert not np.asarray(by_member)[np.asarray(assignment.lane) == S].any()
+    np.testing.assert_array_equal(np.asarray(assignment.to_lanes(by_member))[HELD], x[HELD])
 
 
 def test_rows_are_taken_and_put_shard_by_shard() -> None:
@@ -163,9 +163,9 @@ def views(x: Inputs) -> tuple[jax.Array, ...]:
     shared = Shared(
         *([empty, leaf] for leaf in (*x.root, *x.prefix[:2])), mask=x.prefix[2], next_position=jnp.asarray(POSITIONS)
     )
-    cache, seats = LaneKV([empty, x.own[0]], [empty, x.own[1]]), Seats.of(jnp.asarray(SEAT), X, C)
-    everyone = View.of_all(shared, cache, length, seats)
-    few = View.of_few(shared, cache, length, seats, jnp.asarray(FEW))
+    cache, assignment = LaneKV([empty, x.own[0]], [empty, x.own[1]]), Assignment.of(jnp.asarray(MEMBER_SLOT), X, C)
+    everyone = View.of_all(shared, cache, length, assignment)
+    few = View.of_few(shared, cache, length, assignment, jnp.asarray(FEW))
     found = everyone.attend(1, x.q, x.fresh, SCALE), everyone.next_position(), everyone.length
     fresh = tuple(take(a, FEW) for a in x.fresh)
     return *found, few.attend(1, take(x.q, FEW), fresh, SCALE), few.next_position(), few.length
@@ -174,7 +174,7 @@ def views(x: Inputs) -> tuple[jax.Array, ...]:
 def test_a_few_lanes_see_what_they_see_among_all() -> None:
     x = inputs()
     attended, positions, length, *of_few = (np.asarray(a) for a in views(x))
-    assert_near(attended[SITS], plain(x, GROUP)[SITS], TOLERANCE)
+    assert_near(attended[HELD], plain(x, GROUP)[HELD], TOLERANCE)
     np.testing.assert_array_equal(positions, np.take_along_axis(POSITIONS, GROUP, axis=1))
     at = np.arange(D)[:, None], np.minimum(FEW, S - 1)
     assert_near(of_few[0], attended[at], TOLERANCE)
