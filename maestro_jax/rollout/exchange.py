@@ -27,7 +27,7 @@ from maestro_jax.policy.tokens import END_OF_TURN, Tokens
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.registry.skills.running import failure
 from maestro_jax.rollout import protocol
-from maestro_jax.rollout.programs import Piece
+from maestro_jax.rollout.programs import PackedField
 from maestro_jax.rollout.scheduler import Capacity, Orders, Scheduler, orders_layout
 from maestro_jax.rollout.state import Lane, Lanes
 from maestro_jax.rollout.trajectory import Stage, Trajectory
@@ -414,14 +414,14 @@ def _occupation(scheduler: Scheduler, status: np.ndarray) -> np.ndarray:
 def make_exchange_program(
     exchange: Exchange, mesh: Mesh, capacity: Capacity
 ) -> Callable[[Lanes, Array], tuple[Orders, Array]]:
-    """Compiles the exchange: `(lanes, shard numbers int32 [D]) → (orders of pieces with leading axis D, counts)`.
+    """Compiles the exchange: `(lanes, shard numbers int32 [D]) → (orders, leading axis D, counts)`.
 
     Counts int32 `[len(COUNTED)]` are replicated. All processes read them, so all enqueue the same programs in the
     same order.
     """
     shards = PartitionSpec(BATCH_AXES)
-    blank, places = orders_layout(capacity)
-    # One array each way: what a callback takes and gives costs time by the piece.
+    blank, fields = orders_layout(capacity)
+    # One array each way: what a callback takes and gives costs time by the array.
     answer = jax.ShapeDtypeStruct((blank.size + len(COUNTED),), np.int32)
 
     def local(shard: Array, status: Array, *turn: Array) -> tuple[Array, Array]:
@@ -429,11 +429,11 @@ def make_exchange_program(
         idle = jax.lax.psum(jnp.sum(status == Lane.DECODING), BATCH_AXES) == 0
         told = shard, leader.astype(jnp.int32), idle.astype(jnp.int32), status, *turn
         ends = np.cumsum([x.size for x in told]).tolist()
-        parts = [(end - x.size, end, x.dtype, x.shape) for end, x in zip(ends, told, strict=True)]
+        layout = [(end - x.size, end, x.dtype, x.shape) for end, x in zip(ends, told, strict=True)]
 
         def serve(row: np.ndarray) -> np.ndarray:
             row = np.asarray(row)
-            given = (row[start:end].view(dtype).reshape(shape) for start, end, dtype, shape in parts)
+            given = (row[start:end].view(dtype).reshape(shape) for start, end, dtype, shape in layout)
             orders, counts = exchange.serve(capacity, *given)
             return np.concatenate([orders.packed, counts])
 
@@ -448,7 +448,7 @@ def make_exchange_program(
 
     def program(lanes: Lanes, shard: Array) -> tuple[Orders, Array]:
         packed, counts = compiled(shard, lanes.status, lanes.stop, lanes.tokens, lanes.logprobs, lanes.written)
-        pieces: dict[str, Any] = {name: Piece(packed, *place) for name, place in places.items()}
-        return Orders(packed, **pieces), counts
+        packed_fields: dict[str, Any] = {name: PackedField(packed, *field) for name, field in fields.items()}
+        return Orders(packed, **packed_fields), counts
 
     return program

@@ -23,8 +23,8 @@ Array = jax.Array
     jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["start", "end", "shape", "dtype"]
 )
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A part of packed rows int32 `[D, N]`, cut out by the program that uses it.
+class PackedField:
+    """A field of packed rows int32 `[D, N]`, cut out by the program that uses it.
 
     Every array that a program gives back costs its caller time; the exchange gives back one.
     """
@@ -32,27 +32,27 @@ class Piece:
     packed: Array
     start: int
     end: int
-    shape: tuple[int, ...]  # of a row's part
+    shape: tuple[int, ...]  # in one row
     dtype: np.dtype
 
     def cut(self) -> Array:
-        part = self.packed[:, self.start : self.end].reshape(-1, *self.shape)
-        return jax.lax.bitcast_convert_type(part, self.dtype)
+        rows = self.packed[:, self.start : self.end].reshape(-1, *self.shape)
+        return jax.lax.bitcast_convert_type(rows, self.dtype)
 
 
-def _cut_pieces(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.cut() if _is_piece(x) else x, tree, is_leaf=_is_piece)
+def _cut_fields(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.cut() if _is_packed(x) else x, tree, is_leaf=_is_packed)
 
 
-def _is_piece(x: Any) -> bool:
-    return isinstance(x, Piece)
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, PackedField)
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutPrograms:
     """Jitted functions. What encodes prompts takes the trainer's parameters, what decodes takes `Weights` of them.
 
-    Where they take arrays of orders, they also take a `Piece`.
+    Where they take arrays of orders, they also take a `PackedField`.
     """
 
     weights: Any  # params → Weights
@@ -70,13 +70,13 @@ class RolloutPrograms:
 
 def rollout_programs(graph: nnx.GraphDef, sizes: Sizes, config: DecodeConfig) -> RolloutPrograms:
     def on_policy(function: Callable) -> Callable:
-        return lambda params, *args: function(nnx.merge(graph, params), *_cut_pieces(args))
+        return lambda params, *args: function(nnx.merge(graph, params), *_cut_fields(args))
 
     def on_decoder(function: Callable, **static: object) -> Callable:
-        return lambda weights, *args: function(_decoder(graph, weights), *_cut_pieces(args), **static)
+        return lambda weights, *args: function(_decoder(graph, weights), *_cut_fields(args), **static)
 
     def on_lanes(function: Callable, **static: object) -> Callable:
-        return lambda *args: function(*_cut_pieces(args), **static)
+        return lambda *args: function(*_cut_fields(args), **static)
 
     def open_session(params: nnx.State, root: Array) -> tuple:
         policy = nnx.merge(graph, params)

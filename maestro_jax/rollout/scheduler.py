@@ -46,7 +46,7 @@ class Orders:
     """What the device is to do with one shard before it decodes again; numpy, static shapes, no bools.
 
     Rows that order nothing name lane S; pages that are left out are page M. What fields mean stands in
-    `rollout/moves.py` and `append_observations`. All are pieces of one array, in which they travel.
+    `rollout/moves.py` and `append_observations`. All are fields of one array, in which they travel.
     """
 
     packed: np.ndarray  # int32 [N]
@@ -71,18 +71,18 @@ class Orders:
     @classmethod
     def none(cls, capacity: Capacity) -> "Orders":
         """Orders that change nothing."""
-        blank, places = orders_layout(capacity)
-        return cls.of(blank.copy(), places)
+        blank, fields = orders_layout(capacity)
+        return cls.of(blank.copy(), fields)
 
     @classmethod
-    def of(cls, packed: np.ndarray, places: Mapping[str, "Place"]) -> "Orders":
+    def of(cls, packed: np.ndarray, fields: Mapping[str, "Field"]) -> "Orders":
         """Orders whose fields are views of the packed array."""
         return cls(
-            packed, **{name: packed[p.start : p.end].reshape(p.shape).view(p.dtype) for name, p in places.items()}
+            packed, **{name: packed[p.start : p.end].reshape(p.shape).view(p.dtype) for name, p in fields.items()}
         )
 
 
-class Place(NamedTuple):
+class Field(NamedTuple):
     """Where a field of `Orders` stands in the packed array."""
 
     start: int
@@ -92,7 +92,7 @@ class Place(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def orders_layout(c: Capacity) -> tuple[np.ndarray, dict[str, Place]]:
+def orders_layout(c: Capacity) -> tuple[np.ndarray, dict[str, Field]]:
     """Packed orders that change nothing, and where each field stands in them."""
     lanes, rows, pages = (c.lanes,), (c.append_rows,), (c.append_rows, c.room // c.page)
     nobody, no_page = c.lanes, c.pages
@@ -114,20 +114,20 @@ def orders_layout(c: Capacity) -> tuple[np.ndarray, dict[str, Place]]:
         "observation_length": (rows, 0),
         "slots": ((c.prefill_groups,), c.groups),
     }
-    places, end = {}, 0
+    fields, end = {}, 0
     for name, (shape, _) in blank.items():
         start, end = end, end + math.prod(shape)
-        places[name] = Place(start, end, shape, np.dtype(np.uint32 if name == "keys" else np.int32))
-    return np.concatenate([np.full(math.prod(shape), value, np.int32) for shape, value in blank.values()]), places
+        fields[name] = Field(start, end, shape, np.dtype(np.uint32 if name == "keys" else np.int32))
+    return np.concatenate([np.full(math.prod(shape), value, np.int32) for shape, value in blank.values()]), fields
 
 
 @functools.lru_cache(maxsize=64)
 def _no_orders(capacity: Capacity) -> Orders:
     """Orders that change nothing, to be read only."""
-    blank, places = orders_layout(capacity)
+    blank, fields = orders_layout(capacity)
     packed = blank.copy()
     packed.flags.writeable = False
-    return Orders.of(packed, places)
+    return Orders.of(packed, fields)
 
 
 class Scheduler:

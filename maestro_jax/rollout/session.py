@@ -226,8 +226,8 @@ class Session:
         for shard, scheduler in self.schedulers.items():
             for leaf in jax.tree.leaves(rows) if scheduler.unloaded else ():
                 whole = rows_of_shard(leaf, shard)
-                for row, (place, length) in enumerate(scheduler.unloaded):
-                    place.rows.append(whole[row, :, :length].copy())
+                for row, (parked, length) in enumerate(scheduler.unloaded):
+                    parked.rows.append(whole[row, :, :length].copy())
 
     def _from_host(self) -> LaneKV:
         """The rows that this round's orders bring back, as `unload` gave them."""

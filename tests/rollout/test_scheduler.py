@@ -109,10 +109,10 @@ def test_a_reply_may_end_what_is_being_brought_to_the_host() -> None:
     scheduler.plan(0)
     call_out(first, 6)
     scheduler.plan(0)
-    ((place, length),) = scheduler.unloaded
-    assert first.parked is place and length == 6
+    ((parked, length),) = scheduler.unloaded
+    assert first.parked is parked and length == 6
     scheduler.finish(first)  # its observation had no room
-    assert scheduler.unloaded == [(place, 6)] and first.parked is None and scheduler.host_bytes == 0
+    assert scheduler.unloaded == [(parked, 6)] and first.parked is None and scheduler.host_bytes == 0
 
 
 def test_what_was_parked_comes_back_and_goes_on() -> None:
@@ -366,8 +366,8 @@ class Device:
                 assert self.status[lane] is not Lane.DECODING
                 for part, page in enumerate(rows(table, self.capacity.pages)):
                     self.pages[page] = self.cache[lane][part * self.capacity.page : (part + 1) * self.capacity.page]
-        for lane, (place, length) in zip(rows(orders.unload_lanes, lanes), scheduler.unloaded, strict=True):
-            place.rows = self.cache[lane][:length]
+        for lane, (parked, length) in zip(rows(orders.unload_lanes, lanes), scheduler.unloaded, strict=True):
+            parked.rows = self.cache[lane][:length]
         self._seat(orders)
         for lane, table in zip(orders.load_lanes, orders.load_table, strict=True):
             if lane < lanes:
