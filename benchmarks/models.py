@@ -33,7 +33,7 @@ from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
-from maestro_jax.rollout.state import Lane, Sizes
+from maestro_jax.rollout.state import Lane, RolloutSizes
 
 _LM_HEAD = "lm_head.weight"  # tied with the embedding
 
@@ -173,7 +173,7 @@ class OurLanes:
 
     def __init__(self, policy: OurPolicy, prompt: Prompt, members: int, turn: int, room: int):
         self.policy, self.prompt, self.members = policy, prompt, members
-        sizes = Sizes(
+        sizes = RolloutSizes(
             shards=1,
             lanes=members,
             groups=1,
@@ -228,7 +228,7 @@ class OurLanes:
 
 
 @functools.lru_cache(maxsize=1)
-def _programs(graph: nnx.GraphDef, sizes: Sizes, turn: int) -> RolloutPrograms:
+def _programs(graph: nnx.GraphDef, sizes: RolloutSizes, turn: int) -> RolloutPrograms:
     """The last programs again where the same are asked for: they compile for seconds."""
     return rollout_programs(graph, sizes, DecodeConfig(turn, SamplingConfig()))
 

@@ -37,7 +37,7 @@ from maestro_jax.rollout.engine import Engine, EngineConfig, lane_key
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.rollout.scheduler import Orders
 from maestro_jax.rollout.session import Compiled, Session
-from maestro_jax.rollout.state import Lanes, Sizes
+from maestro_jax.rollout.state import Lanes, RolloutSizes
 from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
 from maestro_jax.types import Call, Observation, Status, Task
 
@@ -231,7 +231,7 @@ class PacedEngine(Engine):
         self.step_seconds = step_seconds
         self.chunks: list[Chunk] = []
 
-    def _compile(self, params: nnx.State, sizes: Sizes) -> Compiled:
+    def _compile(self, params: nnx.State, sizes: RolloutSizes) -> Compiled:
         compiled = super()._compile(params, sizes)
         programs = dataclasses.replace(compiled.programs, decode=self._paced(compiled.programs.decode))
         return dataclasses.replace(compiled, programs=programs)

@@ -10,7 +10,7 @@ import math
 import jax.numpy as jnp
 
 from maestro_jax.aot.program import Program
-from maestro_jax.aot.run import Sizes
+from maestro_jax.aot.run import RunSizes
 from maestro_jax.aot.topology import GIB, Rates, Target
 from maestro_jax.config import Config
 from maestro_jax.errors import ConfigError
@@ -41,7 +41,7 @@ def gpu_target(name: str) -> Target | None:
     return Target(name, (), f"NVIDIA {kind.upper()}", int(memory * _USABLE), rates, int(count))
 
 
-def estimate_update(config: Config, architecture: PolicyArchitecture, sizes: Sizes, target: Target) -> Program:
+def estimate_update(config: Config, architecture: PolicyArchitecture, sizes: RunSizes, target: Target) -> Program:
     """The train step on each of the target's devices.
 
     Raises:
@@ -50,26 +50,26 @@ def estimate_update(config: Config, architecture: PolicyArchitecture, sizes: Siz
     policy, text = config.policy, architecture.text
     tensor = config.mesh.tensor
     shards = target.count // tensor
-    if shards < 1 or sizes.part % shards:
+    if shards < 1 or sizes.microbatch % shards:
         raise ConfigError(
-            f"config.grpo.groups / microbatches = {sizes.part} does not divide over {shards} devices; "
+            f"config.grpo.groups / microbatches = {sizes.microbatch} does not divide over {shards} devices; "
             f"set it to a multiple of {shards}"
         )
     count = parameters(architecture)
     master, compute = jnp.dtype(policy.param_dtype).itemsize, jnp.dtype(policy.compute_dtype).itemsize
     moments = 0 if config.optimizer.offload else 2 * _MOMENT_BYTES[config.optimizer.moments]
     arguments = count * (master + moments) / target.count
-    tokens = sizes.part // shards * (sizes.prefix + sizes.members * sizes.room) + sizes.root
+    tokens = sizes.microbatch // shards * (sizes.prefix + sizes.members * sizes.room) + sizes.root
     inside = tokens * (3 * text.intermediate_size + 6 * text.num_attention_heads * text.head_dim) * compute / tensor
     kept = text.num_hidden_layers * (tokens * text.hidden_size * compute if policy.remat else inside)
     layer = 2 * count / text.num_hidden_layers * compute / tensor  # gathered weights and their gradient
     table = text.vocab_size * text.hidden_size * (compute + 4) / tensor
-    head = 3 * sizes.part // shards * sizes.members * config.grpo.logprob_chunk * text.vocab_size * 4 / tensor
+    head = 3 * sizes.microbatch // shards * sizes.members * config.grpo.logprob_chunk * text.vocab_size * 4 / tensor
     gradients = count * master / target.count
     group = group_flops(
         architecture, sizes.root, sizes.prefix, sizes.members, sizes.room, sizes.images, sizes.patches
     ).total
-    flops = sizes.part // shards * group + root_flops(architecture, sizes.root).total
+    flops = sizes.microbatch // shards * group + root_flops(architecture, sizes.root).total
     return Program(
         name="update (estimated)",
         arguments=int(arguments),

@@ -27,11 +27,11 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class RunSizes:
     """The largest static shapes of a run."""
 
     groups: int  # B, in flight
-    part: int  # B, of one part of an update
+    microbatch: int  # B, of one microbatch of an update
     root: int  # P0
     prefix: int  # P
     members: int  # G
@@ -41,11 +41,11 @@ class Sizes:
     patches: int  # of a slot
 
     @classmethod
-    def of(cls, config: Config, root: int, observation: int) -> "Sizes":
+    def of(cls, config: Config, root: int, observation: int) -> "RunSizes":
         grpo, policy = config.grpo, config.policy
         return cls(
             groups=grpo.groups * (1 + config.rollout.ahead),
-            part=grpo.groups // grpo.microbatches,
+            microbatch=grpo.groups // grpo.microbatches,
             root=root,
             prefix=max(policy.prefix_buckets),
             members=grpo.group_size,
@@ -64,7 +64,7 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, architecture: PolicyArchitecture, sizes: Sizes, mesh: Mesh, options: dict[str, Any]
+        self, config: Config, architecture: PolicyArchitecture, sizes: RunSizes, mesh: Mesh, options: dict[str, Any]
     ):
         self.config, self.architecture, self.sizes, self.mesh, self.options = config, architecture, sizes, mesh, options
         self.groups, self.everywhere = over_groups(mesh), replicated(mesh)

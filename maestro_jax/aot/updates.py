@@ -31,7 +31,7 @@ def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
     held: list[Any] = [run.reference, *(rollouts.episodes if config.rollout.ahead else ())]
     none = jax.tree.map(lambda n: run.array((), jnp.asarray(n).dtype, run.everywhere), LossCount(0, 0))
     root = root_flops(run.architecture, run.sizes.root).total / run.mesh.shape["tensor"]  # on every device
-    forward = run.group_flops(run.sizes.part, run.sizes.members) + root
+    forward = run.group_flops(run.sizes.microbatch, run.sizes.members) + root
     flops = (4 if config.policy.remat else 3) * forward
     if config.grpo.microbatches == 1:
         return [run.compile("update", step.whole, (run.state, batch, none), held, flops)]
@@ -46,7 +46,7 @@ def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
 
 def planned_part(run: Run) -> GroupBatch:
     """The largest part: longest members, all of their tokens in the loss."""
-    s, array, groups = run.sizes, run.array, run.sizes.part
+    s, array, groups = run.sizes, run.array, run.sizes.microbatch
     members, tokens = (groups, s.members), (groups, s.members, s.room)
     return GroupBatch(
         run.prompts(groups),

@@ -14,7 +14,7 @@ from maestro_jax.aot.nearest import changes
 from maestro_jax.aot.program import QUICK, Program
 from maestro_jax.aot.report import as_json, table, verdict
 from maestro_jax.aot.rollouts import Rollouts
-from maestro_jax.aot.run import Run, Sizes
+from maestro_jax.aot.run import Run, RunSizes
 from maestro_jax.aot.topology import Target, present_target, tpu_target
 from maestro_jax.aot.updates import update_programs
 from maestro_jax.config import Config, completed, parse_config
@@ -144,7 +144,7 @@ def compile_programs(
     try:
         config = sized_episodes(config, count, progress.note)
         observation = Limits.of(config.registry, fields(EpisodeConfig, config.rollout), count).observation
-        sizes = Sizes.of(config, root, observation)
+        sizes = RunSizes.of(config, root, observation)
         if not target.devices:
             return [estimate_update(config, architecture, sizes, target)]
         mesh = make_mesh(config.mesh, list(target.devices))

@@ -15,7 +15,7 @@ from maestro_jax.policy.model import DecodingPolicy, Policy, PrefixBatch
 from maestro_jax.policy.text import Context, LayerKV
 from maestro_jax.policy.vision import Leaf
 from maestro_jax.rollout.sampling import SamplingConfig, sample
-from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes, empty_groups
+from maestro_jax.rollout.state import Groups, Lane, Lanes, RolloutSizes, empty_groups
 from maestro_jax.types import StopReason
 
 Array = jax.Array
@@ -42,7 +42,7 @@ class StopTables:
 # ---- what members continue -----------------------------------------------------------------------------------
 
 
-def open_groups(policy: Policy, root: Array, sizes: Sizes) -> Groups:
+def open_groups(policy: Policy, root: Array, sizes: RolloutSizes) -> Groups:
     """The encoded root `[P0]` with room for prefixes."""
     return with_root(policy, empty_groups(sizes, policy.architecture.text, policy.compute_dtype), root)
 
@@ -100,7 +100,7 @@ def decode_chunk(
     lanes: Lanes,
     tables: StopTables,
     noise: Array,
-    sizes: Sizes,
+    sizes: RolloutSizes,
     config: DecodeConfig,
 ) -> Lanes:
     """Samples `config.chunk` tokens in every decoding lane, or as many as it takes until none decodes.
@@ -177,7 +177,7 @@ def append_observations(
     at: Array,
     observation: Array,
     observation_length: Array,
-    sizes: Sizes,
+    sizes: RolloutSizes,
 ) -> Lanes:
     """Prefills observations behind a few lanes and starts their next turn.
 

@@ -28,7 +28,7 @@ from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.scheduler import Capacity
 from maestro_jax.rollout.session import Compiled, Session
-from maestro_jax.rollout.state import Sizes
+from maestro_jax.rollout.state import RolloutSizes
 from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
 from maestro_jax.types import Task
 
@@ -93,7 +93,7 @@ class Engine:
         self.tables = jax.device_put(StopTables(transitions, reasons, np.int32(tokens.end_of_turn)), replicated(mesh))
         self.root = jax.device_put(prompts.root, replicated(mesh))
         self.shard_numbers = jax.device_put(np.arange(batch_shards(mesh), dtype=np.int32), over_groups(mesh))
-        self._compiled: dict[Sizes, Compiled] = {}
+        self._compiled: dict[RolloutSizes, Compiled] = {}
 
     def rollout(
         self,
@@ -148,13 +148,13 @@ class Engine:
             self._compiled[sizes] = self._compile(params, sizes)
         return Session(self._compiled[sizes], self.exchange, self.local_shards, greedy)
 
-    def _compile(self, params: nnx.State, sizes: Sizes) -> Compiled:
+    def _compile(self, params: nnx.State, sizes: RolloutSizes) -> Compiled:
         programs = rollout_programs(self.graph, sizes, self.config.decoding)
         capacity = self._capacity(programs, params, sizes)
         exchange = make_exchange_program(self.exchange, self.mesh, capacity)
         return Compiled(self.mesh, sizes, capacity, programs, exchange, self.tables, self.root, self.shard_numbers)
 
-    def _capacity(self, programs: RolloutPrograms, params: nnx.State, sizes: Sizes) -> Capacity:
+    def _capacity(self, programs: RolloutPrograms, params: nnx.State, sizes: RolloutSizes) -> Capacity:
         with jax.set_mesh(self.mesh):
             _, lanes, _ = jax.eval_shape(programs.open, params, self.root)
         bytes_of_lanes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(lanes.cache))
@@ -173,7 +173,7 @@ class Engine:
         )
 
 
-def rollout_sizes(config: EngineConfig, shards: int, groups: int, members: int, prefix: int) -> Sizes:
+def rollout_sizes(config: EngineConfig, shards: int, groups: int, members: int, prefix: int) -> RolloutSizes:
     """Static shapes of a shard, with `groups` in flight over all of them and prefixes of at most `prefix` tokens.
 
     Raises:
@@ -189,7 +189,7 @@ def rollout_sizes(config: EngineConfig, shards: int, groups: int, members: int, 
                 f"config.{key}={number} does not divide over {shards} batch shards (mesh axes data x fsdp); "
                 f"set it to a multiple of {shards}"
             )
-    made = Sizes(
+    made = RolloutSizes(
         shards=shards,
         lanes=lanes // shards,
         groups=groups // shards,

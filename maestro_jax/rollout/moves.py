@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from maestro_jax.policy.attention.cascade import LaneKV, put, take
-from maestro_jax.rollout.state import Groups, Lanes, Sizes
+from maestro_jax.rollout.state import Groups, Lanes, RolloutSizes
 
 Array = jax.Array
 
@@ -29,7 +29,7 @@ class LaneStarts:
     keys: Array  # uint32 [D, S, 2]: its random key data
 
 
-def assign_lanes(groups: Groups, lanes: Lanes, starts: LaneStarts, sizes: Sizes) -> Lanes:
+def assign_lanes(groups: Groups, lanes: Lanes, starts: LaneStarts, sizes: RolloutSizes) -> Lanes:
     """Gives lanes to other trajectories. A first turn goes on from the prefix's last state."""
     group = jnp.minimum(starts.member_slot // sizes.members, sizes.groups - 1)
     changed = starts.changed > 0

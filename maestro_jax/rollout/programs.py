@@ -14,7 +14,7 @@ from maestro_jax.parallel.sharding import ShardingRules
 from maestro_jax.policy.model import DecodingPolicy
 from maestro_jax.rollout import decode, moves
 from maestro_jax.rollout.decode import DecodeConfig
-from maestro_jax.rollout.state import Sizes, empty_lanes, empty_pages
+from maestro_jax.rollout.state import RolloutSizes, empty_lanes, empty_pages
 
 Array = jax.Array
 
@@ -68,7 +68,7 @@ class RolloutPrograms:
     bring_back: Any
 
 
-def rollout_programs(graph: nnx.GraphDef, sizes: Sizes, config: DecodeConfig) -> RolloutPrograms:
+def rollout_programs(graph: nnx.GraphDef, sizes: RolloutSizes, config: DecodeConfig) -> RolloutPrograms:
     def on_policy(function: Callable) -> Callable:
         return lambda params, *args: function(nnx.merge(graph, params), *_cut_fields(args))
 

@@ -21,7 +21,7 @@ from maestro_jax.rollout.trajectory import GroupRecord, Parked, Stage, Trajector
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """What one shard has, see `rollout/state.py: Sizes`.
+    """What one shard has, see `rollout/state.py: RolloutSizes`.
 
     Attributes:
       token_bytes: of one token's keys and values, over all layers.

@@ -24,7 +24,7 @@ from maestro_jax.rollout.exchange import Counts, Exchange
 from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms
 from maestro_jax.rollout.scheduler import Capacity, Scheduler
-from maestro_jax.rollout.state import Groups, Lanes, Sizes
+from maestro_jax.rollout.state import Groups, Lanes, RolloutSizes
 from maestro_jax.rollout.trajectory import GroupRecord, Stage, Trajectory
 from maestro_jax.types import Task
 
@@ -37,7 +37,7 @@ class Compiled:
     """What runs sessions of one size on one mesh."""
 
     mesh: Mesh
-    sizes: Sizes
+    sizes: RolloutSizes
     capacity: Capacity
     programs: RolloutPrograms
     exchange: Any  # (lanes, shard numbers) → (orders, counts)

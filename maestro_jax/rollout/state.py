@@ -29,7 +29,7 @@ class Lane(enum.IntEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class RolloutSizes:
     """Static shapes of a rollout, per shard but for the number of shards."""
 
     shards: int  # D
@@ -81,7 +81,7 @@ class Lanes:
     cache: LaneKV
 
 
-def empty_lanes(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> Lanes:
+def empty_lanes(sizes: RolloutSizes, config: TextConfig, dtype: jnp.dtype) -> Lanes:
     lanes = (sizes.shards, sizes.lanes)
     zeros, turns = jnp.zeros(lanes, jnp.int32), (*lanes, sizes.turn_budget)
     made = Lanes(
@@ -104,13 +104,13 @@ def empty_lanes(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> Lanes:
     return dataclasses.replace(made, cache=cache)
 
 
-def empty_pages(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> LaneKV:
+def empty_pages(sizes: RolloutSizes, config: TextConfig, dtype: jnp.dtype) -> LaneKV:
     """Room for parked keys and values: L x `[D, M, K, page, H]`."""
     shape = (sizes.shards, sizes.pages, config.num_key_value_heads, sizes.page, config.head_dim)
     return empty_kv(shape, config, dtype)
 
 
-def empty_groups(sizes: Sizes, config: TextConfig, dtype: jnp.dtype) -> Groups:
+def empty_groups(sizes: RolloutSizes, config: TextConfig, dtype: jnp.dtype) -> Groups:
     """Groups without a root and without prefixes."""
     rows, heads, size = (sizes.shards, sizes.groups), config.num_key_value_heads, config.head_dim
     layers = range(config.num_hidden_layers)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from configs import quickstart
-from maestro_jax.aot.run import Run, Sizes
+from maestro_jax.aot.run import Run, RunSizes
 from maestro_jax.aot.updates import planned_part
 from maestro_jax.config import parse_config
 from maestro_jax.grpo.logprobs import loss_rows
@@ -15,7 +15,7 @@ from maestro_jax.session.rollouts import sized_episodes
 
 def test_the_update_is_planned_for_the_widest_rows_of_the_loss() -> None:
     config = sized_episodes(parse_config(quickstart.get_config()), lambda text: len(text) // 4, print)
-    sizes = Sizes.of(config, root=16, observation=34)
+    sizes = RunSizes.of(config, root=16, observation=34)
     run = Run(config, known_architecture(config), sizes, make_mesh(config.mesh, jax.devices()[:1]), {})
     part = planned_part(run)
     groups, members, room = part.tokens.shape

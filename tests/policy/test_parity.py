@@ -11,7 +11,7 @@ from flax import nnx
 from maestro_jax.policy.attention.cascade import Assignment, LaneKV, View
 from maestro_jax.policy.model import Policy, PrefixBatch
 from maestro_jax.rollout.decode import open_groups, prefill, write
-from maestro_jax.rollout.state import Groups, Sizes, empty_kv
+from maestro_jax.rollout.state import Groups, RolloutSizes, empty_kv
 from tests.policy import reference
 from tests.policy.reference import ROOT, assert_near
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 G, R = 3, 6
 LENGTH = np.array([[6, 4, 1], [2, 6, 5], [6, 1, 3]], np.int32)
 # For decoding: a lane for every member, in another order; no turns, no parking.
-SIZES = Sizes(
+SIZES = RolloutSizes(
     shards=1,
     lanes=3 * G,
     groups=3,

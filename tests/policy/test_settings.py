@@ -22,7 +22,7 @@ from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables, decode_chunk, open_groups, prefill
 from maestro_jax.rollout.moves import LaneStarts, assign_lanes
 from maestro_jax.rollout.sampling import SamplingConfig
-from maestro_jax.rollout.state import Sizes, empty_lanes
+from maestro_jax.rollout.state import RolloutSizes, empty_lanes
 from tests.policy import reference
 from tests.policy.reference import CONFIG, ROOT, Config, assert_near
 
@@ -261,7 +261,7 @@ def test_greedy_tokens_with_the_cache(pair: Pair) -> None:
 
     vocabulary = pair.config["text_config"]["vocab_size"]
     tables = StopTables(*build_automaton([b"y"] * vocabulary), np.int32(-1))  # nothing stops
-    sizes = Sizes(
+    sizes = RolloutSizes(
         shards=1,
         lanes=3,
         groups=3,

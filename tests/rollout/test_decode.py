@@ -20,7 +20,7 @@ from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, Weights, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
-from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes
+from maestro_jax.rollout.state import Groups, Lane, Lanes, RolloutSizes
 from maestro_jax.types import StopReason
 from tests.rollout import toy
 
@@ -47,9 +47,9 @@ def observation(number: int, turn: int) -> list[int]:
     return rng.integers(0, 280, 1 + (number + 2 * turn) % WIDTH).tolist()
 
 
-def sizes(groups: int = GROUPS, shards: int = 1, pages: int = 0) -> Sizes:
+def sizes(groups: int = GROUPS, shards: int = 1, pages: int = 0) -> RolloutSizes:
     """A lane for every member."""
-    return Sizes(
+    return RolloutSizes(
         shards=shards,
         lanes=groups * MEMBERS,
         groups=groups,
@@ -64,7 +64,7 @@ def sizes(groups: int = GROUPS, shards: int = 1, pages: int = 0) -> Sizes:
 
 
 @functools.cache
-def programs(sizes: Sizes, chunk: int) -> RolloutPrograms:
+def programs(sizes: RolloutSizes, chunk: int) -> RolloutPrograms:
     return rollout_programs(GRAPH, sizes, DecodeConfig(chunk, SamplingConfig(TEMPERATURE)))
 
 

@@ -12,10 +12,10 @@ from maestro_jax.rollout.decode import DecodeConfig
 from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
-from maestro_jax.rollout.state import Groups, Lane, Lanes, Sizes, empty_groups, empty_lanes, empty_pages
+from maestro_jax.rollout.state import Groups, Lane, Lanes, RolloutSizes, empty_groups, empty_lanes, empty_pages
 from tests.rollout import toy
 
-SIZES = Sizes(
+SIZES = RolloutSizes(
     shards=2,
     lanes=4,
     groups=2,

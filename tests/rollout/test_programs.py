@@ -20,11 +20,11 @@ from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, Weights, decoding_weights, rollout_programs
 from maestro_jax.rollout.sampling import SamplingConfig
-from maestro_jax.rollout.state import Sizes
+from maestro_jax.rollout.state import RolloutSizes
 from tests.rollout import toy
 
 # Three of twelve lanes are moved at a time; caches are most of the memory.
-SIZES = Sizes(
+SIZES = RolloutSizes(
     shards=1,
     lanes=12,
     groups=3,
