@@ -130,13 +130,18 @@ def _check(config: Config, trains: bool) -> None:
     _check_optimizer("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
     if (between := warm_start.checkpoint_every) < 1:
         raise ConfigError(f"config.warm_start.checkpoint_every={between} is no number of steps; use 1 or more")
-    for source, pair in warm_start.claims.items() if warm_start.steps else ():
+    if warm_start.demonstrations and not warm_start.steps:
+        raise ConfigError(
+            "config.warm_start.demonstrations are not read with config.warm_start.steps=0; set steps, or name no file"
+        )
+    has_router = warm_start.steps and not warm_start.demonstrations
+    for source, pair in warm_start.claims.items() if has_router else ():
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
         found = config.registry.resolve(*pair) if is_pair else "write (expert, skill)"
         if isinstance(found, str):
             raise ConfigError(f"config.warm_start.claims.{source} {pair!r} is not in the registry: {found}")
     skills = [skill.name for skill in config.registry.skills]
-    for skill in warm_start.queries if warm_start.steps else ():
+    for skill in warm_start.queries if has_router else ():
         if skill not in skills:
             near = difflib.get_close_matches(skill, skills, n=1)
             cure = f"did you mean {near[0]}?" if near else f"its skills are {', '.join(skills)}"
@@ -190,6 +195,11 @@ def _check_ahead(rollout: RolloutConfig, grpo: GrpoConfig) -> None:
             f"config.rollout.ahead={rollout.ahead} trains on episodes of older policies; set "
             "config.grpo.importance_cap=2.0 to correct for them, or ahead=0"
         )
+    if rollout.ahead and grpo.refill:
+        raise ConfigError(
+            "config.grpo.refill replaces groups of a step's tasks, and with config.rollout.ahead a step has no tasks "
+            "of its own; set refill=0 or ahead=0"
+        )
     if rollout.ahead and grpo.stream:
         raise ConfigError(
             "config.grpo.stream takes a step's groups in the order of its tasks, and with config.rollout.ahead a step "
@@ -200,6 +210,13 @@ def _check_ahead(rollout: RolloutConfig, grpo: GrpoConfig) -> None:
 def _check_grpo(grpo: GrpoConfig) -> None:
     if grpo.microbatches < 1 or grpo.groups % grpo.microbatches:
         raise ConfigError(f"config.grpo.microbatches={grpo.microbatches} must divide config.grpo.groups={grpo.groups}")
+    if grpo.refill < 0:
+        raise ConfigError(f"config.grpo.refill={grpo.refill} is below 0; use 1 or more, or 0 to replace no group")
+    if grpo.refill and grpo.stream:
+        raise ConfigError(
+            "config.grpo.stream trains on a step's groups before it is known which of them config.grpo.refill "
+            "replaces; set stream=False or refill=0"
+        )
     if grpo.logprob_chunk < 1:
         cure = "use 1 or more entries of the vocabulary (2048 is usual)"
         raise ConfigError(f"config.grpo.logprob_chunk={grpo.logprob_chunk} leaves no logits to compute; {cure}")

@@ -274,6 +274,7 @@ PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", 
         ("policy.attention", "flash", "use one of auto, blocks, splash"),
         ("rollout.room", 32, "config.rollout.turn_budget=32 must be below room=32"),
         ("grpo.group_size", 1, "use at least 2"),
+        ("grpo.refill", -1, "use 1 or more, or 0 to replace no group"),
         ("grpo.microbatches", 3, "must divide config.grpo.groups=16"),
         ("grpo.advantage", "zscore", "use one of "),
         ("policy.architecture", {}, "set config.policy.init_from"),
@@ -296,6 +297,20 @@ PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", 
 def test_a_contradiction_names_the_cure(key: str, value: Any, says: str) -> None:
     text = message(with_value(key, value))
     assert says in text and f"config.{key.split('.')[0]}." in text
+
+
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        ({"grpo.stream": True}, "set stream=False or refill=0"),
+        ({"rollout.ahead": 1, "rollout.staleness": 1, "grpo.importance_cap": 2.0}, "set refill=0 or ahead=0"),
+    ],
+)
+def test_groups_are_replaced_only_where_a_step_is_a_whole(others: dict[str, Any], says: str) -> None:
+    plain = with_value("grpo.refill", 1)
+    parse_config(plain)
+    plain.update_from_flattened_dict(others)
+    assert says in message(plain)
 
 
 @pytest.mark.parametrize(

@@ -30,15 +30,22 @@ class Scored:
 
 
 def score_rollout(rollout: Rollout, config: RewardConfig) -> Scored:
-    """Grades every trajectory; the gold answers are read here only."""
-    scored = iter(score_all([(t.task, summary(t)) for group in rollout.trajectories for t in group], config))
-    parts = [[next(scored) for _ in group] for group in rollout.trajectories]
+    """Grades every trajectory that is not yet graded; the gold answers are read here only."""
+    new = [t for group in rollout.trajectories for t in group if t.reward is None]
+    for trajectory, reward in zip(new, score_all([(t.task, summary(t)) for t in new], config), strict=True):
+        trajectory.reward = reward
+    parts = rewards_of(rollout.trajectories)
     rewards = np.zeros(rollout.length.shape)
     valid = np.zeros(rollout.length.shape, bool)
     for g, group in enumerate(rollout.trajectories):
         for m, trajectory in enumerate(group):
             rewards[g, m], valid[g, m] = parts[g][m].total, not trajectory.marked
     return Scored(parts, rewards, valid)
+
+
+def rewards_of(groups: Sequence[Sequence[Trajectory]]) -> list[list[RewardParts]]:
+    """Those of graded trajectories, member by member."""
+    return [[t.reward for t in group if t.reward is not None] for group in groups]
 
 
 def summary(trajectory: Trajectory) -> EpisodeSummary:
@@ -84,13 +91,16 @@ def make_parts(
     left_out = LossCount(int(facts.loss_tokens[~wanted].sum()), int(facts.loss_members[~wanted].sum()))
     real = facts.real
     members = real.sum() * rollout.length.shape[1]
+    tasks = real.sum() + facts.replaced.sum()
     metrics = {
-        "groups_without_contrast": 1.0 - float(facts.contrast[real].mean()),
+        "groups_without_contrast": 1.0 - float(facts.contrast[real].sum() / tasks),
         "marked_trajectories": float(facts.marked[real].sum() / members),
         "member_tokens": float(facts.tokens[real].sum() / members),
         "parts": float(len(parts)),
         "padding": planner.padding(plan * len(kept), facts.prefix[wanted].tolist(), facts.room[wanted].tolist()),
     }
+    if rollout.replaced is not None:
+        metrics |= {"tasks": float(tasks), "refilled": float(facts.refilled.sum())}
     return parts, left_out, metrics
 
 
@@ -108,7 +118,11 @@ def place_by_place(fact: np.ndarray, kept: Sequence[np.ndarray]) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class GroupFacts:
-    """What all processes know of each other's groups, which is all that a plan needs: numbers `[processes, B]`."""
+    """What all processes know of each other's groups, which is all that a plan needs: numbers `[processes, B]`.
+
+    Attributes:
+      refilled, replaced: of a process, `[processes, 1]`, as in `Rollout`.
+    """
 
     prefix: np.ndarray  # tokens
     room: np.ndarray  # tokens of the longest member
@@ -118,6 +132,8 @@ class GroupFacts:
     marked: np.ndarray  # members
     tokens: np.ndarray  # of all members
     real: np.ndarray  # bool, False for groups that pad the batch
+    refilled: np.ndarray
+    replaced: np.ndarray
 
 
 def gather_facts(rollout: Rollout, mask: np.ndarray, valid: np.ndarray, contrast: np.ndarray) -> GroupFacts:
@@ -131,6 +147,8 @@ def gather_facts(rollout: Rollout, mask: np.ndarray, valid: np.ndarray, contrast
         marked=(~valid).sum(axis=1),
         tokens=rollout.length.sum(axis=1),
         real=np.arange(len(mask)) < max(len(rollout.trajectories), 1),
+        refilled=np.array([rollout.refilled]),
+        replaced=np.array([len(rollout.replaced or ())]),
     )
     told = cluster.gather({name: fact.tolist() for name, fact in vars(own).items()})
     return GroupFacts(**{name: np.array([process[name] for process in told]) for name in vars(own)})

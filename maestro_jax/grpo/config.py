@@ -17,6 +17,8 @@ class GrpoConfig:
       logprob_chunk: entries of the vocabulary whose logits exist at a time, for all tokens in the loss.
       microbatches: most parts of the groups whose gradients are taken one after the other; the update is the same.
         One microbatch, groups / microbatches, must fit into memory at full length (`grpo/microbatches.py`).
+      refill: groups without contrast are replaced by further tasks, at most `refill` x `groups` of them a step (DAPO's
+        dynamic sampling, arXiv 2503.14476); 0: none is.
       stream: takes gradients of microbatches while later ones still wait for experts. They are then of consecutive
         tasks, not of groups of like length, so that no result depends on who answers first.
     """
@@ -36,6 +38,7 @@ class GrpoConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     logprob_chunk: int = 2048  # of 151,936: 34 MB of fp32 logits for one group of 8 x 512 tokens in the loss
     microbatches: int = 1
+    refill: int = 0
     stream: bool = False
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from maestro_jax.grpo.advantages import group_advantages
 from maestro_jax.grpo.batch import Scored, make_parts, score_rollout
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.update import NOTHING, GroupBatch, Total, TrainState, TrainStep
@@ -69,6 +70,11 @@ class Learner:
             else:
                 state, update = self.step.finish(state, total, left_out)
         return state, seen, joined(found) | {name: float(value) for name, value in update.items()}
+
+    def contrast(self, rollout: Rollout) -> np.ndarray:
+        """Which groups would move the policy: bool `[B]`, whether the valid members of each differ in reward."""
+        scored = score_rollout(rollout, self.reward)
+        return group_advantages(scored.rewards, scored.valid, self.advantage)[1]
 
 
 def joined(found: Sequence[dict[str, float]]) -> dict[str, float]:

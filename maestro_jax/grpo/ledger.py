@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from maestro_jax.grpo.batch import Scored
+from maestro_jax.grpo.batch import Scored, rewards_of
 from maestro_jax.parallel import cluster
 from maestro_jax.rollout.engine import Rollout
 
@@ -12,9 +12,13 @@ from maestro_jax.rollout.engine import Rollout
 def trained_row(step: int, seen: Sequence[tuple[Rollout, Scored]]) -> dict[str, Any]:
     """Plain JSON, of all processes: of each group its task, the rewards of its members, a digest of their trajectories.
 
-    The digest tells tokens, their log-probabilities to the last bit, and whose they are.
+    The digest tells tokens, their log-probabilities to the last bit, and whose they are. With `grpo.refill`, "replaced"
+    has the groups that were run and not trained on, so that every task stands in one row once.
     """
-    return {"step": step, "groups": cluster.joined([_groups(rollout, scored) for rollout, scored in seen])}
+    row = {"step": step, "groups": cluster.joined([_groups(rollout, scored) for rollout, scored in seen])}
+    if any(rollout.replaced is not None for rollout, _ in seen):
+        row["replaced"] = cluster.joined([_replaced(rollout) for rollout, _ in seen])
+    return row
 
 
 def _groups(rollout: Rollout, scored: Scored) -> list[dict[str, Any]]:
@@ -25,6 +29,14 @@ def _groups(rollout: Rollout, scored: Scored) -> list[dict[str, Any]]:
             "trajectories": _digest(rollout, number),
         }
         for number, members in enumerate(rollout.trajectories)
+    ]
+
+
+def _replaced(rollout: Rollout) -> list[dict[str, Any]]:
+    groups = rollout.replaced or []
+    return [
+        {"task": members[0].task.id, "rewards": [parts.total for parts in rewards]}
+        for members, rewards in zip(groups, rewards_of(groups), strict=True)
     ]
 
 

@@ -180,7 +180,8 @@ def train(
 
         # ---- Reinforcement ---------------------------------------------------------------------
         learner, state = make_learner(config, rollouts, shown)
-        supply = Supply(rollouts.engine, iter(batches), supply_config(config), config.seed, calls.outages)
+        how = supply_config(config)
+        supply = Supply(rollouts.engine, iter(batches), how, config.seed, calls.outages, learner.contrast)
         metrics, ledger = (
             closing.enter_context(MetricsWriter(workdir / name if cluster.is_main() else None))
             for name in ("metrics.jsonl", "trained.jsonl")

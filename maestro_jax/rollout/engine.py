@@ -68,6 +68,10 @@ class Rollout:
     """Finished groups of this process: host records, and their tokens as arrays.
 
     Groups that only pad the batch to its static size are at the end, without trajectories.
+
+    Attributes:
+      refilled: how many of the groups are of further tasks, in the place of groups without contrast.
+      replaced: members of the groups that were run and left out for them; None where no group is replaced.
     """
 
     trajectories: list[list[Trajectory]]  # [tasks][G]
@@ -76,6 +80,8 @@ class Rollout:
     logprobs: np.ndarray  # float32 [B, G, R]
     authored: np.ndarray  # bool [B, G, R]
     length: np.ndarray  # int32 [B, G]
+    refilled: int = 0
+    replaced: list[list[Trajectory]] | None = None
 
 
 class Engine:

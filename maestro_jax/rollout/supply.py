@@ -1,14 +1,16 @@
 """Finished groups for every step of training, in the parts in which the update takes them.
 
 On-policy, a step's groups are those of its own tasks; in parts, they come in the order of the tasks while others
-still run, so that gradients fill the time in which experts work. With `ahead`, tasks of later steps are under way as
-well: a step takes the groups that are over, oldest first, the others go on under the next policy, and none is dropped.
+still run, so that gradients fill the time in which experts work. With `refill`, further tasks take the place of those
+whose groups have no contrast (dynamic sampling: DAPO, Yu et al. 2025, arXiv 2503.14476). With `ahead`, tasks of later
+steps are under way as well: a step takes the groups that are over, oldest first, the others go on under the next
+policy, and none is dropped.
 
 Where experts fail more often than `Outages` tolerates, the step waits, and its marked episodes are run again.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -23,7 +25,7 @@ from maestro_jax.parallel.mesh import batch_shards
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.prompts import PreparedTask, join_prompts, take_prompts
 from maestro_jax.rollout.engine import Engine, Rollout, assemble, lane_key, marks_of
-from maestro_jax.rollout.outages import Outages
+from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.rollout.session import Session
 from maestro_jax.rollout.trajectory import GroupRecord
 from maestro_jax.types import Task
@@ -39,6 +41,8 @@ class SupplyConfig:
       parts: in how many parts a step's groups come; more than one only where `ahead` is 0.
       ahead: batches of tasks that are under way besides the step's own.
       staleness: a group is trained at most so many versions after its episodes began.
+      refill: at most `refill` x `groups` further tasks of a step replace groups without contrast; only where `parts`
+        is 1 and `ahead` is 0.
     """
 
     groups: int
@@ -46,6 +50,7 @@ class SupplyConfig:
     parts: int
     ahead: int
     staleness: int
+    refill: int = 0
 
 
 class TaskBatches(Protocol):
@@ -60,10 +65,22 @@ class TaskBatches(Protocol):
 
 @dataclasses.dataclass
 class Pulled:
-    """This process's part of a batch of tasks of which some process has groups that are not yet trained."""
+    """This process's part of a batch of tasks that some process has not yet trained as a whole.
+
+    A group that another has taken the place of counts as trained.
+    """
 
     data: dict[str, Any]  # state of this process's data before it was pulled
     left: set[int]  # rows of groups that are not yet trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """A task that was pulled and not yet run."""
+
+    batch: int  # that it was pulled with; its randomness is keyed by it
+    row: int
+    prepared: PreparedTask
 
 
 class Supply:
@@ -72,28 +89,38 @@ class Supply:
     Args:
       batches: of this process's part of `config.groups` tasks each.
       outages: what to do about marked episodes; None trains without them, however many they are.
+      contrast: `rollout → bool [B]`, which groups would move the policy; needed for `refill` only.
 
     Attributes:
       marked: expert → share of the last step's episodes that it failed, those among them that were run again.
     """
 
     def __init__(
-        self, engine: Engine, batches: TaskBatches, config: SupplyConfig, seed: int, outages: Outages | None = None
+        self,
+        engine: Engine,
+        batches: TaskBatches,
+        config: SupplyConfig,
+        seed: int,
+        outages: Outages | None = None,
+        contrast: Callable[[Rollout], np.ndarray] | None = None,
     ):
         self.engine = engine
         self.batches = batches
         self.config = config
         self.seed = seed
         self.outages = outages
+        self.contrast = contrast
         self.marked: dict[str, float] = {}
         self.pulled: dict[int, Pulled] = {}  # by the step that its randomness is keyed by
-        self.next_step = 1
+        self.next_step = 1  # the number of the next batch; with `refill`, a step may pull several
+        self._waiting: list[Waiting] = []  # in the order of the data
         self.session: Session | None = None  # of episodes that outlive a step
         self._origin: dict[GroupRecord, tuple[int, int]] = {}  # step and row
         self._done_before: dict[int, set[int]] = {}  # rows trained before the run was interrupted, by step
-        part = config.groups // jax.process_count()
-        self._first_row = jax.process_index() * part  # of this process in every batch
-        self._layout = [jax.process_count(), batch_shards(engine.mesh)]
+        self._share = config.groups // jax.process_count()  # of every batch, this process's
+        self._first_row = jax.process_index() * self._share  # of this process in every batch
+        # What groups in the middle of a batch are bound to: their process and, while they run, their shard.
+        self._layout = [jax.process_count(), batch_shards(engine.mesh) if config.ahead else 1]
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able: where the data goes on, and what of it is trained already. All processes ask, and get the same."""
@@ -116,8 +143,8 @@ class Supply:
         layout = state.get("layout", self._layout)  # older versions saved none
         if any(state["done"].values()) and layout != self._layout:
             raise ConfigError(
-                f"the run has groups under way on {layout[0]} processes and {layout[1]} batch shards (mesh axes data x "
-                f"fsdp), this start has {self._layout[0]} and {self._layout[1]}; start as many again"
+                f"the run is in the middle of a batch of tasks, on {layout[0]} processes and {layout[1]} batch shards "
+                f"(mesh axes data x fsdp), this start has {self._layout[0]} and {self._layout[1]}; start as many again"
             )
         self.batches.set_state(state["data"])
         self.next_step = state["next_step"]
@@ -128,6 +155,8 @@ class Supply:
         self.marked = {}
         if self.config.ahead:
             yield self._oldest(params, step)
+        elif self.config.refill:
+            yield self._refilled(params, step)
         else:
             yield from self._own(params, step)
         failpoints.reach("after_rollout")
@@ -152,7 +181,7 @@ class Supply:
                     yield self._part(records, prompts, session, given)
                     given += 1
                 engine.exchange.patient = held or ready <= given
-            if self._tolerates(records, step):
+            if self._tolerates(marks_of(records), step):
                 break
             session.again(records)
         for number in range(given, config.parts):
@@ -163,11 +192,10 @@ class Supply:
         own = [records[row] for row in self._rows(session, number)]
         return self.outages is None or all(cluster.gather(all(one.finished and not one.marked for one in own)))
 
-    def _tolerates(self, records: Sequence[GroupRecord], step: int) -> bool:
+    def _tolerates(self, marks: Marks, step: int) -> bool:
         """Whether the step is trained as it is; if not, its experts have been waited for."""
         if self.outages is None:
             return True
-        marks = marks_of(records)
         for name, share in marks.shares.items():
             self.marked[name] = max(share, self.marked.get(name, 0.0))
         return self.outages.tolerates(marks, f"the episodes of step {step}")
@@ -182,6 +210,81 @@ class Supply:
         sizes, rows = session.compiled.sizes, self._rows(session, number)
         taken = take_prompts(prompts, np.array(rows), prompts.tokens.shape[1])
         return assemble([records[row] for row in rows], taken, len(rows), self.config.members, sizes.room)
+
+    # ---- with further tasks in the place of those without contrast ---------------------------------------------
+
+    def _refilled(self, params: nnx.State, step: int) -> Rollout:
+        """On-policy: this process's next tasks, as many as it takes for a part of a batch with contrast.
+
+        What a step takes is the shortest stretch of the data in which enough groups have contrast (the cap aside). So
+        it depends on rewards alone, not on who answers first. Rounds only say how much of the stretch is certain.
+        """
+        assert self.contrast is not None  # or nobody could say what to replace
+        tasks: list[Waiting] = []
+        records: list[GroupRecord] = []
+        contrast: list[bool] = []
+        marks, wanted = Marks(), self._share
+        while any(cluster.gather(wanted)):
+            new = self._next_tasks(wanted)
+            found, rollout, marks = self._round(params, new, tasks, marks, step)
+            contrast += self.contrast(rollout)[: len(new)].tolist()
+            tasks, records = tasks + new, records + found
+            wanted = min(self._share - sum(contrast), self._share * (1 + self.config.refill) - len(tasks))
+        # A group is left out only where another has taken its place: where the cap is met, the first ones stay.
+        ranked = sorted(range(len(tasks)), key=lambda number: (not contrast[number], number))
+        kept, left_out = sorted(ranked[: self._share]), sorted(ranked[self._share :])
+        rollout = self._assembled([records[n] for n in kept], [tasks[n] for n in kept])
+        refilled = sum(number >= self._share for number in kept)
+        return dataclasses.replace(rollout, refilled=refilled, replaced=[records[n].members for n in left_out])
+
+    def _next_tasks(self, wanted: int) -> list[Waiting]:
+        """The next ones of this process; all ask at once, and pull at once, so that they agree on where the data is."""
+        while any(cluster.gather(len(self._waiting) < wanted)):
+            batch, data = self.next_step, self.batches.get_state()
+            prepared = self._pull_batch()
+            self.next_step += 1
+            done = self._done_before.pop(batch, set())
+            left = {row for row in range(len(prepared)) if self._first_row + row not in done}
+            self.pulled[batch] = Pulled(data, left)
+            self._waiting += [Waiting(batch, row, prepared[row]) for row in sorted(left)]
+        taken, self._waiting = self._waiting[:wanted], self._waiting[wanted:]
+        for one in taken:
+            self.pulled[one.batch].left.discard(one.row)
+        return taken
+
+    def _round(
+        self, params: nnx.State, new: Sequence[Waiting], before: Sequence[Waiting], marks: Marks, step: int
+    ) -> tuple[list[GroupRecord], Rollout, Marks]:
+        """Runs tasks to their end; another process may have some where this one has none.
+
+        Args:
+          before, marks: the step's tasks of earlier rounds, and of how many of all processes' episodes failures got in
+            the way.
+
+        Returns:
+          Their groups, the same as arrays, and the marks of the step so far.
+        """
+        config, engine = self.config, self.engine
+        prompts = engine.prompts.collate([one.prepared for one in new or before[:1]], agree=cluster.most)
+        session = engine.session(params, config.groups, config.members, prompts.tokens.shape[1], greedy=False)
+        keys = [key for one in new for key in self._keys([one.prepared.task], one.batch)]
+        records = session.submit([one.prepared.task for one in new], prompts, keys, max(len(new), 1))
+        while True:
+            for _ in session.run(params, version=step):
+                self._place_in_rollout()
+            # The share that is tolerated is one of the step: a round of one task has few episodes.
+            so_far = marks + marks_of(records)
+            if self._tolerates(so_far, step):
+                break
+            session.again(records)
+        return records, assemble(records, prompts, len(prompts.tokens), config.members, engine.config.room), so_far
+
+    def _assembled(self, records: Sequence[GroupRecord], tasks: Sequence[Waiting]) -> Rollout:
+        """Groups of several rounds: each had prompts of its own width."""
+        prompts = self.engine.prompts.collate([one.prepared for one in tasks], agree=cluster.most)
+        return assemble(records, prompts, len(records), self.config.members, self.engine.config.room)
+
+    # ---- with tasks of later steps under way -------------------------------------------------------------------
 
     def _oldest(self, params: nnx.State, step: int) -> Rollout:
         """Groups that are over, oldest first, while tasks of later steps are under way."""
@@ -199,7 +302,7 @@ class Supply:
                 if counts.finished >= each and not counts.overdue:
                     break
             taken = self.session.take_finished(each)
-            if self._tolerates(taken, step):
+            if self._tolerates(marks_of(taken), step):
                 break
             self.session.again(taken)
         for record in taken:
@@ -219,9 +322,13 @@ class Supply:
         self.pulled[step] = Pulled(data, left)
 
     def _next_batch(self, longest: bool = False) -> tuple[list[Task], PrefixBatch]:
+        prepared = self._pull_batch()
+        return [one.task for one in prepared], self.engine.prompts.collate(prepared, longest, cluster.most)
+
+    def _pull_batch(self) -> Sequence[PreparedTask]:
         prepared = next(self.batches)
         failpoints.reach("after_pull")
-        return [one.task for one in prepared], self.engine.prompts.collate(prepared, longest, cluster.most)
+        return prepared
 
     def _place_in_rollout(self) -> None:
         if self.engine.exchange.calls_under_way:

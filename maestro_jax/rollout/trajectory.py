@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from maestro_jax.rewards.reward import RewardParts
 from maestro_jax.types import Call, Observation, Status, Task
 
 
@@ -71,6 +72,7 @@ class Trajectory:
     unresolved: int = 0  # calls of names that the registry does not show
     cut: int = 0  # turns that ended where the token budget did
     marked: bool = False  # an infrastructure failure: leaves baseline and loss
+    reward: RewardParts | None = None  # once it is graded, which happens once
     timing: Timing = dataclasses.field(default_factory=Timing)
     askers: list[str] = dataclasses.field(default_factory=list)  # of each call
     kept: list[tuple[Call, Observation]] = dataclasses.field(default_factory=list)  # good calls of an attempt before

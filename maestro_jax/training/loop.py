@@ -13,7 +13,7 @@ from maestro_jax import failpoints
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config
 from maestro_jax.evaluation.policy import Evaluation
-from maestro_jax.grpo.batch import Scored
+from maestro_jax.grpo.batch import Scored, rewards_of
 from maestro_jax.grpo.learner import Learner
 from maestro_jax.grpo.ledger import trained_row
 from maestro_jax.grpo.update import TrainState
@@ -262,14 +262,15 @@ def held_out(found: Evaluation) -> dict[str, float]:
 
 
 def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dict[str, float]:
-    """Averages over the trajectories of a step, of all processes."""
+    """Averages over the trajectories of a step, of all processes, those of replaced groups among them."""
     parts = [
         [
             episode_figures(trajectory, reward, version)
-            for group, rewards in zip(rollout.trajectories, scored.parts, strict=True)
+            for groups in (rollout.trajectories, rollout.replaced or [])
+            for group, rewards in zip(groups, rewards_of(groups), strict=True)
             for trajectory, reward in zip(group, rewards, strict=True)
         ]
-        for rollout, scored in seen
+        for rollout, _ in seen
     ]
     figures = cluster.joined(parts)
     columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}

@@ -70,7 +70,7 @@ def make_learner(config: Config, rollouts: Rollouts, progress: Progress) -> tupl
 def supply_config(config: Config) -> SupplyConfig:
     grpo, rollout = config.grpo, config.rollout
     parts = grpo.microbatches if grpo.stream else 1
-    return SupplyConfig(grpo.groups, grpo.group_size, parts, rollout.ahead, rollout.staleness)
+    return SupplyConfig(grpo.groups, grpo.group_size, parts, rollout.ahead, rollout.staleness, grpo.refill)
 
 
 def note_shape(part: GroupBatch, shapes: set[tuple[Any, ...]], progress: Progress, of: str = "the update") -> None:

@@ -8,11 +8,15 @@ from maestro_jax.grpo.config import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised fine-tuning on demonstrations of a weak router (`suite/demonstrations.py`).
+    """Supervised fine-tuning on one's own demonstrations, or on those of a weak router (`suite/demonstrations.py`).
 
     Attributes:
       steps: updates; 0 leaves the warm start out.
       checkpoint_every: steps between its checkpoints.
+      groups: of a batch; one of one's own demonstrations is a group by itself.
+      group_size: demonstrations of a group, those of the router.
+      demonstrations: JSONL files of one's own (`warm_start/demonstrations.py`), in the place of the router's.
+      image_root: folder that image paths in these files start from; empty allows inline images only.
 
     What the router does:
       claims: source → (expert, skill) that the registry's descriptions point to, right or wrong.
@@ -27,6 +31,8 @@ class WarmStartConfig:
     checkpoint_every: int = 100
     groups: int = 8
     group_size: int = 4
+    demonstrations: tuple[str, ...] = ()
+    image_root: str = ""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, warmup_steps=20)
     # Of the router that writes the demonstrations of a tiny policy; nothing else reads them.
     claims: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -125,6 +125,7 @@ def test_parts_have_the_shapes_that_another_process_needs(rollout: Rollout, monk
     """It has three groups with contrast, shorter and longer than ours; we have one, so two parts get none of us."""
     theirs = {"prefix": [2, 4, 2], "room": [8, 15, 3], "loss_tokens": [20, 30, 6], "loss_members": [3, 3, 3]}
     theirs |= {"contrast": [True] * 3, "marked": [0] * 3, "tokens": [20, 40, 9], "real": [True] * 3}
+    theirs |= {"refilled": [0], "replaced": [0]}
     monkeypatch.setattr(cluster, "gather", lambda own: [own, theirs])
     parts, left_out, metrics = parts_of(rollout, (4, 8, 16), 3, contrast_only=True)
     # As the most expensive of each process go together: P and R of theirs, or of ours where it is longer.
@@ -145,6 +146,14 @@ def test_statistics_leave_padding_groups_out(rollout: Rollout) -> None:
     assert metrics["groups_without_contrast"] == 0.5
     assert metrics["marked_trajectories"] == pytest.approx(1 / 6)
     assert metrics["member_tokens"] == pytest.approx(41 / 6)
+
+
+def test_statistics_know_the_groups_that_others_took_the_place_of(rollout: Rollout) -> None:
+    """Of the data, five tasks were run: two are trained on, one of them without contrast; three are replaced."""
+    refilled = dataclasses.replace(rollout, refilled=1, replaced=[rollout.trajectories[1]] * 3)
+    metrics = batch_of(refilled)[1]
+    assert (metrics["groups_without_contrast"], metrics["tasks"], metrics["refilled"]) == (4 / 5, 5.0, 1.0)
+    assert {"tasks", "refilled"}.isdisjoint(batch_of(rollout)[1])
 
 
 def test_a_member_beyond_the_buckets_names_the_cure(rollout: Rollout) -> None:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from maestro_jax.grpo.learner import Learner
+from maestro_jax.grpo.ledger import trained_row
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
@@ -18,6 +19,7 @@ from maestro_jax.policy.prompts import take_prompts
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.rewards.reward import RewardConfig
 from maestro_jax.rollout.engine import Rollout
+from maestro_jax.training.loop import episode_metrics
 from maestro_jax.types import Call, Observation, Status
 from tests.rollout import toy
 from tests.rollout.test_engine import EPISODE, Experts, Runner, make_runner, one_device
@@ -95,6 +97,20 @@ def test_groups_that_come_in_parts_make_the_same_update(runner: Runner, rollout:
     for name in ("loss", "grad_norm", "entropy", "member_tokens", "groups_without_contrast"):
         # fp32 sums over the same tokens in another order.
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_the_ledger_has_every_task_that_was_run_once(runner: Runner, rollout: Rollout) -> None:
+    """The learner says which groups have contrast; what another took the place of is no part of the update."""
+    made, state = learner(runner, parts=1)
+    assert made.contrast(rollout).tolist() == [True, True, False, True]
+    whole = dataclasses.replace(rollout, refilled=1, replaced=[rollout.trajectories[2]])
+    _, seen, metrics = made(state, [whole])
+    row = trained_row(3, seen)
+    assert [group["task"] for group in row["groups"]] == [toy.task(n).id for n in range(GROUPS)]
+    assert row["replaced"] == [{"task": toy.task(2).id, "rewards": [1.0] * MEMBERS}]
+    assert "replaced" not in trained_row(3, [(rollout, seen[0][1])])
+    graded = episode_metrics(seen, version=1)
+    assert graded["accuracy"] == pytest.approx(9 / 15) and metrics["tasks"] == 5.0
 
 
 def test_the_sampler_and_the_trainer_agree(runner: Runner, rollout: Rollout) -> None:
