@@ -529,7 +529,7 @@ def _jsonl(text: str) -> None:
     with contextlib.suppress(DataError):
         jsonl._parse(text.encode("utf-8", "replace"), "x")
     with contextlib.suppress(DataError):
-        jsonl._image(Row({}, "x", 1), "images", {"bytes": text}, None)
+        jsonl.read_image(Row({}, "x", 1), "images", {"bytes": text}, None)
 
 
 def _verl(text: str) -> None:

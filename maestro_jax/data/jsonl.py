@@ -42,26 +42,20 @@ class _File:
     lines: np.ndarray  # int64 [lines, 3]
 
 
-class JsonlSource:
-    """Tasks from JSONL files, read one line at a time.
+class JsonLines:
+    """The lines of JSONL files that are not blank, read one at a time.
 
     Args:
       paths: one file or several; their lines follow each other.
-      image_root: folder that image paths start from; None allows inline images only.
 
     Raises:
-      DataError: a file that is missing or has too long a line; on reading, a bad line.
+      DataError: a file that is missing or has too long a line; on reading, a line that is no JSON object.
     """
 
-    def __init__(
-        self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        image_root: str | os.PathLike[str] | None = None,
-    ):
+    def __init__(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]):
         listed = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
         if not listed:
             raise ConfigError("no JSONL file is named; give at least one path")
-        self._image_root = None if image_root is None else open_root(image_root)
         names = stable_names(listed)
         self._files = [_File(path, name, _find_lines(path)) for path, name in zip(listed, names, strict=True)]
         self._starts = np.cumsum([0, *(len(file.lines) for file in self._files)])
@@ -69,35 +63,68 @@ class JsonlSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Task:
+    def read(self, index: int) -> tuple[Row, str]:
+        """A line, and a name for it that stays."""
         file, row = self._find(index)
         line, offset, length = (int(value) for value in file.lines[row])
         where = self.where(index)
         with open(file.path, "rb") as opened:  # a file for each read: sources are used from several threads
             opened.seek(offset)
             data = opened.read(length)
-        return _task(Row(_parse(data, where), where, line), f"{file.name}/{line:06d}", self._image_root)
+        return Row(_parse(data, where), where, line), f"{file.name}/{line:06d}"
 
     def where(self, index: int) -> str:
         file, row = self._find(index)
         return f"{file.path} line {int(file.lines[row][0])}"
 
-    def labels(self) -> Iterator[Label | None]:
+    def texts(self) -> Iterator[tuple[bytes, str, str]]:
+        """Every line as it is, where it stands, and its name."""
         for file in self._files:
             with open(file.path, "rb") as opened:
                 for line, offset, length in file.lines.tolist():
                     opened.seek(offset)
-                    yield _label(opened.read(length), f"{file.path} line {line}", f"{file.name}/{line:06d}")
+                    yield opened.read(length), f"{file.path} line {line}", f"{file.name}/{line:06d}"
 
-    def stamp(self) -> list[Any]:
-        return ["jsonl", str(self._image_root), *file_stamps(file.path for file in self._files)]
+    def stamps(self) -> list[Any]:
+        return file_stamps(file.path for file in self._files)
 
     def _find(self, index: int) -> tuple[_File, int]:
         """File of a task, and which of its lines that are not blank."""
         if not 0 <= index < len(self):
-            raise IndexError(f"task {index} of {len(self)}")
+            raise IndexError(f"line {index} of {len(self)}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._files[number], index - int(self._starts[number])
+
+
+class JsonlSource:
+    """Tasks from JSONL files; arguments and errors as of `JsonLines`.
+
+    Args:
+      image_root: folder that image paths start from; None allows inline images only.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        image_root: str | os.PathLike[str] | None = None,
+    ):
+        self._lines = JsonLines(paths)
+        self._image_root = None if image_root is None else open_root(image_root)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Task:
+        return _task(*self._lines.read(index), self._image_root)
+
+    def where(self, index: int) -> str:
+        return self._lines.where(index)
+
+    def labels(self) -> Iterator[Label | None]:
+        return (_label(*line) for line in self._lines.texts())
+
+    def stamp(self) -> list[Any]:
+        return ["jsonl", str(self._image_root), *self._lines.stamps()]
 
 
 def _find_lines(path: Path) -> np.ndarray:
@@ -170,14 +197,18 @@ def _letter(row: Row, answers: tuple[str, ...], choices: tuple[str, ...]) -> str
 def _images(row: Row, image_root: ImageRoot | None) -> tuple[bytes, ...]:
     images = []
     for position, entry in enumerate(row.values("images", list) if row.has("images") else ()):
-        field = f"images[{position}]"
-        data = _image(row, field, entry, image_root)
-        check_image(data, f"{row.where}, field {field}")
-        images.append(data)
+        images.append(read_image(row, f"images[{position}]", entry, image_root))
     return tuple(images)
 
 
-def _image(row: Row, field: str, entry: Any, image_root: ImageRoot | None) -> bytes:
+def read_image(row: Row, field: str, entry: Any, image_root: ImageRoot | None) -> bytes:
+    """The encoded image that `entry` names or holds, judged by its header."""
+    data = _image_bytes(row, field, entry, image_root)
+    check_image(data, f"{row.where}, field {field}")
+    return data
+
+
+def _image_bytes(row: Row, field: str, entry: Any, image_root: ImageRoot | None) -> bytes:
     if isinstance(entry, str):
         refuse_url(entry, f"{row.where}, field {field}")
         if image_root is None:

@@ -31,12 +31,12 @@ class Row:
 
     def text(self, field: str) -> str:
         """A text that is not empty, without the space around it."""
-        return self._text(self.fields.get(field), field)
+        return self.text_of(self.fields.get(field), field)
 
     def texts(self, field: str) -> tuple[str, ...]:
         """A list of texts; none of them empty."""
         return tuple(
-            self._text(value, f"{field}[{position}]") for position, value in enumerate(self.values(field, list))
+            self.text_of(value, f"{field}[{position}]") for position, value in enumerate(self.values(field, list))
         )
 
     def scalars(self, field: str) -> tuple[str, ...]:
@@ -84,7 +84,8 @@ class Row:
             if near and field not in known:
                 raise self.error(field, f"unknown, did you mean {near[0]}? Correct or rename it")
 
-    def _text(self, value: Any, field: str) -> str:
+    def text_of(self, value: Any, field: str) -> str:
+        """`value`, which stands somewhere in the row, as `text` gives that of a field."""
         if not isinstance(value, str) or not value.strip():
             raise self.error(field, f"expected a text, found {describe(value)}; fill it or remove the row")
         if not _is_unicode(value):

@@ -134,7 +134,8 @@ def train(
             check_batches(config, mesh)
             return open_params(config, architecture, mesh)
 
-        demonstrated = router.longest_turn(tokens.count) if config.warm_start.steps else 0
+        has_router = config.warm_start.steps and not config.warm_start.demonstrations
+        demonstrated = router.longest_turn(tokens.count) if has_router else 0
         rollouts = open_rollouts(config, architecture, load, tokens, calls, shown, demonstrated)
         config = rollouts.config
         batches = Batches(

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 # An observation is a proper user turn behind the policy's own, and a new assistant header.
 _BEFORE = f"{END_OF_TURN}\n<|im_start|>user\n"
 _AFTER = f"{END_OF_TURN}\n<|im_start|>assistant\n"
-_NO_CALLS_LEFT = " Answer now."
+NO_CALLS_LEFT = " Answer now."
 # A token of its own behind any text, however often it stands there: as text, an episode has the ids that were trained.
 _FILLER = " ."
 _LETTERS = 32  # of a token, at most, where only the head and the tail of a long text are encoded
@@ -53,7 +53,7 @@ def observation_frame(body: str, last: bool) -> str:
     Args:
       last: whether no call is left.
     """
-    note = _NO_CALLS_LEFT if last else ""
+    note = NO_CALLS_LEFT if last else ""
     return f"{_BEFORE}{protocol.OBSERVATION_OPEN}{body} {protocol.OBSERVATION_CLOSE}{note}{_AFTER}"
 
 
@@ -104,7 +104,7 @@ class Exchange:
         self.filler = tokens.encode(_FILLER)
         self.opening = tokens.encode(protocol.OBSERVATION_OPEN)
         self.closing = tokens.encode(f" {protocol.OBSERVATION_CLOSE}")
-        self.no_calls_left = tokens.encode(_NO_CALLS_LEFT)
+        self.no_calls_left = tokens.encode(NO_CALLS_LEFT)
         self.cut = tokens.encode(" ...")
         self._check_filler()
         # O: the longest observation with everything around it.
@@ -370,12 +370,20 @@ class Exchange:
         most = _LETTERS * limit
         if len(text) > 2 * most:  # megabytes would take seconds, and all but head and tail is cut anyway
             text = f"{text[:most]} ... {text[-most:]}"
-        ids = shown = self.tokens.encode_foreign(f" {protocol.neutralise(text, self.tokens.special_texts)}")
+        ids = shown = self._whole_ids(text)
         kept = limit
         while len(shown) > limit:  # beside a cut, text may be read as other tokens, and as more
             shown = self.tokens.encode_foreign(self.tokens.decode(protocol.cap_ids(ids, kept, self.cut)))
             kept -= 1
         return shown
+
+    def cuts(self, text: str) -> bool:
+        """Whether `body_ids` leaves out some of it."""
+        limit = self.config.observation_tokens
+        return len(text) > 2 * _LETTERS * limit or len(self._whole_ids(text)) > limit
+
+    def _whole_ids(self, text: str) -> list[int]:
+        return self.tokens.encode_foreign(f" {protocol.neutralise(text, self.tokens.special_texts)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from maestro_jax import failpoints
 from maestro_jax.data.source import OnDemand
 from maestro_jax.observe.progress import Progress
-from maestro_jax.parallel import cluster, preemption
+from maestro_jax.parallel import preemption
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.description.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
@@ -29,7 +29,7 @@ from maestro_jax.rollout.exchange import Exchange
 from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.types import Call, Observation, Status, Task
 from maestro_jax.warm_start.config import WarmStartConfig
-from maestro_jax.warm_start.demonstrations import Demonstration
+from maestro_jax.warm_start.demonstrations import Demonstration, Written, as_ids, demonstrations_of
 
 NO_HELP = "I cannot tell."
 _IN_FLIGHT = 64
@@ -161,12 +161,7 @@ def write_demonstrations(
       outages: as of `make_calls`. What is left without an answer then is a rehearsal.
     """
 
-    def write() -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
-        return list(_write_all(tasks, router, exchange, seed, progress, outages))
-
-    told = cluster.from_main(write)
-    written = [(tuple(ids), tuple(own)) for ids, own in told]
-    return OnDemand(range(len(tasks)), lambda number: Demonstration(tasks[number], *written[number]))
+    return demonstrations_of(tasks, lambda: _write_all(tasks, router, exchange, seed, progress, outages))
 
 
 def _write_all(
@@ -176,8 +171,7 @@ def _write_all(
     seed: int,
     progress: Progress,
     outages: Outages | None,
-) -> Iterator[tuple[tuple[int, ...], tuple[bool, ...]]]:
-    """Ids of each demonstration, and whose they are."""
+) -> Iterator[Written]:
     rng, rng_of_lost = np.random.default_rng(seed), np.random.default_rng([seed, 1])
 
     def answers(asked: Sequence[tuple[int, Call]]) -> Iterator[Observation]:
@@ -233,20 +227,16 @@ def letter_pieces(tokens: Tokens) -> list[str]:
     return [text for text in texts if text.strip().isalpha()]
 
 
-def _write(
-    thought: str, steps: Sequence[tuple[Call, Observation]], exchange: Exchange
-) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+def _write(thought: str, steps: Sequence[tuple[Call, Observation]], exchange: Exchange) -> Written:
     """A thought, calls with what came back, and an answer that quotes the last reply as far as it was shown."""
     tokens = exchange.tokens
-    pieces: list[tuple[list[int], bool]] = [(tokens.encode(thought), True)]
+    pieces: list[tuple[Sequence[int], bool]] = [(tokens.encode(thought), True)]
     for number, (call, observation) in enumerate(steps, start=1):
         pieces.append((tokens.encode(call_text(call)), True))
         pieces.append((exchange.observation_ids(observation, number >= exchange.config.max_calls), False))
     opening, closing = tokens.encode(protocol.ANSWER_OPEN), tokens.encode(f" {protocol.ANSWER_CLOSE}")
     pieces.append(([*opening, *exchange.body_ids(steps[-1][1].text), *closing], True))
-    ids = [token for piece, _ in pieces for token in piece]
-    authored = [by_policy for piece, by_policy in pieces for _ in piece]
-    return tuple(ids), tuple(authored)
+    return as_ids(pieces)
 
 
 def tokenizer_texts(system: str, tasks: Sequence[Task], router: WeakRouter, frames: Sequence[str]) -> list[str]:

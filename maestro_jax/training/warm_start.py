@@ -23,6 +23,7 @@ from maestro_jax.session.policy import update_config
 from maestro_jax.session.rollouts import Rollouts
 from maestro_jax.suite.demonstrations import WeakRouter, tokenizer_texts, write_demonstrations
 from maestro_jax.training.updates import note_shape
+from maestro_jax.warm_start.demonstrations import open_demonstrations
 from maestro_jax.warm_start.finetune import finetune
 
 # Of images of tasks that are demonstrated, which are gone through again and again.
@@ -73,11 +74,15 @@ def warm_start(
         store.close()
         return state.params
     calls.journal.begin("warm start")
-    groups_needed = settings.steps * settings.groups
-    rows = [i % len(source) for i in range(groups_needed) for _ in range(settings.group_size)]
-    tasks = OnDemand(rows, remembering(source, DEMONSTRATED_BYTES))
-    demonstrations = write_demonstrations(tasks, router, rollouts.exchange, config.seed, progress, calls.outages)
-    size = settings.group_size
+    exchange, prompts = rollouts.exchange, rollouts.prompts
+    if settings.demonstrations:
+        size, files = 1, settings.demonstrations
+        demonstrations = open_demonstrations(files, settings.image_root, exchange, prompts, progress)
+    else:
+        size = settings.group_size
+        rows = [i % len(source) for i in range(settings.steps * settings.groups) for _ in range(size)]
+        tasks = OnDemand(rows, remembering(source, DEMONSTRATED_BYTES))
+        demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress, calls.outages)
     groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
     update = update_config(config, temperature=1.0)
     update = dataclasses.replace(update, loss=dataclasses.replace(update.loss, aggregation="token"))
@@ -91,9 +96,7 @@ def warm_start(
 
     progress.phase("warm start", settings.steps, done)
     buckets = config.rollout.member_buckets
-    tuned = finetune(
-        step, state, groups, settings.groups, settings.steps, rollouts.prompts, buckets, mesh, config.seed, done
-    )
+    tuned = finetune(step, state, groups, settings.groups, settings.steps, prompts, buckets, mesh, config.seed, done)
 
     def save(done: int, state: TrainState) -> None:
         calls.journal.sync()
