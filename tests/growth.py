@@ -50,6 +50,7 @@ from maestro_jax.suite.specialists.shapes import ShapeSight, _reply
 from maestro_jax.suite.specialists.symbolic import SymSolver
 from maestro_jax.suite.specialists.tally import Tally
 from maestro_jax.types import Status, StopReason, Task
+from maestro_jax.warm_start import demonstrations
 
 LINE = 2**16  # characters of a question or a line of a file, which nobody caps; a picture is a megabyte
 BODY = 2**20  # bytes of a server's reply
@@ -532,6 +533,28 @@ def _jsonl(text: str) -> None:
         jsonl.read_image(Row({}, "x", 1), "images", {"bytes": text}, None)
 
 
+def _demonstration(text: str) -> None:
+    """Each message of a row, its kinds and its images."""
+    call, answer = "<search> Chart-Lens@@Read_it: look </search>", "<answer> 5 </answer>"
+    roles = ("user", "assistant", "tool", "assistant")
+    parts = [{"type": "text", "text": text}, {"type": "image", "image": f"data:image/png;base64,{text}"}]
+    for said in (
+        (text, answer),
+        (parts, answer),
+        ([{"type": text}], answer),
+        ("q", text),
+        ("q", f"<answer>{text}</answer>"),
+        ("q", call.replace("look", text), "x", answer),
+        ("q", call, text, answer),
+        ("q", call, f"<information>{text}</information>", answer),
+    ):
+        messages = [{"role": role, "content": content} for role, content in zip(roles, said, strict=False)]
+        for fields in ({"messages": messages}, {"messages": [{"role": text}], text: 1}):
+            with contextlib.suppress(DataError):
+                row = Row(fields, "x", 1)
+                demonstrations.write_chat(demonstrations.read_chat(row, "x", None), row, _exchange())
+
+
 def _verl(text: str) -> None:
     user = [{"role": "user", "content": text}]
     for extra in ({"question": text}, {"choices": [text, "b"]}, None):
@@ -574,6 +597,7 @@ def _data() -> dict[str, Reader]:
     return {
         "split_options, letter_of": Reader(_options, LINE, _ITEMS, ("What? A. cat B. dog", "Which?\nA. x\nB. y")),
         "a line of JSONL": Reader(_jsonl, LINE, (*_JSON, "=", "QUJD", "http://")),
+        "a demonstration": Reader(_demonstration, LINE, (*_TAGS, "data:", ";base64,")),
         "a row of verl": Reader(_verl, LINE, (*_ITEMS, *_JSON), ('["a"]',)),
         "a row of ERQA": Reader(_erqa, LINE, (*_ITEMS, "Choices:"), (" Please answer directly with only the letter.",)),
         "a registry": Reader(_configured, LINE, ("{question}", "{", "{a", "@@", "http://", "@", ":", "%")),

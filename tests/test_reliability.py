@@ -5,6 +5,7 @@ The run is the main job at a tiny size, from an empty directory: tokenizer, demo
 evaluations, and two epochs of training with calls to experts.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -367,6 +368,71 @@ def test_an_evaluation_is_stopped_and_goes_on(machine: Machine, unbroken: Path, 
     assert len((tmp_path / "episodes.jsonl").read_text().splitlines()) > 1
     assert machine.run("maestro_jax.evaluate", argv).code == 0
     assert read_json(tmp_path / "evaluation.json")["tasks"] == 5
+
+
+# ---- one's own demonstrations, and groups that are replaced --------------------------------------------------
+
+OWN_STEPS = 5
+OWN_ENDS = (
+    "in_warm_start:8:KILL",
+    "in_warm_start:14:TERM",
+    "after_pull:2:KILL",
+    "after_update:1:KILL",
+    "in_rollout:3:KILL",
+    "after_rollout:2:TERM",
+    "after_pull:3:KILL",
+    "after_save:1:KILL",
+)
+
+
+@pytest.mark.slow  # minutes: ten starts
+def test_own_demonstrations_and_replaced_groups_survive_kills(machine: Machine, tmp_path: Path) -> None:
+    """Groups without contrast are replaced out of what a step leaves of a batch, so most steps end in the middle."""
+    shown = tmp_path / "own.jsonl"
+    call = "<search> Tally@@Counting_Problem_Solver: count them </search>"
+    said = [[f"How many {name}?", call, str(n), f"<answer> {n} </answer>"] for n, name in enumerate("abcdef")]
+    roles = ("user", "assistant", "tool", "assistant")
+    rows = ({"messages": [{"role": r, "content": x} for r, x in zip(roles, one, strict=True)]} for one in said)
+    shown.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    settings = {
+        "warm_start.demonstrations": f"('{shown}',)",
+        "grpo.refill": 2,
+        "grpo.steps": OWN_STEPS,
+        "checkpoint.every": 1,
+        "evaluate.every": OWN_STEPS,
+        "evaluate.baselines": False,
+        "reward.cost_weight": 0.0,
+    }
+
+    def train(name: str, failpoint: str = "") -> Life:
+        own = [f"--config.{key}={value}" for key, value in settings.items()]
+        return machine.run("maestro_jax.train", [*machine.flags(), *own, f"--workdir={tmp_path / name}"], failpoint)
+
+    assert (life := train("unbroken")).code == 0, life.text
+    for end in OWN_ENDS:
+        life = train("broken", end)
+        assert life.code == (EXIT_PREEMPTED if end.endswith("TERM") else -signal.SIGKILL), f"{end}: {life.text}"
+    assert (life := train("broken")).code == 0, life.text
+
+    one, two = tmp_path / "broken", tmp_path / "unbroken"
+    assert (one / "trained.jsonl").read_text() == (two / "trained.jsonl").read_text()
+    assert without_times(one / "metrics.jsonl") == without_times(two / "metrics.jsonl")
+    for name, step in (("warm_start", TINY["warm_start.steps"]), ("checkpoints", OWN_STEPS)):
+        found, wanted = (Committed(epath.Path(where / name), step) for where in (one, two))
+        assert found.leaves.keys() == wanted.leaves.keys()
+        for leaf in found.leaves:
+            assert found.read_array(leaf).tobytes() == wanted.read_array(leaf).tobytes(), leaf
+    assert calls(one) == calls(two)
+
+    trained, taken = read_metrics(two / "trained.jsonl"), collections.Counter[str]()
+    for row, metrics in zip(trained, read_metrics(two / "metrics.jsonl")[1:], strict=True):
+        new = [group["task"] for group in (*row["groups"], *row["replaced"])]
+        assert len(row["groups"]) == GROUPS and len(new) == metrics["tasks"] <= 3 * GROUPS
+        assert all(len(set(group["rewards"])) == 1 for group in row["replaced"])
+        taken.update(new)
+        counts = [taken[task] for task in taken]  # whoever is behind has not been taken at all
+        assert max(counts) - (min(counts) if len(counts) == TASKS else 0) <= 1
+    assert sum(metrics["refilled"] for metrics in read_metrics(two / "metrics.jsonl")[1:]) > 0
 
 
 # ---- two processes -----------------------------------------------------------------------------------------
