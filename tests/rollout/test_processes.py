@@ -53,12 +53,12 @@ def in_processes(talker: episodes.Talker, mesh: str, directory: Path) -> list[Se
     return [process_worker.read(result) for result in results]
 
 
-def launch(arguments: Sequence[object], log: Path) -> subprocess.Popen[bytes]:
+def launch(arguments: Sequence[object], log: Path, module: str = process_worker.__name__) -> subprocess.Popen[bytes]:
     flags = [flag for flag in FLAGS if "device_count" not in flag]
     flags.append(f"--xla_force_host_platform_device_count={DEVICES}")
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", process_worker.__name__, *map(str, arguments)],
+            [sys.executable, "-m", module, *map(str, arguments)],
             cwd=Path(__file__).parents[2],
             env=os.environ | {"XLA_FLAGS": " ".join(flags)},
             stdout=file,

@@ -1,8 +1,10 @@
 """Further tasks in the place of groups without contrast: which are taken, that none is lost, how a run goes on."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +25,10 @@ from maestro_jax.rollout.supply import Supply, SupplyConfig
 from maestro_jax.rollout.trajectory import GroupRecord, Trajectory
 from maestro_jax.types import Task
 from tests.data.listed import Listed
-from tests.rollout import toy
+from tests.parallel import processes
+from tests.rollout import refill_worker, toy
 from tests.rollout.test_engine import Runner, assert_same_arrays, bigram_runner, one_device
+from tests.rollout.test_processes import launch, wait_for_all
 from tests.rollout.test_supply import Numbered, SlowForSome, until_back
 
 GROUPS, MEMBERS, TASKS = 4, 2, 30
@@ -215,6 +219,24 @@ def test_two_processes_replace_their_own_and_lose_nothing(monkeypatch: pytest.Mo
     assert [r for _, r in first] != [r for _, r in second]  # they needed different numbers
     counts = np.bincount(taken, minlength=TASKS)
     assert counts.max() - counts.min() <= 2  # a process may be a batch ahead of the other
+
+
+def test_real_processes_run_rounds_together_where_one_has_nothing_to_run(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    toy.make_tokens(tokens)
+    address = processes.free_address()
+    results, logs = ([tmp_path / f"{number}.{kind}" for number in range(2)] for kind in ("json", "log"))
+    with contextlib.ExitStack() as started:
+        running = []
+        for number in range(2):
+            arguments = [tokens, address, 2, number, results[number]]
+            running.append(launch(arguments, logs[number], refill_worker.__name__))
+            started.callback(running[-1].kill)
+        assert wait_for_all(running), "\n".join(log.read_text() for log in logs)
+    (first, state), (second, other_state) = (json.loads(result.read_text()) for result in results)
+    named = [[[f"toy/{n:03d}" for n in group] for group in step] for step in ([[1, 5], [0, 4]], [[8, 9], []])]
+    assert first == named and state == other_state and state["done"] == {"3": [0, 1]}
+    assert second == [[["toy/002", "toy/003"], []], [["toy/006", "toy/007"], []]]
 
 
 def test_what_is_left_of_a_batch_is_bound_to_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
