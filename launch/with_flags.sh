@@ -10,6 +10,8 @@ if [[ -n ${MAESTRO_CHIP-} ]]; then
     echo "error: MAESTRO_CHIP=$MAESTRO_CHIP has no file in launch/env; use the name of one there, or none" >&2
     exit 78
   fi
+  # What can be set depends on what the run's Python has installed.
+  case "${1-}" in *python*) export PYTHON=$1 ;; esac
   # shellcheck source=/dev/null
   source "$flags"
   # The driver of a TPU locks memory to move data; a container may lock next to none unless this is raised.

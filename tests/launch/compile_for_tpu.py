@@ -40,4 +40,4 @@ if __name__ == "__main__":
     x = array((len(devices), LENGTH, WIDTH), jnp.bfloat16, "fsdp")
     with jax.set_mesh(mesh):
         text = jax.jit(loss).lower(weights, x).compile().as_text()
-    print("beside" if re.search(r"async-collective-start|all-gather-start", text) else "one after the other")
+    print("beside" if re.search(r"async-collective-start|all-gather-start|call-start", text) else "one after the other")
