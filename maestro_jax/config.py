@@ -18,6 +18,7 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.config import EvaluateConfig
 from maestro_jax.grpo.config import GrpoConfig, OptimizerConfig
 from maestro_jax.mapping import read
+from maestro_jax.observe.config import TrackersConfig
 from maestro_jax.parallel.config import MeshConfig
 from maestro_jax.policy.config import PolicyConfig
 from maestro_jax.registry.description.config import RegistryConfig
@@ -43,6 +44,7 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    trackers: TrackersConfig = TrackersConfig()
 
 
 def base_config() -> ConfigDict:

@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
 from maestro_jax import api
+from maestro_jax.observe.metrics import read_metrics
+from maestro_jax.observe.trackers import TrackedRun
 from tests.test_train_command import TINY
 
 SMALL = TINY | {  # the batches divide over the eight devices of the tests
@@ -36,10 +39,26 @@ def small(**changes: Any) -> ConfigDict:
     return config
 
 
+class Recorder:
+    """A tracker of a user's own."""
+
+    told: ClassVar[dict[int, Mapping[str, float]]] = {}
+
+    def __init__(self, run: TrackedRun):
+        assert run.settings["grpo.steps"] == "2" and run.directory.is_dir()
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        assert step not in self.told
+        self.told[step] = numbers
+
+    def close(self) -> None: ...
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[api.TrainResult, list[api.Event]]:
     events: list[api.Event] = []
-    return api.train(small(), tmp_path_factory.mktemp("run"), progress=events.append), events
+    config = small(**{"trackers.use": (f"{__name__}:Recorder",)})
+    return api.train(config, tmp_path_factory.mktemp("run"), progress=events.append), events
 
 
 def test_training_gives_values_and_says_where_it_is(trained: tuple[api.TrainResult, list[api.Event]]) -> None:
@@ -54,6 +73,15 @@ def test_training_gives_values_and_says_where_it_is(trained: tuple[api.TrainResu
     assert [event.done for event in steps][-1] == 2 and "reward" in steps[-1].figures
     assert any("parameters on 8 cpu" in event.note for event in events)
     assert "trained (after RL)" in result.table()
+
+
+def test_a_tracker_gets_the_numbers_of_every_step(trained: tuple[api.TrainResult, list[api.Event]]) -> None:
+    rows = {row.pop("step"): row for row in read_metrics(trained[0].workdir / "metrics.jsonl")}
+    assert (
+        Recorder.told == rows
+        and sorted(rows) == [0, 1, 2]
+        and not any(event.note.startswith("tracker") for event in trained[1])
+    )
 
 
 def test_the_same_call_goes_on_where_it_stopped(trained: tuple[api.TrainResult, list[api.Event]]) -> None:

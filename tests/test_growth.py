@@ -241,6 +241,8 @@ NO_FOREIGN_TEXT = {
     "policy/hf_export.py": "the run's own settings",
     "command.py": "the user's command line",
     "config.py": "the user's settings",
+    "mapping.py": "the user's settings",
+    "observe/trackers.py": "the user's settings, and names of metrics",
     "parallel/cluster.py": "the environment of the scheduler and errors of jax",
     "data/benchmarks/files.py parquet_files": "names of files in the user's folder",
     "policy/prompts.py Prompts.__init__": "the tokenizer's special tokens",

@@ -53,6 +53,7 @@ FREE_KEYS = (
     "optimizer.",
     "warm_start.",
     "checkpoint.",
+    "trackers.",
     "registry.limits.",
     "registry.endpoints_from",
     "data.train_files",

@@ -21,6 +21,7 @@ from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
 from maestro_jax.observe.files import made_directory, read_json, write_json
 from maestro_jax.observe.listening import Show, showing
 from maestro_jax.observe.metrics import MetricsWriter
+from maestro_jax.observe.trackers import Trackers, check_trackers
 from maestro_jax.parallel import cluster, preemption
 from maestro_jax.policy.config import open_architecture
 from maestro_jax.policy.hf_export import hf_config
@@ -38,7 +39,7 @@ from maestro_jax.training.result import TrainResult
 from maestro_jax.training.updates import make_learner, supply_config
 from maestro_jax.training.warm_start import open_tokens, warm_start
 
-# Settings that may change between a run and its continuation.
+# How settings begin that may change between a run and its continuation.
 FREE_KEYS = (
     "data.damage_limit",
     "registry.endpoints_from",
@@ -62,6 +63,7 @@ FREE_KEYS = (
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
+    "trackers.",
 )
 
 
@@ -94,6 +96,7 @@ def train(
     raw = completed(read_config(config))
     settings, config = Settings.of(raw), parse_config(raw)
     check_replayable(config, replay)
+    check_trackers(config.trackers)
     cluster.start()
     workdir = made_directory("--workdir", workdir)
     cluster.check_shared(workdir)
@@ -183,11 +186,12 @@ def train(
         learner, state = make_learner(config, rollouts, shown)
         how = supply_config(config)
         supply = Supply(rollouts.engine, iter(batches), how, config.seed, calls.outages, learner.contrast)
-        metrics, ledger = (
-            closing.enter_context(MetricsWriter(workdir / name if cluster.is_main() else None))
-            for name in ("metrics.jsonl", "trained.jsonl")
-        )
-        bound_settings = {key: value for key, value in settings.flat.items() if key not in FREE_KEYS}
+        own = workdir if cluster.is_main() else None  # process 0 writes for all
+        trackers = Trackers(config.trackers, own, settings.flat, shown.note)
+        closing.callback(trackers.close)
+        metrics = closing.enter_context(MetricsWriter(own and own / "metrics.jsonl", trackers.write))
+        ledger = closing.enter_context(MetricsWriter(own and own / "trained.jsonl"))
+        bound_settings = {key: value for key, value in settings.flat.items() if not key.startswith(FREE_KEYS)}
         record = Record(store, metrics, ledger, settings_hashes(bound_settings), began)
 
         def after(params: nnx.State) -> Evaluation:
@@ -231,7 +235,7 @@ def check_replayable(config: Config, replay: str) -> None:
 
 def is_free(key: str, bound: str | None) -> bool:
     """Whether a setting may differ from the work directory's; `bound` begins those that may not (None: all may)."""
-    return key in FREE_KEYS or bound is None or not key.startswith(bound)
+    return key.startswith(FREE_KEYS) or bound is None or not key.startswith(bound)
 
 
 def kept_if_whole(path: Path, journal: Journal, kind: Any, compute: Callable[[], Any], alone: bool) -> Any:

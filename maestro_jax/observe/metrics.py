@@ -7,7 +7,7 @@ line and a resumed run replaces, never repeats, the steps it does again.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,13 +24,15 @@ class MetricsWriter:
 
     Args:
       path: of the file; None where another process writes it.
+      tell: hears every row that is written, as JSON has it, when it is in the file.
 
     Raises:
       UserError: of every method, when the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None):
+    def __init__(self, path: str | os.PathLike[str] | None, tell: Callable[[Mapping[str, Any]], None] | None = None):
         self.written = path is not None
+        self._tell = tell
         self.path = Path(path or os.devnull)
         if not self.written:
             self._file = open(self.path, "a", encoding="utf-8")
@@ -50,10 +52,12 @@ class MetricsWriter:
         """
         if not isinstance(row.get("step"), int):
             raise TypeError(f"a metrics row needs an integer 'step', found {row.get('step')!r}")
-        line = json.dumps(_plain(row), allow_nan=False) + "\n"
+        plain = _plain(row)
         with writing(self.path):
-            self._file.write(line)
+            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
             self._file.flush()
+        if self._tell is not None:
+            self._tell(plain)
 
     def truncate_after(self, step: int) -> None:
         """Forgets rows of later steps, so that a run resumed from `step` does not write them twice.
