@@ -13,8 +13,6 @@ from absl import flags
 
 from maestro_jax import command
 from maestro_jax.config import complete
-from maestro_jax.jobs.train import train
-from maestro_jax.parallel import cluster
 
 CONFIG = command.config_flag(complete)
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run; an interrupted run there goes on.")
@@ -24,6 +22,9 @@ REPLAY = flags.DEFINE_string("replay", "", "A run's journal.jsonl: its calls are
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    from maestro_jax.jobs.train import train
+    from maestro_jax.parallel import cluster
+
     raw = CONFIG.value
     result = train(raw, WORKDIR.value, replay=REPLAY.value, skip_doctor=SKIP_DOCTOR.value, progress="terminal")
     if cluster.is_main():

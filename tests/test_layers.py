@@ -28,6 +28,8 @@ SIDE_BY_SIDE = {"registry.experts", "registry.skills", "registry.record"}
 # Imports inside functions, and why they are not at the top of the file: "importer > imported".
 INSIDE_FUNCTIONS = {
     "command > parallel.cluster": "it imports jax, and some commands do without",
+    "train > jobs.train": "likewise; --print_config, --help and mistakes of the command line do without",
+    "train > parallel.cluster": "likewise",
 }
 # Imports that break a rule, and what is to become of them.
 KNOWN: dict[str, str] = {}

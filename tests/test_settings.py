@@ -157,8 +157,10 @@ def test_the_whole_config_is_printed_with_its_defaults(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'seed': 4})\n")
     flags = ["--print_config", "--config.policy.freeze=('vision',)", "--config.registry.limits.price=2"]
+    (tmp_path / "jax.py").write_text("raise ImportError('nothing here needs jax')\n")
     command = [sys.executable, "-m", "maestro_jax.train", f"--config={path}", *flags]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and not result.stderr
     whole = base_config()
     whole.seed, whole.policy.freeze, whole.registry.limits.price = 4, ("vision",), 2.0
