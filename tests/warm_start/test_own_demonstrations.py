@@ -4,9 +4,11 @@ import base64
 import copy
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,17 +17,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import qwen3_vl_4b
+from maestro_jax.config import parse_config
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from maestro_jax.grpo.update import TrainState, UpdateConfig, init_train_state, make_train_step, nll_loss
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel.sharding import replicated
-from maestro_jax.policy.tokens import Tokens
-from maestro_jax.rollout.exchange import Exchange
+from maestro_jax.policy.config import architecture_from_hf
+from maestro_jax.policy.prompts import PromptConfig, Prompts
+from maestro_jax.policy.tokens import Tokens, load_tokens
+from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
+from maestro_jax.session.policy import fields
+from maestro_jax.session.rollouts import sized_episodes
 from maestro_jax.types import Call, Observation, Status
 from maestro_jax.warm_start.demonstrations import Demonstration, open_demonstrations
 from maestro_jax.warm_start.finetune import collate, finetune
+from tests.policy import qwen
 from tests.rollout import toy
 from tests.rollout.test_engine import EPISODE, Experts, Runner, make_runner, one_device, stretches
 
@@ -243,6 +252,30 @@ def test_files_that_are_none(opened: Opener, runner: Runner) -> None:
     written = str(opened.directory / "own.jsonl")
     with pytest.raises(ConfigError, match=r"config\.warm_start\.image_root nowhere is not a folder"):
         open_demonstrations([written], "nowhere", engine.exchange, engine.prompts, Progress(io.StringIO()))
+
+
+def test_the_4b_reads_them_in_its_own_tokens(tmp_path: Path) -> None:
+    """With the published vocabulary, in which "</think>" is a token of its own, and the limits of its config."""
+    qwen.write_checkpoint_tokenizer(tmp_path)
+    tokens, lines = load_tokens(tmp_path), list[str]()
+    config = sized_episodes(parse_config(qwen3_vl_4b.get_config()), tokens.count, lines.append)
+    limits = fields(EpisodeConfig, config.rollout)
+    exchange = Exchange(tokens, config.registry, SimpleNamespace(reader=None), limits)  # type: ignore[arg-type]
+    architecture = architecture_from_hf(config.policy.architecture, "config.policy.architecture")
+    prompts = Prompts(tokens, architecture, "You may call.", fields(PromptConfig, config.policy))
+    call = "<think> a chart, 第一 </think><search> Chart-Lens@@Chart_Problem_Solver: read the chart </search>"
+    shown = row("Which bar is the highest?", call, "red 3, blue 5", "<answer> blue </answer>", images=["a.png"])
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "own.jsonl").write_text(json.dumps(shown))
+    (found,) = open_demonstrations(
+        [str(tmp_path / "own.jsonl")], str(tmp_path), exchange, prompts, Progress(io.StringIO())
+    )
+    turns = [
+        tokens.decode([token for token, _ in run])
+        for own, run in itertools.groupby(zip(found.ids, found.authored, strict=True), key=lambda pair: pair[1])
+        if own
+    ]
+    assert turns == [call, "<answer> blue </answer>"] and not lines
 
 
 # ---- what is learned from them -----------------------------------------------------------------------------
