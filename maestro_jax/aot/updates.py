@@ -16,7 +16,7 @@ from maestro_jax.session.policy import update_config
 
 
 def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
-    """The train step: one program, or with microbatches one for a part and one that applies the sum."""
+    """The train step: one program, or with microbatches one for a microbatch and one that applies the sum."""
     config = run.config
     step = make_train_step(
         run.graph,
@@ -26,7 +26,7 @@ def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
         run.mesh,
         run.state,
     )
-    batch = planned_part(run)
+    batch = planned_microbatch(run)
     # Episodes that outlive a step keep their keys and values; those of a step that streams, the weights as well.
     held: list[Any] = [run.reference, *(rollouts.episodes if config.rollout.ahead else ())]
     none = jax.tree.map(lambda n: run.array((), jnp.asarray(n).dtype, run.everywhere), LossCount(0, 0))
@@ -35,17 +35,17 @@ def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
     flops = (4 if config.policy.remat else 3) * forward
     if config.grpo.microbatches == 1:
         return [run.compile("update", step.whole, (run.state, batch, none), held, flops)]
-    part = (run.params, run.gradients, batch)
+    microbatch = (run.params, run.gradients, batch)
     meanwhile = [run.state.opt_state, *held, *((rollouts.weights, *rollouts.episodes) if run.streams else ())]
-    accumulate = run.compile("accumulate", step.accumulate, part, meanwhile, flops)
+    accumulate = run.compile("accumulate", step.accumulate, microbatch, meanwhile, flops)
     with jax.set_mesh(run.mesh):
-        _, sums = jax.eval_shape(step.accumulate, *part)
+        _, sums = jax.eval_shape(step.accumulate, *microbatch)
     last = (run.state, run.gradients, run.spread(sums, run.everywhere), none)
     return [accumulate, run.compile("apply", step.apply, last, held)]
 
 
-def planned_part(run: Run) -> GroupBatch:
-    """The largest part: longest members, all of their tokens in the loss."""
+def planned_microbatch(run: Run) -> GroupBatch:
+    """The largest microbatch: longest members, all of their tokens in the loss."""
     s, array, groups = run.sizes, run.array, run.sizes.microbatch
     members, tokens = (groups, s.members), (groups, s.members, s.room)
     return GroupBatch(

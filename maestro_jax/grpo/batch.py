@@ -1,4 +1,4 @@
-"""From finished rollouts to the parts of an update's batch: rewards, advantages, masks, static shapes."""
+"""From finished rollouts to the microbatches of an update: rewards, advantages, masks, static shapes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from maestro_jax.grpo.advantages import group_advantages
 from maestro_jax.grpo.logprobs import loss_rows
 from maestro_jax.grpo.losses import LossCount
-from maestro_jax.grpo.microbatches import Part, Planner
+from maestro_jax.grpo.microbatches import Microbatch, Planner
 from maestro_jax.grpo.update import GroupBatch, batch_shardings
 from maestro_jax.parallel import cluster
 from maestro_jax.parallel.sharding import from_processes
@@ -58,10 +58,10 @@ def summary(trajectory: Trajectory) -> EpisodeSummary:
     )
 
 
-def make_parts(
+def make_microbatches(
     rollout: Rollout, scored: Scored, advantage: str, contrast_only: bool, planner: Planner, mesh: Mesh
 ) -> tuple[list[GroupBatch], LossCount, dict[str, float]]:
-    """The parts of the update's batch on the mesh: in every part, as many groups of each process.
+    """The microbatches of the update's batch on the mesh: in each, as many groups of each process.
 
     Args:
       rollout: of this process.
@@ -69,8 +69,8 @@ def make_parts(
       contrast_only: leaves out groups without contrast; right where the loss is nothing but advantages.
 
     Returns:
-      The parts, the count of the groups that are in none of them but in what the loss is divided by, and what is worth
-      logging.
+      The microbatches, the count of the groups that are in none of them but in what the loss is divided by, and what is
+      worth logging.
     """
     advantages, contrast = group_advantages(scored.rewards, scored.valid, advantage)
     mask = rollout.authored & scored.valid[..., None]
@@ -79,15 +79,16 @@ def make_parts(
     if not wanted.any():  # at least one group stays: without any, moments and rates would still have to move on
         wanted = np.broadcast_to(np.arange(wanted.shape[1]) == 0, wanted.shape)
     kept = [ranked(planner, *process) for process in zip(wanted, facts.prefix, facts.room, strict=True)]
-    # Groups at one place in their processes are planned as one, as long as the longest of them.
-    prefixes, rooms, tokens = (place_by_place(x, kept) for x in (facts.prefix, facts.room, facts.loss_tokens))
+    # Groups of one rank in their processes are planned as one, as long as the longest of them.
+    prefixes, rooms, tokens = (largest_by_rank(x, kept) for x in (facts.prefix, facts.room, facts.loss_tokens))
     plan = planner.plan(prefixes, rooms)
     own = kept[jax.process_index()]
-    parts = []
-    for part in plan:
-        groups = np.sort(own[[place for place in part.groups if place < len(own)]])
-        most = max(tokens[place] for place in part.groups)
-        parts.append(from_processes(take_part(rollout, mask, advantages, groups, part, most), batch_shardings(mesh)))
+    microbatches = []
+    for microbatch in plan:
+        groups = np.sort(own[[rank for rank in microbatch.groups if rank < len(own)]])
+        most = max(tokens[rank] for rank in microbatch.groups)
+        own_rows = take_microbatch(rollout, mask, advantages, groups, microbatch, most)
+        microbatches.append(from_processes(own_rows, batch_shardings(mesh)))
     left_out = LossCount(int(facts.loss_tokens[~wanted].sum()), int(facts.loss_members[~wanted].sum()))
     real = facts.real
     members = real.sum() * rollout.length.shape[1]
@@ -96,12 +97,12 @@ def make_parts(
         "groups_without_contrast": 1.0 - float(facts.contrast[real].sum() / tasks),
         "marked_trajectories": float(facts.marked[real].sum() / members),
         "member_tokens": float(facts.tokens[real].sum() / members),
-        "parts": float(len(parts)),
+        "parts": float(len(microbatches)),
         "padding": planner.padding(plan * len(kept), facts.prefix[wanted].tolist(), facts.room[wanted].tolist()),
     }
     if rollout.replaced is not None:
         metrics |= {"tasks": float(tasks), "refilled": float(facts.refilled.sum())}
-    return parts, left_out, metrics
+    return microbatches, left_out, metrics
 
 
 def ranked(planner: Planner, wanted: np.ndarray, prefixes: np.ndarray, rooms: np.ndarray) -> np.ndarray:
@@ -110,10 +111,10 @@ def ranked(planner: Planner, wanted: np.ndarray, prefixes: np.ndarray, rooms: np
     return groups[planner.rank(prefixes[groups].tolist(), rooms[groups].tolist())]
 
 
-def place_by_place(fact: np.ndarray, kept: Sequence[np.ndarray]) -> list[int]:
-    """The largest `fact [processes, B]` of the groups at each place in their processes; some have fewer than others."""
+def largest_by_rank(fact: np.ndarray, kept: Sequence[np.ndarray]) -> list[int]:
+    """The largest `fact [processes, B]` of the groups of each rank in their processes; some have fewer than others."""
     found = [process[groups] for process, groups in zip(fact, kept, strict=True)]
-    return [int(max(row[place] for row in found if place < len(row))) for place in range(max(map(len, found)))]
+    return [int(max(row[rank] for row in found if rank < len(row))) for rank in range(max(map(len, found)))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,24 +155,24 @@ def gather_facts(rollout: Rollout, mask: np.ndarray, valid: np.ndarray, contrast
     return GroupFacts(**{name: np.array([process[name] for process in told]) for name in vars(own)})
 
 
-def take_part(
-    rollout: Rollout, mask: np.ndarray, advantages: np.ndarray, groups: np.ndarray, part: Part, most: int = 0
+def take_microbatch(
+    rollout: Rollout, mask: np.ndarray, advantages: np.ndarray, groups: np.ndarray, shape: Microbatch, most: int = 0
 ) -> GroupBatch:
-    """Groups of a rollout in the static shape of a part, numpy-valued; padding repeats the first, out of the loss.
+    """Groups of a rollout in the static shape of a microbatch, numpy-valued; padding repeats the first one.
 
     Args:
-      groups: at most `part.size`; none, where a part has groups of other processes only.
+      groups: at most `shape.size`; none, where a microbatch has groups of other processes only.
       most: as of `loss_rows`.
     """
-    real = np.arange(part.size) < len(groups)
-    rows = np.append(groups, np.repeat(groups[:1] if len(groups) else 0, part.size - len(groups)))
-    prompts, logprobs = take_prompts(rollout.prompts, rows, part.prefix), rollout.logprobs[rows, :, : part.room]
-    mask = mask[rows, :, : part.room] & real[:, None, None]
+    real = np.arange(shape.size) < len(groups)
+    rows = np.append(groups, np.repeat(groups[:1] if len(groups) else 0, shape.size - len(groups)))
+    prompts, logprobs = take_prompts(rollout.prompts, rows, shape.prefix), rollout.logprobs[rows, :, : shape.room]
+    mask = mask[rows, :, : shape.room] & real[:, None, None]
     return GroupBatch(
-        # What pads a part without groups may be longer than the part.
-        prompts=dataclasses.replace(prompts, last=np.minimum(prompts.last, part.prefix - 1)),
-        tokens=rollout.tokens[rows, :, : part.room],
-        length=np.minimum(rollout.length[rows], part.room),
+        # What pads a microbatch without groups may be longer than it.
+        prompts=dataclasses.replace(prompts, last=np.minimum(prompts.last, shape.prefix - 1)),
+        tokens=rollout.tokens[rows, :, : shape.room],
+        length=np.minimum(rollout.length[rows], shape.room),
         mask=mask,
         old_logprobs=logprobs,
         reference_logprobs=np.zeros_like(logprobs),

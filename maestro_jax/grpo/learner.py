@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maestro_jax.grpo.advantages import group_advantages
-from maestro_jax.grpo.batch import Scored, make_parts, score_rollout
+from maestro_jax.grpo.batch import Scored, make_microbatches, score_rollout
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.update import NOTHING, GroupBatch, Total, TrainState, TrainStep
 from maestro_jax.rewards.reward import RewardConfig
@@ -48,25 +48,25 @@ class Learner:
         seen: list[tuple[Rollout, Scored]] = []
         found: list[dict[str, float]] = []
         total: Total | None = None
-        parts: list[GroupBatch] = []
+        microbatches: list[GroupBatch] = []
         left_out = NOTHING
         for rollout in rollouts:
             scored = score_rollout(rollout, self.reward)
-            parts, without, metrics = make_parts(
+            microbatches, without, metrics = make_microbatches(
                 rollout, scored, self.advantage, self.contrast_only, self.planner, self.mesh
             )
             seen.append((rollout, scored))
             found.append(metrics)
             left_out = left_out + without
             with jax.set_mesh(self.mesh):
-                parts = [self.prepare(part) for part in parts]
+                microbatches = [self.prepare(microbatch) for microbatch in microbatches]
                 if self.parts > 1 or self.planner.microbatches > 1:  # by one program, however few groups have contrast
                     total = total or self.step.begin()
-                    for part in parts:
-                        total = self.step.add(state.params, total, part)
+                    for microbatch in microbatches:
+                        total = self.step.add(state.params, total, microbatch)
         with jax.set_mesh(self.mesh):
             if total is None:
-                state, update = self.step(state, parts, left_out)
+                state, update = self.step(state, microbatches, left_out)
             else:
                 state, update = self.step.finish(state, total, left_out)
         return state, seen, joined(found) | {name: float(value) for name, value in update.items()}
@@ -78,6 +78,6 @@ class Learner:
 
 
 def joined(found: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step's rollouts: numbers of parts are added, all others averaged (rollouts are of equal size)."""
+    """Metrics of a step's rollouts: microbatches are counted, all else is averaged (rollouts are of equal size)."""
     means = {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
     return means | {"parts": float(sum(metrics["parts"] for metrics in found))}

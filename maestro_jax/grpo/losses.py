@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# How these statistics of a batch come from those of its parts; all others are means over the tokens in the loss.
+# How these statistics of a batch come from those of its microbatches; all others are means over the tokens in the loss.
 PEAKS = {"ratio_max": jnp.maximum, "ratio_min": jnp.minimum, "logprob_gap": jnp.maximum}
 
 
@@ -66,7 +66,7 @@ class LossInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossCount:
-    """What losses are divided by; the counts of the parts of a batch add up to its own."""
+    """What losses are divided by; the counts of the microbatches of a batch add up to its own."""
 
     tokens: Array | int  # int32 []: in the loss
     members: Array | int  # int32 []: with a token in the loss
@@ -91,9 +91,9 @@ def policy_loss(
     """The policy-gradient loss (to be minimised) and its statistics.
 
     Args:
-      inputs: a batch, or with `denominator` a part of one.
-      denominator: `loss_denominator` of the whole batch, or 1 to divide later; the losses of its parts then sum to the
-        batch's, whatever the parts, and so do their gradients. The statistics are those of the part.
+      inputs: a batch, or with `denominator` a microbatch of one.
+      denominator: `loss_denominator` of the whole batch, or 1 to divide later; the losses of its microbatches
+        then sum to the batch's, however it is cut, and so do their gradients. The statistics are the microbatch's.
     """
     anchor = proximal(inputs, config)
     log_ratio = jnp.where(inputs.mask, inputs.logprobs - anchor, 0.0)
@@ -190,8 +190,8 @@ def loss_denominator(count: LossCount, config: LossConfig) -> Array:
 def aggregate(token_loss: Array, mask: Array, config: LossConfig, denominator: Array | float | None = None) -> Array:
     """Reduces token losses `[B, G, R]` to a scalar (see `LossConfig.aggregation`).
 
-    A mean over the parts of a batch would weigh a member by the part it fell into; hence for parts the
-    `denominator` is the whole batch's (`loss_denominator`), and the parts are summed.
+    A mean over the microbatches of a batch would weigh a member by the one it fell into; hence their
+    `denominator` is the whole batch's (`loss_denominator`), and they are summed.
     """
     if denominator is None:
         denominator = loss_denominator(count_loss(mask), config)

@@ -1,7 +1,8 @@
-"""Which groups of a batch are differentiated together: parts of static shape, on the host in numbers only.
+"""Which groups of a batch are differentiated together: microbatches of static shape, on the host in numbers only.
 
-Groups differ in length, and within a part all are padded to the longest. So parts are made of groups that cost nearly
-the same *operations*: tokens would mislead, since a member's tokens go through the head and attend to the whole prefix.
+Groups differ in length, and within a microbatch all are padded to the longest. So a microbatch is made of groups that
+cost nearly the same *operations*: tokens would mislead, since a member's tokens go through the head and attend to the
+whole prefix.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from maestro_jax.policy.preprocess import bucket
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Microbatch:
     """Groups (their numbers in the batch, rising) in a static shape; what `size` has beyond them is padding."""
 
     groups: tuple[int, ...]
@@ -24,24 +25,24 @@ class Part:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """B, P and R: parts of one shape share a compiled program."""
+        """B, P and R: microbatches of one shape share a compiled program."""
         return self.size, self.prefix, self.room
 
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-    """Splits batches into parts.
+    """Splits batches into microbatches.
 
-    No part has more groups than one microbatch, and none is longer than the largest buckets: what fits into memory at
-    that size always fits. Sizes are a microbatch or halves of halves of it, and lengths are buckets, so that few
-    shapes are compiled. Devices have equal work, as every part spreads evenly over them.
+    None has more than groups / microbatches groups, and none is longer than the largest buckets: what fits into memory
+    at that size always fits. Sizes are this largest one or halves of halves of it, and lengths are buckets, so that
+    few shapes are compiled. Devices have equal work, as every microbatch spreads evenly over them.
 
     Attributes:
-      root: P0, tokens; every device computes the root once a part.
+      root: P0, tokens; every device computes the root once a microbatch.
       members: G.
       groups: of a whole batch, as far as they are this process's: groups stay where their tokens are.
-      microbatches: into at most so many parts a batch is split; must divide `groups`.
-      shards: devices of this process that groups are spread over; must divide a microbatch.
+      microbatches: into at most so many a batch is split; must divide `groups`.
+      shards: devices of this process that groups are spread over; must divide the largest one.
     """
 
     architecture: PolicyArchitecture
@@ -55,20 +56,20 @@ class Planner:
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of groups that a part may have, falling."""
+        """Numbers of groups that a microbatch may have, falling."""
         sizes = [self.groups // self.microbatches]
         while sizes[-1] % (2 * self.shards) == 0:
             sizes.append(sizes[-1] // 2)
         return tuple(sizes)
 
     def cost(self, size: int, prefix: int, room: int) -> int:
-        """Operations of a forward pass over a part on each device, but for the images."""
+        """Operations of a forward pass over a microbatch on each device, but for the images."""
         return size // self.shards * self._group(prefix, room) + root_flops(self.architecture, self.root).total
 
-    def padding(self, parts: Sequence[Part], prefixes: Sequence[int], rooms: Sequence[int]) -> float:
-        """Share of the operations of `parts` that fills up the groups, of these lengths, that they were made for."""
+    def padding(self, microbatches: Sequence[Microbatch], prefixes: Sequence[int], rooms: Sequence[int]) -> float:
+        """Share of the operations that fills up the groups, of these lengths, that the microbatches were made for."""
         own = sum(self._group(*both) for both in zip(prefixes, rooms, strict=True))
-        return 1.0 - own / sum(part.size * self._group(part.prefix, part.room) for part in parts)
+        return 1.0 - own / sum(m.size * self._group(m.prefix, m.room) for m in microbatches)
 
     def rank(self, prefixes: Sequence[int], rooms: Sequence[int]) -> list[int]:
         """Groups of these lengths, the most expensive first: so that they match those of other processes."""
@@ -78,11 +79,12 @@ class Planner:
     def _group(self, prefix: int, room: int) -> int:
         return group_flops(self.architecture, self.root, prefix, self.members, room, images=0, patches=0).total
 
-    def plan(self, prefixes: Sequence[int], rooms: Sequence[int]) -> list[Part]:
-        """The cheapest parts found, the most expensive first.
+    def plan(self, prefixes: Sequence[int], rooms: Sequence[int]) -> list[Microbatch]:
+        """The cheapest microbatches found, the most expensive first.
 
-        Groups are sorted and the order is cut into parts. Where only one of the lengths differs, nothing is cheaper;
-        where both do, both orders and that of the groups' costs are tried. The same lengths give the same parts.
+        Groups are sorted and the order is cut into microbatches. Where only one of the lengths differs, nothing is
+        cheaper; where both do, both orders and that of the groups' costs are tried. The same lengths give the
+        same plan.
 
         Args:
           prefixes: tokens of each group's prefix.
@@ -97,7 +99,7 @@ class Planner:
         plans = [
             self._cut(sorted(range(len(lengths)), key=lambda g: (order(lengths[g]), g)), lengths) for order in orders
         ]
-        return min(plans, key=lambda parts: (sum(self.cost(*part.shape) for part in parts), len(parts)))
+        return min(plans, key=lambda plan: (sum(self.cost(*microbatch.shape) for microbatch in plan), len(plan)))
 
     def _buckets(self, prefix: int, room: int) -> tuple[int, int]:
         return (
@@ -105,30 +107,30 @@ class Planner:
             bucket(room, self.member_buckets, "a member", "raise config.rollout.member_buckets"),
         )
 
-    def _cut(self, order: Sequence[int], lengths: Sequence[tuple[int, int]]) -> list[Part]:
-        """The cheapest consecutive parts of an order of groups (dynamic programming); fewer where the cost is equal."""
+    def _cut(self, order: Sequence[int], lengths: Sequence[tuple[int, int]]) -> list[Microbatch]:
+        """The cheapest microbatches of consecutive groups (dynamic programming); fewer where the cost is equal."""
 
         @functools.cache
-        def part(start: int, end: int) -> Part:
+        def of(start: int, end: int) -> Microbatch:
             prefixes, rooms = zip(*(lengths[g] for g in order[start:end]), strict=True)
             size = min(size for size in self.sizes if size >= end - start)
-            return Part(tuple(sorted(order[start:end])), size, max(prefixes), max(rooms))
+            return Microbatch(tuple(sorted(order[start:end])), size, max(prefixes), max(rooms))
 
         @functools.cache
-        def best(start: int, parts: int) -> tuple[int, tuple[int, ...]]:
-            """Cost of the groups from `start` on in at most `parts` parts, and where these end."""
+        def best(start: int, most: int) -> tuple[int, tuple[int, ...]]:
+            """Cost of the groups from `start` on in at most `most` microbatches, and where these end."""
             if start == len(order):
                 return 0, ()
             longest = min(start + self.sizes[0], len(order))
-            # The parts that are left must be enough for the groups that are left.
-            shortest = max(start + 1, len(order) - (parts - 1) * self.sizes[0])
+            # Those that are left must be enough for the groups that are left.
+            shortest = max(start + 1, len(order) - (most - 1) * self.sizes[0])
             options = []
             for end in range(shortest, longest + 1):
-                cost, ends = best(end, parts - 1)
-                options.append((self.cost(*part(start, end).shape) + cost, len(ends), (end, *ends)))
+                cost, ends = best(end, most - 1)
+                options.append((self.cost(*of(start, end).shape) + cost, len(ends), (end, *ends)))
             cost, _, ends = min(options)
             return cost, ends
 
         ends = best(0, self.microbatches)[1]
-        parts = [part(start, end) for start, end in zip((0, *ends), ends, strict=False)]
-        return sorted(parts, key=lambda part: (-self.cost(*part.shape), part.groups))
+        microbatches = [of(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+        return sorted(microbatches, key=lambda microbatch: (-self.cost(*microbatch.shape), microbatch.groups))

@@ -1,8 +1,8 @@
 """The train step: group-shaped batches in, new parameters out, in jitted programs with explicit shardings.
 
 The prefix of a group is computed once and its members on top of it, so a group of eight costs little more than its own
-tokens. A batch that comes as one part is one program. In several parts, each of its own static shape, gradients are
-added up in fp32 as the parts arrive, and applied once: the policy is the same for all of them. The same step serves
+tokens. A batch that comes as one microbatch is one program. In several, each of its own static shape, gradients
+are added up in fp32 as they arrive, and applied once: the policy is the same for all of them. The same step serves
 supervised warm start (`nll_loss`) and GRPO.
 """
 
@@ -62,7 +62,7 @@ class UpdateConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GroupBatch:
-    """What one update learns from, or a part of it."""
+    """What one update learns from, or a microbatch of it."""
 
     prompts: PrefixBatch
     tokens: Leaf  # int32 [B, G, R]
@@ -87,7 +87,7 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """What is known of the loss on some groups, such that it adds up over parts."""
+    """What is known of the loss on some groups, such that it adds up over microbatches."""
 
     loss: Array  # float32 []
     count: LossCount
@@ -109,7 +109,7 @@ Loss = Callable[[Array, Array, GroupBatch, LossConfig, Array | float], tuple[Arr
 
 @dataclasses.dataclass(frozen=True)
 class Total:
-    """Gradients of the parts so far, of the loss before it is divided, with what else adds up."""
+    """Gradients of the microbatches so far, of the loss before it is divided, with what else adds up."""
 
     gradients: nnx.State  # float32, in the shards of the parameters
     sums: Sums | None = None
@@ -120,21 +120,21 @@ class TrainStep:
     """The programs of an update; call them under `jax.set_mesh`.
 
     ```
-    state, metrics = step(state, parts, left_out)      # parts at hand
-    total = step.begin()                               # parts that come one by one
-    for part in arriving:
-        total = step.add(state.params, total, part)
+    state, metrics = step(state, microbatches, left_out)  # at hand
+    total = step.begin()  # or one by one
+    for microbatch in arriving:
+        total = step.add(state.params, total, microbatch)
     state, metrics = step.finish(state, total, left_out)
     ```
 
-    The update is that of the whole batch, whatever its parts: it is divided once, by the tokens or members of all of
-    them and of the groups that were left out. There must be at least one part. On the order of the parts it depends by
-    fp32 rounding only; callers that promise the same bits again feed the same parts in the same order.
+    The update is that of the whole batch, however it is cut: it is divided once, by the tokens or members of all
+    microbatches and of the groups that were left out. There must be at least one. On their order it depends by fp32
+    rounding only; callers that promise the same bits again feed the same ones in the same order.
 
     Attributes:
       whole: `(state, batch, left_out) → (state, metrics)`, one program; the state is donated.
       zeros: `() → gradients`.
-      accumulate: `(params, gradients, part) → (gradients, sums)`; the gradients are donated.
+      accumulate: `(params, gradients, microbatch) → (gradients, sums)`; the gradients are donated.
       apply: `(state, gradients, sums, left_out) → (state, metrics)`; the state is donated.
       home: shardings of the optimiser's state between updates, in the host's memory or on the devices.
     """
@@ -146,21 +146,21 @@ class TrainStep:
     home: Any
 
     def __call__(
-        self, state: TrainState, parts: Sequence[GroupBatch], left_out: LossCount = NOTHING
+        self, state: TrainState, microbatches: Sequence[GroupBatch], left_out: LossCount = NOTHING
     ) -> tuple[TrainState, Metrics]:
-        """One update; `left_out` counts groups that have no gradient and are in no part."""
-        if len(parts) == 1 and not self.offloads:
-            return self.whole(state, parts[0], left_out)
+        """One update; `left_out` counts groups that have no gradient and are in no microbatch."""
+        if len(microbatches) == 1 and not self.offloads:
+            return self.whole(state, microbatches[0], left_out)
         total = self.begin()
-        for part in parts:
-            total = self.add(state.params, total, part)
+        for microbatch in microbatches:
+            total = self.add(state.params, total, microbatch)
         return self.finish(state, total, left_out)
 
     def begin(self) -> Total:
         return Total(self.zeros())
 
-    def add(self, params: nnx.State, total: Total, part: GroupBatch) -> Total:
-        gradients, sums = self.accumulate(params, total.gradients, part)
+    def add(self, params: nnx.State, total: Total, microbatch: GroupBatch) -> Total:
+        gradients, sums = self.accumulate(params, total.gradients, microbatch)
         return Total(gradients, sums if total.sums is None else total.sums + sums)
 
     def finish(self, state: TrainState, total: Total, left_out: LossCount) -> tuple[TrainState, Metrics]:
@@ -183,7 +183,7 @@ class TrainStep:
 
 def split_frozen(params: nnx.State, freeze: Sequence[str]) -> tuple[nnx.State, nnx.State]:
     """The parameters that are trained, and those that `freeze` (keys of `FREEZABLE`) keeps as they are."""
-    prefixes = [FREEZABLE[part] for part in freeze]
+    prefixes = [FREEZABLE[name] for name in freeze]
 
     def frozen(path: tuple, _: object) -> bool:
         return any(path[: len(prefix)] == prefix for prefix in prefixes)
@@ -249,8 +249,8 @@ def make_train_step(
         state, norms = updated(state, gradients)
         return state, sums.finish() | norms
 
-    def accumulate(params: nnx.State, total: nnx.State, part: GroupBatch) -> tuple[nnx.State, Sums]:
-        gradients, sums = gradient(params, part, 1.0)
+    def accumulate(params: nnx.State, total: nnx.State, microbatch: GroupBatch) -> tuple[nnx.State, Sums]:
+        gradients, sums = gradient(params, microbatch, 1.0)
         return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients), sums
 
     def apply(state: TrainState, total: nnx.State, sums: Sums, left_out: LossCount) -> tuple[TrainState, Metrics]:

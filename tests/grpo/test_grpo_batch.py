@@ -1,4 +1,4 @@
-"""From finished rollouts to the parts of an update's batch: who is in the loss, and what is counted."""
+"""From finished rollouts to the microbatches of an update's batch: who is in the loss, and what is counted."""
 
 import dataclasses
 
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from maestro_jax.errors import DataError
-from maestro_jax.grpo.batch import Scored, make_parts, score_rollout, summary, take_part
+from maestro_jax.grpo.batch import Scored, make_microbatches, score_rollout, summary, take_microbatch
 from maestro_jax.grpo.losses import LossCount
-from maestro_jax.grpo.microbatches import Part, Planner
+from maestro_jax.grpo.microbatches import Microbatch, Planner
 from maestro_jax.grpo.update import GroupBatch
 from maestro_jax.parallel import cluster
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
@@ -51,18 +51,18 @@ def rollout() -> Rollout:
 Parts = tuple[list[GroupBatch], LossCount, dict[str, float]]
 
 
-def parts_of(
+def microbatches_of(
     rollout: Rollout, buckets: tuple[int, ...] = (12, 16), microbatches: int = 1, contrast_only: bool = False
 ) -> Parts:
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     planner = Planner(reference.architecture(), 2, G, 3, microbatches, 1, (2, 4), buckets)
-    return make_parts(rollout, score_rollout(rollout, RewardConfig()), "std", contrast_only, planner, mesh)
+    return make_microbatches(rollout, score_rollout(rollout, RewardConfig()), "std", contrast_only, planner, mesh)
 
 
 def batch_of(rollout: Rollout, buckets: tuple[int, ...] = (12, 16)) -> tuple[GroupBatch, dict[str, float]]:
-    """The one part, in which the group that padded the rollout is replaced by other padding."""
-    (part,), _, metrics = parts_of(rollout, buckets)
-    return part, metrics
+    """The one microbatch, in which the group that padded the rollout is replaced by other padding."""
+    (microbatch,), _, metrics = microbatches_of(rollout, buckets)
+    return microbatch, metrics
 
 
 def test_rewards_and_who_counts(rollout: Rollout) -> None:
@@ -96,47 +96,49 @@ def test_arrays_are_cut_to_the_buckets_and_otherwise_as_sampled(rollout: Rollout
 
 
 def test_groups_without_contrast_are_left_out_and_counted(rollout: Rollout) -> None:
-    (part,), left_out, metrics = parts_of(rollout, (8, 16), 3, contrast_only=True)
-    np.testing.assert_array_equal(part.tokens, rollout.tokens[:1])
+    (microbatch,), left_out, metrics = microbatches_of(rollout, (8, 16), 3, contrast_only=True)
+    np.testing.assert_array_equal(microbatch.tokens, rollout.tokens[:1])
     assert left_out == LossCount(rollout.authored[1].sum(), G)
     assert metrics["parts"] == 1.0 and metrics["groups_without_contrast"] == 0.5
-    parts, left_out, metrics = parts_of(rollout, (8, 16), 3)
-    assert [part.tokens.shape for part in parts] == [(1, G, 16), (1, G, 8)] and left_out == LossCount(0, 0)
+    microbatches, left_out, metrics = microbatches_of(rollout, (8, 16), 3)
+    assert [m.tokens.shape for m in microbatches] == [(1, G, 16), (1, G, 8)] and left_out == LossCount(0, 0)
     assert metrics["parts"] == 2.0
 
 
 def test_without_any_contrast_a_group_stays(rollout: Rollout) -> None:
-    """Moments and rate move on at every step, and what is left out needs a part to be counted with."""
+    """Moments and rate move on at every step, and what is left out needs a microbatch to be counted with."""
     same = dataclasses.replace(rollout, trajectories=[rollout.trajectories[1]] * 2)
-    (part,), left_out, _ = parts_of(same, microbatches=3, contrast_only=True)
-    assert part.tokens.shape[0] == 1 and not np.asarray(part.advantages).any()
+    (microbatch,), left_out, _ = microbatches_of(same, microbatches=3, contrast_only=True)
+    assert microbatch.tokens.shape[0] == 1 and not np.asarray(microbatch.advantages).any()
     assert left_out == LossCount(rollout.authored[1].sum(), G)
 
 
-def test_padding_of_a_part_is_out_of_the_loss(rollout: Rollout) -> None:
+def test_padding_of_a_microbatch_is_out_of_the_loss(rollout: Rollout) -> None:
     mask, advantages = rollout.authored, np.ones((3, G), np.float32)
-    part = take_part(rollout, mask, advantages, np.array([1]), Part((1,), 2, 2, 8))
-    np.testing.assert_array_equal(part.tokens, rollout.tokens[[1, 1], :, :8])
-    np.testing.assert_array_equal(part.mask[0], mask[1, :, :8])
-    assert not part.mask[1].any() and not part.advantages[1].any() and part.advantages[0].all()
+    microbatch = take_microbatch(rollout, mask, advantages, np.array([1]), Microbatch((1,), 2, 2, 8))
+    np.testing.assert_array_equal(microbatch.tokens, rollout.tokens[[1, 1], :, :8])
+    np.testing.assert_array_equal(microbatch.mask[0], mask[1, :, :8])
+    assert not microbatch.mask[1].any() and not microbatch.advantages[1].any() and microbatch.advantages[0].all()
 
 
-def test_parts_have_the_shapes_that_another_process_needs(rollout: Rollout, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has three groups with contrast, shorter and longer than ours; we have one, so two parts get none of us."""
+def test_microbatches_have_the_shapes_that_another_process_needs(
+    rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has three groups with contrast, shorter and longer than ours; we have one, so two of them get none of us."""
     theirs = {"prefix": [2, 4, 2], "room": [8, 15, 3], "loss_tokens": [20, 30, 6], "loss_members": [3, 3, 3]}
     theirs |= {"contrast": [True] * 3, "marked": [0] * 3, "tokens": [20, 40, 9], "real": [True] * 3}
     theirs |= {"refilled": [0], "replaced": [0]}
     monkeypatch.setattr(cluster, "gather", lambda own: [own, theirs])
-    parts, left_out, metrics = parts_of(rollout, (4, 8, 16), 3, contrast_only=True)
+    microbatches, left_out, metrics = microbatches_of(rollout, (4, 8, 16), 3, contrast_only=True)
     # As the most expensive of each process go together: P and R of theirs, or of ours where it is longer.
-    shapes = [(part.prompts.tokens.shape[1], part.tokens.shape[2]) for part in parts]
+    shapes = [(microbatch.prompts.tokens.shape[1], microbatch.tokens.shape[2]) for microbatch in microbatches]
     assert shapes == [(4, 16), (2, 8), (2, 4)]
-    assert [bool(np.asarray(part.mask).any()) for part in parts] == [True, False, False]
-    np.testing.assert_array_equal(parts[0].tokens[0], rollout.tokens[0])
-    for (prefix, room), part, most in zip(shapes, parts, (30, 20, 6), strict=True):
-        assert part.tokens.shape[0] == 1 and part.loss_rows.shape[1] >= most
-        assert np.max(part.prompts.last) < prefix and np.max(part.length) <= room
-        assert np.isfinite(part.advantages).all()
+    assert [bool(np.asarray(microbatch.mask).any()) for microbatch in microbatches] == [True, False, False]
+    np.testing.assert_array_equal(microbatches[0].tokens[0], rollout.tokens[0])
+    for (prefix, room), microbatch, most in zip(shapes, microbatches, (30, 20, 6), strict=True):
+        assert microbatch.tokens.shape[0] == 1 and microbatch.loss_rows.shape[1] >= most
+        assert np.max(microbatch.prompts.last) < prefix and np.max(microbatch.length) <= room
+        assert np.isfinite(microbatch.advantages).all()
     assert left_out == LossCount(rollout.authored[1].sum(), G)  # our group without contrast
     assert metrics["groups_without_contrast"] == 1 - 4 / 5 and metrics["parts"] == 3.0
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maestro_jax.errors import DataError
-from maestro_jax.grpo.microbatches import Part, Planner
+from maestro_jax.grpo.microbatches import Microbatch, Planner
 from tests.policy import reference
 
 PREFIXES, ROOMS = (16, 32, 64), (8, 32)
@@ -17,8 +17,8 @@ def make(groups: int, microbatches: int, shards: int = 1) -> Planner:
     return Planner(reference.architecture(), 6, 4, groups, microbatches, shards, PREFIXES, ROOMS)
 
 
-def total(planner: Planner, parts: list[Part]) -> int:
-    return sum(planner.cost(*part.shape) for part in parts)
+def total(planner: Planner, microbatches: list[Microbatch]) -> int:
+    return sum(planner.cost(*microbatch.shape) for microbatch in microbatches)
 
 
 @st.composite
@@ -35,18 +35,18 @@ def batches(draw: st.DrawFn) -> tuple[Planner, list[int], list[int]]:
 @given(batches())
 def test_parts_hold_every_group_once_and_fit_into_a_microbatch(batch: tuple[Planner, list[int], list[int]]) -> None:
     planner, prefixes, rooms = batch
-    parts = planner.plan(prefixes, rooms)
-    assert sorted(itertools.chain(*(part.groups for part in parts))) == list(range(len(prefixes)))
-    assert len(parts) <= planner.microbatches
-    for part in parts:
-        assert len(part.groups) <= part.size <= planner.groups // planner.microbatches
-        assert part.size in planner.sizes and part.size % planner.shards == 0
-        assert part.prefix in PREFIXES and part.room in ROOMS
-        assert all(prefixes[g] <= part.prefix and rooms[g] <= part.room for g in part.groups)
-    costs = [planner.cost(*part.shape) for part in parts]
+    microbatches = planner.plan(prefixes, rooms)
+    assert sorted(itertools.chain(*(microbatch.groups for microbatch in microbatches))) == list(range(len(prefixes)))
+    assert len(microbatches) <= planner.microbatches
+    for microbatch in microbatches:
+        assert len(microbatch.groups) <= microbatch.size <= planner.groups // planner.microbatches
+        assert microbatch.size in planner.sizes and microbatch.size % planner.shards == 0
+        assert microbatch.prefix in PREFIXES and microbatch.room in ROOMS
+        assert all(prefixes[g] <= microbatch.prefix and rooms[g] <= microbatch.room for g in microbatch.groups)
+    costs = [planner.cost(*microbatch.shape) for microbatch in microbatches]
     assert costs == sorted(costs, reverse=True)
-    assert planner.plan(prefixes, rooms) == parts
-    assert 0 <= planner.padding(parts, prefixes, rooms) < 1
+    assert planner.plan(prefixes, rooms) == microbatches
+    assert 0 <= planner.padding(microbatches, prefixes, rooms) < 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -59,17 +59,17 @@ def test_padding_everything_to_the_longest_is_never_cheaper(batch: tuple[Planner
     assert total(planner, planner.plan(prefixes, rooms)) <= needed * planner.cost(planner.sizes[0], prefix, room)
 
 
-def partitions(groups: list[int], parts: int) -> list[list[list[int]]]:
+def partitions(groups: list[int], microbatches: int) -> list[list[list[int]]]:
     if not groups:
         return [[]]
-    if not parts:
+    if not microbatches:
         return []
     first, rest = groups[0], groups[1:]
     found = []
     for count in range(len(rest) + 1):
         for others in itertools.combinations(rest, count):
             left = [g for g in rest if g not in others]
-            found += [[[first, *others], *more] for more in partitions(left, parts - 1)]
+            found += [[[first, *others], *more] for more in partitions(left, microbatches - 1)]
     return found
 
 
@@ -79,12 +79,13 @@ def test_nothing_is_cheaper_where_one_length_differs(prefixes: list[int], microb
     planner = make(6, microbatches)
     rooms = [8] * len(prefixes)
 
-    def cost(parts: list[list[int]]) -> float:
-        if max(map(len, parts)) > planner.sizes[0]:
+    def cost(microbatches: list[list[int]]) -> float:
+        if max(map(len, microbatches)) > planner.sizes[0]:
             return float("inf")
-        sizes = [min(size for size in planner.sizes if size >= len(part)) for part in parts]
+        sizes = [min(size for size in planner.sizes if size >= len(microbatch)) for microbatch in microbatches]
         return sum(
-            planner.cost(size, max(prefixes[g] for g in part), 8) for size, part in zip(sizes, parts, strict=True)
+            planner.cost(size, max(prefixes[g] for g in groups), 8)
+            for size, groups in zip(sizes, microbatches, strict=True)
         )
 
     best = min(map(cost, partitions(list(range(len(prefixes))), microbatches)))
@@ -92,14 +93,14 @@ def test_nothing_is_cheaper_where_one_length_differs(prefixes: list[int], microb
 
 
 def test_a_long_group_no_longer_pads_the_others() -> None:
-    parts = make(6, 3).plan([10, 60, 12, 9], [8, 30, 7, 8])
-    assert parts[0] == Part((1,), 1, 64, 32)
-    assert [part.shape for part in parts[1:]] == [(2, 16, 8), (1, 16, 8)]
+    microbatches = make(6, 3).plan([10, 60, 12, 9], [8, 30, 7, 8])
+    assert microbatches[0] == Microbatch((1,), 1, 64, 32)
+    assert [microbatch.shape for microbatch in microbatches[1:]] == [(2, 16, 8), (1, 16, 8)]
 
 
 def test_one_microbatch_is_one_part() -> None:
-    assert make(4, 1).plan([10, 60, 12, 9], [8, 30, 7, 8]) == [Part((0, 1, 2, 3), 4, 64, 32)]
-    assert make(4, 1).plan([10, 60], [8, 7]) == [Part((0, 1), 2, 64, 8)]  # the others were left out
+    assert make(4, 1).plan([10, 60, 12, 9], [8, 30, 7, 8]) == [Microbatch((0, 1, 2, 3), 4, 64, 32)]
+    assert make(4, 1).plan([10, 60], [8, 7]) == [Microbatch((0, 1), 2, 64, 8)]  # the others were left out
 
 
 @pytest.mark.parametrize(
