@@ -230,7 +230,7 @@ def _snapped(row: float, grid: np.ndarray) -> float:
     """The grid line within 4 px of a tick's text, else the middle of the text."""
     if not len(grid):
         return row
-    nearest = float(grid[np.abs(grid - row).argmin()])
+    nearest = float(grid[np.argmin(np.abs(grid - row))])
     return nearest if abs(nearest - row) <= 4 else row
 
 

@@ -59,7 +59,7 @@ def ground(rgb: np.ndarray) -> np.ndarray:
     """The most frequent colour of the border, float32 [3]."""
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])
     coarse = (border >> 4).astype(np.int32) @ np.array([256, 16, 1])
-    frequent: np.ndarray = border[coarse == np.bincount(coarse).argmax()].mean(axis=0)
+    frequent: np.ndarray = border[coarse == np.argmax(np.bincount(coarse))].mean(axis=0)
     return frequent.astype(np.float32)
 
 
@@ -76,7 +76,7 @@ def colour_name(rgb: np.ndarray) -> str:
 
 def kind_name(fill: float) -> str:
     """The kind whose share of its bounding box is nearest."""
-    return KINDS[int(np.abs(_FILLS - fill).argmin())]
+    return KINDS[int(np.argmin(np.abs(_FILLS - fill)))]
 
 
 def find_regions(rgb: np.ndarray, min_area: int = 24, limit: int = 24) -> list[Region]:
@@ -105,7 +105,7 @@ def salient(rgb: np.ndarray, min_area: int = 2) -> tuple[np.ndarray, int, int, i
         return None
     foreground = (difference > max(_MIN_CONTRAST, peak / 2)).astype(np.uint8)
     _, marks, stats, _ = cv2.connectedComponentsWithStats(foreground, connectivity=8)
-    best = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+    best = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     left, top, width, height, area = stats[best].tolist()
     return (marks == best, left, top, left + width, top + height) if area >= min_area else None
 

@@ -146,7 +146,7 @@ def _cut(kind: str, series: _Series, rng: np.random.Generator) -> _Chart | None:
         return None
     if kind == "pie":
         shares = np.asarray(values) / sum(values)
-        return _Chart(kind, series.title, labels, tuple(100 * shares), 100) if shares.min() > 0.06 else None
+        return _Chart(kind, series.title, labels, tuple(100 * shares), 100) if np.min(shares) > 0.06 else None
     return _Chart(kind, series.title, labels, values, _step(max(values)) * math.ceil(max(values) / _step(max(values))))
 
 
