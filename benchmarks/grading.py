@@ -10,7 +10,7 @@ import resource
 import time
 from collections.abc import Sequence
 
-from maestro_jax.rewards.graders import grade_all
+from maestro_jax.rewards.graders import BUILT_IN, Answer
 from maestro_jax.types import Task
 
 PLAIN, EXPRESSIONS, HOSTILE = 20_000, 400, 8
@@ -46,7 +46,7 @@ def hostile_cases(count: int) -> list[Case]:
 
 
 def graded(cases: Sequence[Case]) -> None:
-    found = grade_all([(case_task, answer) for case_task, answer, _ in cases])
+    found = BUILT_IN.outcomes([Answer(case_task, answer) for case_task, answer, _ in cases])
     assert found == [right for *_, right in cases]
 
 

@@ -38,7 +38,8 @@ from maestro_jax.policy.tokens import train_tokens
 from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.registry.dispatch import Dispatcher, Registry
 from maestro_jax.registry.record.journal import Journal
-from maestro_jax.rewards.graders import grade_all
+from maestro_jax.rewards.graders import BUILT_IN, Answer
+from maestro_jax.rewards.reward import Scorer
 from maestro_jax.session.policy import fields
 from maestro_jax.suite.demonstrations import make_calls
 from maestro_jax.types import Call, Task
@@ -106,14 +107,15 @@ def soak(count: int, size: int, scratch: Path) -> dict[str, Any]:
     dispatcher = Dispatcher(Registry(config.registry, str(replies), journal), journal)
     source = Pictures(count, size)
     stream = Batches(source, BATCH, prompts.prepare, seed=0, epochs=1)
-    seen, right, done = [], 0, 0
+    seen, right, done = [], 0.0, 0
     with Progress(sys.stderr) as progress:
         progress.phase("tasks", count)
         for number, batch in enumerate(stream):
             prompts.collate(batch)
             calls = [(one.task, Call(*PAIR, query)) for one in batch for query in QUERIES]
             answers = make_calls(dispatcher, calls, DEADLINE, lambda answered: None)
-            right += sum(grade_all([(task, reply.text) for (task, _), reply in zip(calls, answers, strict=True)]))
+            graded = [Answer(task, reply.text) for (task, _), reply in zip(calls, answers, strict=True)]
+            right += sum(BUILT_IN.outcomes(graded))
             done += len(batch)
             if number % 8 == 0 or done == count:
                 seen.append((done, resident("VmRSS"), replies.stat().st_size * 3 // 4))  # in there, images are base64
@@ -122,7 +124,7 @@ def soak(count: int, size: int, scratch: Path) -> dict[str, Any]:
         Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
         held_out = TaskView(source, range(min(count, max(count // 10, HELD_OUT))))
         progress.phase("held-out tasks", len(held_out))
-        run_pairs(held_out, [PAIR], dispatcher, DEADLINE, progress.tick)
+        run_pairs(held_out, [PAIR], dispatcher, Scorer(), DEADLINE, progress.tick)
         held_out_growth = resident("VmHWM") - before
     dispatcher.close()
     journal.close()

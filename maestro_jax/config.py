@@ -7,12 +7,14 @@ it and the nearest right one.
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from maestro_jax.checkpoint.config import CheckpointConfig
 from maestro_jax.data.config import DataConfig
+from maestro_jax.data.listed import is_plugin
 from maestro_jax.data.opening import KINDS
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.config import EvaluateConfig
@@ -20,17 +22,23 @@ from maestro_jax.grpo.config import GrpoConfig, OptimizerConfig
 from maestro_jax.mapping import read
 from maestro_jax.observe.config import TrackersConfig
 from maestro_jax.parallel.config import MeshConfig
+from maestro_jax.plugins import load
 from maestro_jax.policy.config import PolicyConfig
 from maestro_jax.registry.description.config import RegistryConfig
 from maestro_jax.registry.description.reading import parse_registry
-from maestro_jax.rewards.reward import RewardConfig
+from maestro_jax.rewards.graders import Graders
+from maestro_jax.rewards.reward import RewardConfig, Scorer
 from maestro_jax.rollout.config import RolloutConfig
 from maestro_jax.warm_start.config import WarmStartConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run is made of."""
+    """Everything a run is made of.
+
+    Attributes:
+      graders: of the user's: name, or source of tasks → who grades (docs/grading.md).
+    """
 
     seed: int = 0
     data: DataConfig = DataConfig()
@@ -45,6 +53,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
     trackers: TrackersConfig = TrackersConfig()
+    graders: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def base_config() -> ConfigDict:
@@ -112,6 +121,7 @@ def _check(config: Config, trains: bool) -> None:
     if not config.policy.init_from and not config.policy.architecture:
         raise ConfigError("config.policy.architecture is empty; fill it in, or set config.policy.init_from")
     _check_data(config.data, trains)
+    Scorer(config.reward, Graders(config.graders, config.registry))  # what they name is there
     if min(rollout.member_buckets, default=1) < 1:
         raise ConfigError(
             f"config.rollout.member_buckets {rollout.member_buckets} are lengths in tokens; use 1 or more"
@@ -151,15 +161,19 @@ def _check(config: Config, trains: bool) -> None:
 
 
 def _check_data(data: DataConfig, trains: bool) -> None:
-    if data.kind not in ("suite", *KINDS):
-        raise ConfigError(f"config.data.kind {data.kind!r} is unknown; use one of suite, {', '.join(KINDS)}")
+    if is_plugin(data.kind):
+        load(data.kind, "config.data.kind")
+    elif data.kind not in ("suite", *KINDS):
+        cure = f'use one of suite, {", ".join(KINDS)}, or "package.module:name"'
+        raise ConfigError(f"config.data.kind {data.kind!r} is unknown; {cure}")
+    needs_files = data.kind in KINDS  # a function of the user's may know its tasks by the split
     if not trains:
-        if data.kind != "suite" and not data.test_files:
+        if needs_files and not data.test_files:
             raise ConfigError(
                 f'config.data.kind "{data.kind}" needs config.data.test_files; name the files of its tasks'
             )
         return
-    if data.kind != "suite" and not ((data.train_files or data.mixture) and data.test_files):
+    if needs_files and not ((data.train_files or data.mixture) and data.test_files):
         cure = "name files, or a mixture in place of the first"
         raise ConfigError(
             f'config.data.kind "{data.kind}" needs config.data.train_files and config.data.test_files; {cure}'
@@ -168,9 +182,11 @@ def _check_data(data: DataConfig, trains: bool) -> None:
         raise ConfigError("config.data.train_files is not read beside config.data.mixture; leave one of them empty")
     for number, part in enumerate(data.mixture):
         where = f"config.data.mixture[{number}]"
-        if part.kind not in KINDS:
+        if is_plugin(part.kind):
+            load(part.kind, f"{where}.kind")
+        elif part.kind not in KINDS:
             raise ConfigError(f"{where}.kind {part.kind!r} is unknown; use one of {', '.join(KINDS)}")
-        if not part.files:
+        if part.kind in KINDS and not part.files:
             raise ConfigError(f"{where}.files is empty; name the files or directories of its tasks")
         if not 0 < part.weight < float("inf"):
             raise ConfigError(f"{where}.weight={part.weight} draws nothing from it; use a number above 0")

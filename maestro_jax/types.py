@@ -45,12 +45,13 @@ class Task:
       id: unique and stable within a data set, e.g. "charts/train/000123".
       question: what is asked; untrusted text.
       images: encoded image files (PNG, JPEG or WebP bytes), in the order they are shown.
-      answers: accepted gold answers; never leaves the reward process.
+      answers: accepted gold answers; read by graders only, and told to a judge where one grades (docs/grading.md).
       source: where the task comes from; selects the grader ("charts", "ChartQA", ...). The
         domains of a routing heat map are the sources.
       choices: the options of a multiple-choice question in the order of their letters, without these; the gold answer
         is then a letter, the text of an option, or both.
       kind: what a source's grader tells apart within it, such as "open" and "closed".
+      grader: name of its grader; empty takes the one of its source.
     """
 
     id: str
@@ -60,11 +61,15 @@ class Task:
     source: str
     choices: tuple[str, ...] = ()
     kind: str = ""
+    grader: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A well-formed, resolved call: canonical registry names and the policy's own query."""
+    """A well-formed, resolved call: canonical registry names and the policy's own query.
+
+    Without a skill, which no policy can write, the expert is asked the question as it stands: a judge is.
+    """
 
     expert: str
     skill: str

@@ -36,7 +36,7 @@ from maestro_jax.registry.record import cache, journal
 from maestro_jax.registry.skills import running as skills
 from maestro_jax.registry.skills import served, templates
 from maestro_jax.rewards import graders, ocrbench, reading
-from maestro_jax.rewards.graders import GRADERS, MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS, grade
+from maestro_jax.rewards.graders import BUILT_IN, GRADERS, MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS
 from maestro_jax.rollout import protocol
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.sandbox.interface import Limits
@@ -114,9 +114,9 @@ def _grading(source: str, golds: tuple[str, ...], options: tuple[str, ...]) -> R
             mock.patch.object(graders, "_programs", _Undecided()),
         ):
             _forget()
-            grade(task, text)
+            BUILT_IN.grade(task, text)
             if source == "OCRBench":  # whose formulas are read in another way
-                grade(dataclasses.replace(task, kind=ocrbench.FORMULA), text)
+                BUILT_IN.grade(dataclasses.replace(task, kind=ocrbench.FORMULA), text)
 
     is_program = source == "HumanEval-V"
     tokens = ("```python\n", "```", "``` ", "def solution", "~~~") if is_program else _ANSWER_TOKENS
@@ -129,8 +129,8 @@ def _gold(source: str) -> Reader:
     def read(text: str) -> None:
         with mock.patch.object(graders, "_equations", _Undecided()):
             _forget()
-            grade(Task("", "", (), (text,), source, ()), "5 dogs")
-            grade(Task("", "", (), ("B",), source, ("cat", text)), "the dog")
+            BUILT_IN.grade(Task("", "", (), (text,), source, ()), "5 dogs")
+            BUILT_IN.grade(Task("", "", (), ("B",), source, ("cat", text)), "the dog")
 
     return Reader(read, MAX_ANSWER_CHARS, _ANSWER_TOKENS)
 

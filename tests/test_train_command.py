@@ -660,7 +660,9 @@ def test_a_source_that_nobody_can_grade_is_refused_before_anything_is_computed(j
     rows = [verl_rows.row(n, png(n), data_source="riddles" if n == 7 else "chartqa") for n in range(8)]
     path = verl_rows.write_rows(tmp_path / "train.parquet", rows)
     result = job.run(tmp_path / "run", **verl(path, write_parquet(tmp_path / "test.parquet", [png(0)])))
-    assert_refused(result, f'{path} row 7: no grader for source "riddles"', "add one to GRADERS, or correct the row")
+    assert_refused(
+        result, f'{path} row 7: no grader for source "riddles"', "name one in config.graders, or correct the row"
+    )
     assert not (tmp_path / "run" / "config.json").exists()
 
 

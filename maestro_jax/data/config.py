@@ -26,10 +26,12 @@ class DataConfig:
 
     Attributes:
       kind: "suite" builds the offline suite; "tfds" reads data sets that `maestro_jax.data.prepare` (or anyone) made,
-        "verl" parquet files in the verl schema, "jsonl" one JSON object a line (docs/data.md).
+        "verl" parquet files in the verl schema, "jsonl" one JSON object a line, "package.module:name" what a function
+        of the user's gives (docs/data.md).
       suite_directory: where suites are kept; empty means inside the work directory.
       train_per_domain, test_per_domain: size of the suite.
-      train_files, test_files: the files of kinds "verl" and "jsonl", the data sets' directories of kind "tfds".
+      train_files, test_files: the files of kinds "verl" and "jsonl", the data sets' directories of kind "tfds"; what
+        a function of the user's is told.
       train_split, test_split: the splits of kind "tfds", such as "train", "test" or "train[:100]".
       image_root: folder that image paths in the files are resolved under; empty allows inline images only.
       mixture: what training draws from, in shares; empty takes the training tasks of `kind`. Held out are those of

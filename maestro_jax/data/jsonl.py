@@ -2,12 +2,12 @@
 
     {"question": "How many?", "images": ["a/1.png"], "answers": ["3"], "source": "TallyQA"}
     {"question": "Which?", "images": [{"bytes": "iVBORw0..."}], "answers": ["B"], "choices": ["cat", "dog"],
-     "source": "pets", "kind": "animals", "id": "pets/7"}
+     "source": "pets", "kind": "animals", "id": "pets/7", "grader": "strict"}
 
 `images` are paths under one declared folder or base64 bytes, never URLs; they may be left out. `answers` is a list of
 accepted answers or a single one. With `choices` the answer is a letter or the text of an option, and the options are
-shown below the question, which leaves them out. `source` selects the grader. `choices`, `kind` and `id` may be left
-out; fields of other names are ignored.
+shown below the question, which leaves them out. `source` selects the grader, unless `grader` names
+another one. `choices`, `kind`, `grader` and `id` may be left out; fields of other names are ignored.
 """
 
 import base64
@@ -29,7 +29,7 @@ from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.images import check_image
 from maestro_jax.types import Task
 
-FIELDS = ("question", "images", "answers", "source", "choices", "kind", "id")
+FIELDS = ("question", "images", "answers", "source", "choices", "kind", "grader", "id")
 MAX_LINE_BYTES = 4 * MAX_IMAGE_BYTES
 
 
@@ -158,13 +158,17 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 def _label(line: bytes, where: str, name: str) -> Label | None:
     try:
         row = Row(_parse(line, where), where, 0)
-        return Label(_id(row, name), row.text("source"))
+        return Label(_id(row, name), row.text("source"), _optional(row, "grader"))
     except DataError:
         return None
 
 
 def _id(row: Row, name: str) -> str:
     return row.text("id") if row.has("id") else name
+
+
+def _optional(row: Row, field: str) -> str:
+    return row.text(field) if row.has(field) else ""
 
 
 def _task(row: Row, name: str, image_root: ImageRoot | None) -> Task:
@@ -178,7 +182,8 @@ def _task(row: Row, name: str, image_root: ImageRoot | None) -> Task:
         answers=(_letter(row, answers, choices),) if choices else answers,
         source=row.text("source"),
         choices=choices,
-        kind=row.text("kind") if row.has("kind") else "",
+        kind=_optional(row, "kind"),
+        grader=_optional(row, "grader"),
     )
 
 

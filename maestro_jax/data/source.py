@@ -15,15 +15,16 @@ from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.types import Task
 
 T = TypeVar("T")
-FIELDS = ("id", "question", "images", "answers", "source")  # "choices" and "kind" may be there
+FIELDS = ("id", "question", "images", "answers", "source")  # "choices", "kind" and "grader" may be there
 
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """What a task is called and where it comes from, as in `Task`."""
+    """What a task is called, where it comes from and who grades it, as in `Task`."""
 
     id: str
     source: str
+    grader: str = ""
 
 
 class TaskSource(Protocol):
@@ -153,6 +154,7 @@ class TfdsSource:
                 source=record["source"].decode(),
                 choices=tuple(choice.decode() for choice in record.get("choices", ())),
                 kind=record.get("kind", b"").decode(),
+                grader=record.get("grader", b"").decode(),
             )
         # ArrayRecord reports a flipped bit as RuntimeError or IndexError, protobuf as its own ValueError-like kinds
         except Exception as error:
@@ -167,7 +169,7 @@ class TfdsSource:
         for index in range(len(self)):
             try:
                 record = self._records[index]
-                yield Label(record["id"].decode(), record["source"].decode())
+                yield Label(record["id"].decode(), record["source"].decode(), record.get("grader", b"").decode())
             except Exception:  # as in reading
                 yield None
 

@@ -53,6 +53,7 @@ def write_stream(
             "source": tfds.features.Text(),
             "choices": texts,
             "kind": tfds.features.Text(),
+            "grader": tfds.features.Text(),
         }
     )
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -109,4 +110,5 @@ def _example(task: Task) -> dict[str, object]:
         "source": task.source,
         "choices": list(task.choices),
         "kind": task.kind,
+        "grader": task.grader,
     }

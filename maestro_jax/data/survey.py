@@ -1,4 +1,4 @@
-"""A pass over a source before it is used: can its tasks be told apart, and which sources do they name?
+"""A pass over a source before it is used: can its tasks be told apart, and which sources and graders do they name?
 
 Images are left out unless all of a task is asked for. What was found is kept in a file, by name, size and time of the
 data's own files, so that data is gone through once.
@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,13 +18,21 @@ from maestro_jax.errors import DataError
 from maestro_jax.observe.files import read_json, write_json
 from maestro_jax.observe.progress import Progress
 
-_VERSION = 1  # of what a survey looks at; one of another version counts for nothing
+_VERSION = 2  # of what a survey looks at; one of another version counts for nothing
 _LONG = 10_000  # rows of a pass that is worth a line
 _LINES = 20  # of its progress in a log
 
 
-def survey(source: TaskSource, name: str, kept: Path, progress: Progress, *, whole: bool = False) -> dict[str, int]:
-    """The names in the tasks' `source`, each with the first row that has it.
+class Origin(NamedTuple):
+    """What tasks have in common, and the first row of one of them."""
+
+    source: str
+    grader: str
+    row: int
+
+
+def survey(source: TaskSource, name: str, kept: Path, progress: Progress, *, whole: bool = False) -> list[Origin]:
+    """The names in the tasks' `source` and `grader`, in the order of the rows.
 
     Damaged rows are passed over, for they may be skipped later; with `whole` they are not.
 
@@ -42,11 +51,11 @@ def survey(source: TaskSource, name: str, kept: Path, progress: Progress, *, who
     if key not in known:
         known[key] = _survey(source, name, progress, whole)
         write_json(kept, known)
-    return known[key]
+    return [Origin(*values) for values in known[key]]
 
 
-def _survey(source: TaskSource, name: str, progress: Progress, whole: bool) -> dict[str, int]:
-    first: dict[str, int] = {}
+def _survey(source: TaskSource, name: str, progress: Progress, whole: bool) -> list[Origin]:
+    first: dict[tuple[str, str], int] = {}
     digests, rows = array.array("Q"), array.array("Q")  # a million ids as texts would be a hundred MB
     total = len(source)
     if total >= _LONG:
@@ -56,19 +65,19 @@ def _survey(source: TaskSource, name: str, progress: Progress, whole: bool) -> d
             progress.update(row)
         if label is None:
             continue
-        first.setdefault(label.source, row)
+        first.setdefault((label.source, label.grader), row)
         digests.append(int.from_bytes(hashlib.blake2b(label.id.encode(), digest_size=8).digest(), "little"))
         rows.append(row)
     if total >= _LONG:
         progress.tick(total)
     _refuse_repeated(source, np.array(digests, np.uint64), np.array(rows, np.int64))
-    return first
+    return [Origin(*names, row) for names, row in first.items()]
 
 
 def _labels(source: TaskSource, whole: bool) -> Iterator[Label | None]:
     if not whole:
         return source.labels()
-    return (Label(task.id, task.source) for task in (source[row] for row in range(len(source))))
+    return (Label(task.id, task.source, task.grader) for task in (source[row] for row in range(len(source))))
 
 
 def _refuse_repeated(source: TaskSource, digests: np.ndarray, rows: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 A row holds `data_source`, `prompt` [{role, content}], `ability`, `extra_info` {answer, index,
 question, split}, `images` [{bytes, path}] and `reward_model` {style, ground_truth}. Question,
 images, answers and choices are taken from it; its system prompt is not (the registry prompt is ours).
+`extra_info.grader` names the grader of a row, where `data_source` is not to.
 Rows are untrusted: images come inline or from under one declared folder, never from a URL.
 """
 
@@ -87,8 +88,9 @@ class VerlParquetSource:
 
     def labels(self) -> Iterator[Label | None]:
         for file, group, first in self._groups:
-            for row, source in enumerate(self._column(file, group), start=first):
-                yield Label(self._name(file, row), source) if source else None
+            graders = self._column(file, group, "extra_info", "grader")
+            for row, source in enumerate(self._column(file, group, "data_source")):
+                yield Label(self._name(file, first + row), source, graders[row] or "") if source else None
 
     def stamp(self) -> list[Any]:
         return ["verl", str(self._image_root), *file_stamps(self._paths)]
@@ -96,16 +98,20 @@ class VerlParquetSource:
     def _name(self, file: int, row: int) -> str:
         return f"{self._names[file]}/{row:06d}"
 
-    def _column(self, file: int, group: int) -> list[str | None]:
-        """`data_source` of a row group; None for what cannot be read."""
+    def _column(self, file: int, group: int, name: str, field: str = "") -> list[str | None]:
+        """A column of texts of a row group, or a field of one; None for what is not there or cannot be read."""
         import pyarrow as pa
 
+        nothing: list[str | None] = [None] * self._files[file].metadata.row_group(group).num_rows
+        schema = self._files[file].schema_arrow
+        if field and (name not in schema.names or not _has_field(schema.field(name).type, field)):
+            return nothing
         try:
             with self._lock:
-                found = self._files[file].read_row_group(group, columns=["data_source"]).column(0)
+                table = self._files[file].read_row_group(group, columns=[f"{name}.{field}" if field else name])
         except (pa.ArrowException, OSError):
-            return [None] * self._files[file].metadata.row_group(group).num_rows
-        return [_text(value) for value in found]
+            return nothing
+        return [_text(value[field] if field and value.is_valid else value) for value in table.column(0)]
 
     def _find(self, index: int) -> tuple[int, int]:
         """Row group of a task, and its row within that."""
@@ -132,6 +138,12 @@ class VerlParquetSource:
                 ) from error
             self._cache[number] = table
             return table
+
+
+def _has_field(kind: Any, field: str) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_struct(kind) and kind.get_field_index(field) >= 0)
 
 
 def _text(value: Any) -> str | None:
@@ -180,7 +192,25 @@ def _task(row: dict[str, Any], name: str, where: str, image_root: ImageRoot | No
     images = _images(row.get("images"), where, image_root)
     answers = _answers(row.get("reward_model"), where)
     question, choices = _choices(row, _question(row, where, len(images)), answers, where)
-    return Task(id=name, question=question, images=images, answers=answers, source=source, choices=choices)
+    return Task(
+        id=name,
+        question=question,
+        images=images,
+        answers=answers,
+        source=source,
+        choices=choices,
+        grader=_grader(row.get("extra_info"), where),
+    )
+
+
+def _grader(info: Any, where: str) -> str:
+    """`extra_info.grader`; exporters fill what a row lacks with nothing or an empty text."""
+    found = info.get("grader") if isinstance(info, dict) else None
+    if found is not None and not isinstance(found, str):
+        raise DataError(
+            f"{where}, field extra_info.grader: expected the name of a grader, found {describe(found)}; correct it"
+        )
+    return found or ""
 
 
 def _choices(row: dict[str, Any], question: str, answers: tuple[str, ...], where: str) -> tuple[str, tuple[str, ...]]:

@@ -14,7 +14,8 @@ import numpy as np
 from maestro_jax.data.source import OnDemand
 from maestro_jax.registry.description.config import RegistryConfig
 from maestro_jax.registry.dispatch import Dispatcher
-from maestro_jax.rewards.graders import grade_all
+from maestro_jax.rewards.graders import Answer
+from maestro_jax.rewards.reward import Scorer
 from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.suite.demonstrations import make_calls
 from maestro_jax.types import Call, Status, Task
@@ -48,13 +49,14 @@ def run_baselines(
     tasks: Sequence[Task],
     registry: RegistryConfig,
     dispatcher: Dispatcher,
+    scorer: Scorer,
     deadline: float,
     tick: Callable[[int], None],
     outages: Outages | None = None,
 ) -> Baselines:
     """Calls every pair on every task; `tick` hears how many calls have been answered."""
     pairs = pairs_of(registry)
-    right = run_pairs(tasks, pairs, dispatcher, deadline, tick, outages)
+    right = run_pairs(tasks, pairs, dispatcher, scorer, deadline, tick, outages)
     if outages is not None:
         check_pairs(pairs, right, outages)
     return summarise([task.source for task in tasks], pairs, right)
@@ -74,11 +76,12 @@ def run_pairs(
     tasks: Sequence[Task],
     pairs: Sequence[tuple[str, str]],
     dispatcher: Dispatcher,
+    scorer: Scorer,
     deadline: float,
     tick: Callable[[int], None],
     outages: Outages | None = None,
 ) -> np.ndarray:
-    """Calls every pair on every task: float `[tasks, pairs]`, 1 where the reply is the right answer, NaN without one.
+    """Calls every pair on every task: float `[tasks, pairs]`, how right the reply is, NaN without one or a verdict.
 
     Args:
       outages: as of `make_calls`.
@@ -87,9 +90,15 @@ def run_pairs(
     count = len(pairs)
     calls = OnDemand(range(len(tasks) * count), lambda n: (read(n // count), Call(*pairs[n % count], QUERY)))
     replies = make_calls(dispatcher, calls, deadline, tick, outages)
-    graded = [task for full in tasks for task in [dataclasses.replace(full, images=())] * len(pairs)]
+    looks = scorer.graders.looks_at_images
+    tasks_of_calls = [
+        task for full in tasks for task in [full if looks(full) else dataclasses.replace(full, images=())] * len(pairs)
+    ]
     texts = [reply.text if reply.status == Status.OK else "" for reply in replies]  # nothing is never right
-    right = np.array(grade_all(list(zip(graded, texts, strict=True))), float)
+    answers = [
+        Answer(task, text, f"ticket {n}") for n, (task, text) in enumerate(zip(tasks_of_calls, texts, strict=True))
+    ]
+    right = np.array(scorer.outcomes(answers), float)
     right[[reply.status.is_infrastructure for reply in replies]] = np.nan
     return right.reshape(len(tasks), len(pairs))
 
@@ -106,7 +115,7 @@ def check_pairs(pairs: Sequence[tuple[str, str]], right: np.ndarray, outages: Ou
 
 
 def summarise(source_of_task: Sequence[str], pairs: Sequence[tuple[str, str]], right: np.ndarray) -> Baselines:
-    """Baselines from the matrix `right [tasks, pairs]` of 0, 1 and NaN, which is left out wherever it stands."""
+    """Baselines from the matrix `right [tasks, pairs]` of outcomes; NaN is left out wherever it stands."""
     sources = np.array(source_of_task)
     rows = {"overall": np.ones(len(sources), bool)} | {source: sources == source for source in sorted(set(sources))}
     single = int(np.nan_to_num(known_mean(right, 0)).argmax())

@@ -9,7 +9,7 @@ from flax import nnx
 
 from maestro_jax.grpo.batch import score_rollout
 from maestro_jax.parallel import cluster
-from maestro_jax.rewards.reward import RewardConfig, RewardParts
+from maestro_jax.rewards.reward import RewardParts, Scorer
 from maestro_jax.rollout.engine import Engine
 from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.rollout.trajectory import Trajectory
@@ -37,9 +37,10 @@ class Episode:
       task, source: of the task.
       sample: number among the sampled episodes of the task; 0 where decoding is greedy.
       answer: None if it ended without one.
-      outcome: 1 right, 0 wrong.
+      outcome: 1 right, 0 wrong, or between.
       kept_format: whether it has no format penalty.
-      marked: whether an infrastructure failure got in its way.
+      marked: whether an infrastructure failure got in its way; outcome and reward then say nothing.
+      unjudged: the expert that gave no verdict on its answer.
       executed_calls: calls that ran; `calls` has the others as well.
       written, told: tokens of the policy, and of what it was told.
       seconds: from submission to its end, waiting for a lane included.
@@ -64,6 +65,7 @@ class Episode:
     malformed: int
     unresolved: int
     cut: int
+    unjudged: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -80,7 +82,7 @@ def run_episodes(
     tasks: Sequence[Task],
     batch: int,
     members: int,
-    reward: RewardConfig,
+    reward: Scorer,
     seed: int,
     greedy: bool,
     outages: Outages | None = None,
@@ -111,10 +113,11 @@ def graded(trajectory: Trajectory, parts: RewardParts) -> Episode:
         source=trajectory.task.source,
         sample=trajectory.member,
         answer=trajectory.answer,
-        outcome=parts.outcome,
-        reward=parts.total,
+        outcome=0.0 if parts.unjudged else parts.outcome,
+        reward=0.0 if parts.unjudged else parts.total,
         kept_format=parts.format == 0.0,
-        marked=trajectory.marked,
+        marked=trajectory.marked or bool(parts.unjudged),
+        unjudged=parts.unjudged,
         executed_calls=trajectory.executed_calls,
         calls=tuple(
             MadeCall(call.expert, call.skill, seen.status.name, seen.seconds, seen.usage.price)
@@ -136,7 +139,10 @@ def answered(episodes: Sequence[Episode]) -> list[Episode]:
 
 
 def marks_of(episodes: Sequence[Episode]) -> Marks:
-    return Marks.of((e.marked, [(call.expert, Status[call.status]) for call in e.calls]) for e in episodes)
+    # A verdict that is still missing does not come by waiting (`Judging.check`).
+    judges = [[(e.unjudged, Status.CONFIG_ERROR)] if e.unjudged else [] for e in episodes]
+    calls = [[(call.expert, Status[call.status]) for call in e.calls] for e in episodes]
+    return Marks.of((e.marked, [*c, *j]) for e, c, j in zip(episodes, calls, judges, strict=True))
 
 
 def by_source(episodes: Sequence[Episode]) -> dict[str, list[Episode]]:

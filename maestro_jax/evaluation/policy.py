@@ -9,7 +9,7 @@ from flax import nnx
 
 from maestro_jax import failpoints
 from maestro_jax.evaluation.episodes import Episode, Routing, answered, by_source, marks_of, routing_of, run_episodes
-from maestro_jax.rewards.reward import RewardConfig
+from maestro_jax.rewards.reward import Scorer
 from maestro_jax.rollout.engine import Engine
 from maestro_jax.rollout.outages import Outages
 from maestro_jax.types import Task
@@ -42,7 +42,7 @@ def evaluate_policy(
     params: nnx.State,
     tasks: Sequence[Task],
     batch: int,
-    reward: RewardConfig,
+    reward: Scorer,
     seed: int,
     greedy: bool,
     tick: Callable[[int], None],

@@ -102,15 +102,15 @@ def _sampled(episodes: Sequence[Episode]) -> dict[str, Any]:
     tasks = {task: own for task, own in drawn.items() if not any(e.marked for e in own)}
     if not tasks:
         return {"samples": len(next(iter(drawn.values()))), "missing": len(drawn)}
-    right = np.array([[e.outcome == 1.0 for e in own] for own in tasks.values()])
-    samples = right.shape[1]
+    outcomes = np.array([[e.outcome for e in own] for own in tasks.values()])
+    samples = outcomes.shape[1]
     votes = [majority([e.answer for e in own], [e.outcome for e in own]) for own in tasks.values()]
     powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
     return {
         "samples": samples,
         "missing": len(drawn) - len(tasks),
-        "mean": float(right.mean()),
-        "pass": {str(k): pass_at_k(right, k) for k in [*powers, samples]},
+        "mean": float(outcomes.mean()),
+        "pass": {str(k): pass_at_k(outcomes, k) for k in [*powers, samples]},
         "majority": float(np.mean(votes)),
     }
 

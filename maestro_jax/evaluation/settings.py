@@ -1,14 +1,14 @@
 """Which settings an evaluation of a run goes by, and what they change against the run.
 
 The run's own, so that the policy is measured as it was trained: what a config file says of episodes, prompts and reward
-does not count. It does say which tasks and which experts there are. `--config.KEY=VALUE` counts whatever the key.
+does not count. It does say which tasks, graders and experts there are. `--config.KEY=VALUE` counts whatever the key.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-GIVEN = ("data", "registry", "evaluate", "mesh")  # groups that a config file decides
+GIVEN = ("data", "graders", "registry", "evaluate", "mesh")  # groups that a config file decides
 SHOWN = 120  # characters of a value on the terminal
 
 

@@ -38,15 +38,20 @@ def _resampled_means(values: np.ndarray, random: np.random.Generator) -> np.ndar
     return np.concatenate([values[random.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in parts])
 
 
-def pass_at_k(right: np.ndarray, k: int) -> float:
-    """Share of tasks that k samples solve at least once; unbiased (Chen et al. 2021, arXiv 2107.03374, section 2.1).
+def pass_at_k(outcomes: np.ndarray, k: int) -> float:
+    """Mean outcome of the best of k samples, without bias.
+
+    Where outcomes are 0 or 1, it is the share of tasks that k samples solve at least once (Chen et al. 2021, arXiv
+    2107.03374, section 2.1).
 
     Args:
-      right: bool `[tasks, samples]`; k is at most the number of samples.
+      outcomes: float `[tasks, samples]`; k is at most the number of samples.
     """
-    samples = right.shape[1]
+    samples = outcomes.shape[1]
+    # Of all draws of k, comb(i, k - 1) have the i-th smallest as their best.
     ways = math.comb(samples, k)
-    return float(np.mean([1 - math.comb(samples - int(n), k) / ways for n in right.sum(axis=1)]))
+    best = np.array([math.comb(i, k - 1) / ways for i in range(samples)])
+    return float(np.mean(np.sort(outcomes.astype(float), axis=1) @ best))
 
 
 def majority(answers: Sequence[str | None], outcomes: Sequence[float]) -> float:

@@ -1,7 +1,8 @@
 """From finished rollouts to the microbatches of an update: rewards, advantages, masks, static shapes."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from maestro_jax.grpo.update import GroupBatch, batch_shardings
 from maestro_jax.parallel import cluster
 from maestro_jax.parallel.sharding import from_processes
 from maestro_jax.policy.prompts import take_prompts
-from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig, RewardParts, score_all
+from maestro_jax.rewards.reward import EpisodeSummary, RewardParts, Scorer, Turn
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.trajectory import Trajectory
 
@@ -25,21 +26,26 @@ class Scored:
     """Rewards of a rollout's trajectories."""
 
     parts: list[list[RewardParts]]  # [tasks][G]
-    rewards: np.ndarray  # float [B, G], 0 for groups that pad the batch
-    valid: np.ndarray  # bool [B, G], False for marked and padding members
+    rewards: np.ndarray  # float [B, G], 0 for groups that pad the batch, and without a verdict
+    valid: np.ndarray  # bool [B, G], False for marked and padding members, and where a judge gave no verdict
 
 
-def score_rollout(rollout: Rollout, config: RewardConfig) -> Scored:
-    """Grades every trajectory that is not yet graded; the gold answers are read here only."""
+def score_rollout(rollout: Rollout, scorer: Scorer) -> Scored:
+    """Grades every trajectory that is not yet graded; the gold answers are read here only.
+
+    Of several processes all call it, each with its own.
+    """
     new = [t for group in rollout.trajectories for t in group if t.reward is None]
-    for trajectory, reward in zip(new, score_all([(t.task, summary(t)) for t in new], config), strict=True):
+    decode = scorer.decode
+    for trajectory, reward in zip(new, scorer([(t.task, summary(t, decode)) for t in new]), strict=True):
         trajectory.reward = reward
     parts = rewards_of(rollout.trajectories)
     rewards = np.zeros(rollout.length.shape)
     valid = np.zeros(rollout.length.shape, bool)
     for g, group in enumerate(rollout.trajectories):
         for m, trajectory in enumerate(group):
-            rewards[g, m], valid[g, m] = parts[g][m].total, not trajectory.marked
+            if not parts[g][m].unjudged:
+                rewards[g, m], valid[g, m] = parts[g][m].total, not trajectory.marked
     return Scored(parts, rewards, valid)
 
 
@@ -48,14 +54,25 @@ def rewards_of(groups: Sequence[Sequence[Trajectory]]) -> list[list[RewardParts]
     return [[t.reward for t in group if t.reward is not None] for group in groups]
 
 
-def summary(trajectory: Trajectory) -> EpisodeSummary:
+def summary(trajectory: Trajectory, decode: Callable[[Sequence[int]], str] | None = None) -> EpisodeSummary:
+    """What the reward needs of a trajectory; with `decode` (token ids → text), the policy's turns, too."""
     return EpisodeSummary(
         answer=trajectory.answer,
         executed_calls=trajectory.executed_calls,
         well_formed=trajectory.well_formed,
         price=trajectory.price,
         seconds=sum(observation.seconds for _, observation in trajectory.calls),
+        calls=tuple(trajectory.calls),
+        turns=() if decode is None else turns(trajectory, decode),
+        asker=trajectory.key.tobytes().hex(),
     )
+
+
+def turns(trajectory: Trajectory, decode: Callable[[Sequence[int]], str]) -> tuple[Turn, ...]:
+    """What the policy wrote between what it was told."""
+    whose = itertools.groupby(zip(trajectory.tokens, trajectory.authored, strict=True), key=lambda pair: pair[1])
+    written = [[token for token, _ in run] for own, run in whose if own]
+    return tuple(Turn(decode(tokens), len(tokens)) for tokens in written)
 
 
 def make_microbatches(

@@ -11,7 +11,7 @@ from maestro_jax.grpo.advantages import group_advantages
 from maestro_jax.grpo.batch import Scored, make_microbatches, score_rollout
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.update import NOTHING, GroupBatch, Total, TrainState, TrainStep
-from maestro_jax.rewards.reward import RewardConfig
+from maestro_jax.rewards.reward import Scorer
 from maestro_jax.rollout.engine import Rollout
 
 
@@ -27,7 +27,7 @@ class Learner:
 
     step: TrainStep
     planner: Planner
-    reward: RewardConfig
+    reward: Scorer
     advantage: str
     contrast_only: bool
     parts: int
@@ -64,6 +64,7 @@ class Learner:
                     total = total or self.step.begin()
                     for microbatch in microbatches:
                         total = self.step.add(state.params, total, microbatch)
+        self.reward.check([one for _, scored in seen for group in scored.parts for one in group])
         with jax.set_mesh(self.mesh):
             if total is None:
                 state, update = self.step(state, microbatches, left_out)

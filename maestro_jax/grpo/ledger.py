@@ -6,6 +6,7 @@ from typing import Any
 
 from maestro_jax.grpo.batch import Scored, rewards_of
 from maestro_jax.parallel import cluster
+from maestro_jax.rewards.reward import RewardParts
 from maestro_jax.rollout.engine import Rollout
 
 
@@ -25,7 +26,7 @@ def _groups(rollout: Rollout, scored: Scored) -> list[dict[str, Any]]:
     return [
         {
             "task": members[0].task.id,
-            "rewards": [parts.total for parts in scored.parts[number]],
+            "rewards": _totals(scored.parts[number]),
             "trajectories": _digest(rollout, number),
         }
         for number, members in enumerate(rollout.trajectories)
@@ -35,9 +36,14 @@ def _groups(rollout: Rollout, scored: Scored) -> list[dict[str, Any]]:
 def _replaced(rollout: Rollout) -> list[dict[str, Any]]:
     groups = rollout.replaced or []
     return [
-        {"task": members[0].task.id, "rewards": [parts.total for parts in rewards]}
+        {"task": members[0].task.id, "rewards": _totals(rewards)}
         for members, rewards in zip(groups, rewards_of(groups), strict=True)
     ]
+
+
+def _totals(members: Sequence[RewardParts]) -> list[float | None]:
+    """None where a judge gave no verdict: JSON has no NaN."""
+    return [None if parts.unjudged else parts.total for parts in members]
 
 
 def _digest(rollout: Rollout, number: int) -> str:

@@ -24,9 +24,9 @@ from maestro_jax.registry.description.config import RegistryConfig
 from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.registry.description.reading import read_registry
 from maestro_jax.registry.dispatch import Registry
-from maestro_jax.rewards.graders import check_sources
+from maestro_jax.rewards.graders import Graders
 from maestro_jax.session.policy import fields
-from maestro_jax.session.tasks import first_tasks, graded_sources, open_held_out, open_training
+from maestro_jax.session.tasks import first_tasks, graded_by, open_held_out, open_training
 from maestro_jax.settings import read_config
 
 
@@ -128,6 +128,7 @@ def contradictions(raw: Any) -> list[str]:
 def data_findings(config: Config) -> Iterator[Finding]:
     """What there is to train on and what is held out, and what a run could not use of it."""
     parts: dict[str, Callable[[], TaskSource]] = {}
+    graders = Graders(config.graders, config.registry)
     with tempfile.TemporaryDirectory() as kept, Progress() as progress:
         if config.data.kind == "suite":
             yield Finding("data: the suite is built when a run starts", False)
@@ -141,10 +142,12 @@ def data_findings(config: Config) -> Iterator[Finding]:
                 source = opening()
                 for part in source.sources if isinstance(source, Mixture) else (source,):
                     rows = survey(part, f"tasks {what}", Path(kept) / "data.json", progress, whole=what == "held out")
-                    check_sources(graded_sources(part, rows))
+                    graders.open(graded_by(graders, part, rows))
                     tasks = "1 task" if len(part) == 1 else f"{len(part):,} tasks"
-                    yield Finding(f"data: {tasks} {what}, of {', '.join(rows)}", False)
-                    yield from prompt_findings(config, part, rows.values())
+                    yield Finding(
+                        f"data: {tasks} {what}, of {', '.join(dict.fromkeys(one.source for one in rows))}", False
+                    )
+                    yield from prompt_findings(config, part, [one.row for one in rows])
             except UserError as error:
                 yield Finding(f"data: {error}", True)
 

@@ -39,6 +39,7 @@ from maestro_jax.parallel.sharding import ShardingRules, param_layout
 from maestro_jax.policy.config import architecture_from_hf, open_architecture
 from maestro_jax.policy.tokens import load_tokens
 from maestro_jax.registry.record.journal import Journal
+from maestro_jax.rewards.graders import Graders
 from maestro_jax.session.binding import check_same_run
 from maestro_jax.session.calls import open_calls
 from maestro_jax.session.policy import open_params, policy_factory
@@ -168,7 +169,8 @@ def evaluate(
         # ---- Tasks, calls ----------------------------------------------------------------------
         source = open_held_out(config, run.workdir if run else output, shown)
         source = select(source, benchmarks, tasks, shown.note)
-        check_tasks((source,), None, output / "data.json", shown)
+        graders = Graders(config.graders, config.registry)
+        check_tasks((source,), None, graders, output / "data.json", shown)
         limit, size = config.data.damage_limit, config.evaluate.batch
         batches = Batches(source, size, check_task, seed=0, shuffle=False, epochs=1, damage_limit=limit)
         calls = closing.enter_context(open_calls(config, output, shown, replay))
@@ -208,7 +210,7 @@ def evaluate(
 
         def episodes(number: int, part: Sequence[Task], members: int, is_greedy: bool) -> list[Episode]:
             def compute() -> list[dict[str, Any]]:
-                settings = size, members, config.reward, config.seed
+                settings = size, members, rollouts.scorer, config.seed
                 made = run_episodes(engine, params, part, *settings, is_greedy, calls.outages)
                 return [episode.to_json() for episode in made]
 
@@ -217,7 +219,7 @@ def evaluate(
 
         def outcomes_of_pairs(number: int, part: Sequence[Task]) -> list[Sequence[float]]:
             def compute() -> list[dict[str, Any]]:
-                asked = part, pairs, calls.dispatcher, config.rollout.deadline
+                asked = part, pairs, calls.dispatcher, rollouts.scorer, config.rollout.deadline
                 found = run_pairs(*asked, lambda done: None, calls.outages)
                 rows = [[None if np.isnan(x) else x for x in row] for row in found.tolist()]  # JSON has no NaN
                 return [{"task": task.id, "right": row} for task, row in zip(part, rows, strict=True)]

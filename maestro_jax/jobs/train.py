@@ -165,7 +165,7 @@ def train(
         # ---- The policy before reinforcement ---------------------------------------------------
         def evaluate(params: nnx.State, greedy: bool, name: str) -> Evaluation:
             shown.phase(name, len(tasks.held_out))
-            settings = config.evaluate.batch, config.reward, config.seed
+            settings = config.evaluate.batch, rollouts.scorer, config.seed
             found = evaluate_policy(
                 rollouts.engine, params, tasks.held_out, *settings, greedy, shown.tick, calls.outages
             )
@@ -206,7 +206,7 @@ def train(
 
             def measure() -> dict[str, Any]:
                 shown.phase("baselines", len(pairs_of(config.registry)) * len(tasks.held_out))
-                asked = tasks.held_out, config.registry, calls.dispatcher, config.rollout.deadline
+                asked = tasks.held_out, config.registry, calls.dispatcher, rollouts.scorer, config.rollout.deadline
                 return run_baselines(*asked, shown.tick, calls.outages).to_json()
 
             def compute() -> Baselines:

@@ -5,6 +5,7 @@ observations. Nothing in here raises for a fault at run time: every call ends in
 """
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import logging
 import threading
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from maestro_jax.errors import UserError
 from maestro_jax.registry.description.config import ExpertConfig, LimitsConfig, Pair, RegistryConfig
-from maestro_jax.registry.description.interface import CallRunner, Expert, Service
+from maestro_jax.registry.description.interface import CallRunner, Expert, Message, Request, Service
 from maestro_jax.registry.description.names import normalise_name
 from maestro_jax.registry.experts.http import HttpExpert
 from maestro_jax.registry.experts.inprocess import InProcessExpert, InProcessService
@@ -25,6 +26,7 @@ from maestro_jax.registry.record.journal import ASKER, Journal, JournaledExpert,
 from maestro_jax.registry.record.metering import MeteredExpert, Spending
 from maestro_jax.registry.skills.running import Means, SkillInput, failure, run_called
 from maestro_jax.registry.skills.served import ServedService
+from maestro_jax.registry.skills.templates import said
 from maestro_jax.sandbox.choose import make_sandbox
 from maestro_jax.sandbox.interface import Sandbox
 from maestro_jax.types import Call, Observation, Status, Usage
@@ -121,18 +123,27 @@ class Registry:
     async def call(self, call: Call, question: str, images: tuple[bytes, ...], deadline: float) -> Observation:
         """Runs the skill with the expert; `deadline` is in seconds from now.
 
+        Without a skill the expert is asked the question as it stands, whether the policy may call it or not.
+
         Raises:
           LimitError: a request was refused because the run has reached a cap (`registry.limits`).
         """
-        pair = self.resolve(call.expert, call.skill)
-        if isinstance(pair, str):
-            return Observation(pair, Status.UNKNOWN)
-        given = SkillInput(question, call.query, images)
-        named = self.config.skills_by_name[normalise_name(pair.skill)]
-        expert = normalise_name(pair.expert)
-        frame = self.config.experts_by_name[expert].frame
-        means = Means(self._experts[expert], self._services, self._sandbox, frame)
-        observation = await run_called(self.config, named, means, given, deadline)
+        if not call.skill:
+            reply = await self._experts[normalise_name(call.expert)].ask(
+                Request((Message("user", question, images),), deadline=deadline)
+            )
+            is_ok, found = reply.status is Status.OK, (reply.status, reply.seconds, reply.usage)
+            observation = Observation(said(reply.text), *found) if is_ok else failure(*found)
+        else:
+            pair = self.resolve(call.expert, call.skill)
+            if isinstance(pair, str):
+                return Observation(pair, Status.UNKNOWN)
+            given = SkillInput(question, call.query, images)
+            named = self.config.skills_by_name[normalise_name(pair.skill)]
+            expert = normalise_name(pair.expert)
+            frame = self.config.experts_by_name[expert].frame
+            means = Means(self._experts[expert], self._services, self._sandbox, frame)
+            observation = await run_called(self.config, named, means, given, deadline)
         if observation.status is not Status.OK:
             self.spending.check()
         return observation
@@ -170,8 +181,9 @@ def _plain(calls: int, usage: Usage) -> tuple[int, tuple[Any, ...]]:
 class Dispatcher:
     """Hosts the registry's event loop in a daemon thread; the engine's side never blocks on an expert.
 
-    It owns the registry and closes it. Every submitted ticket comes back from `collect` exactly once. A journal
-    records every call that has ended; it is the caller's to close.
+    It owns the registry and closes it. Every submitted ticket comes back from `collect` exactly once; who asks beside
+    the engine gets a future of his own (`ask`). A journal records every call that has ended; it is the caller's to
+    close.
 
     Attributes:
       reader: called with every ticket and its observation before `collect` gives it, in the registry's thread where
@@ -208,10 +220,29 @@ class Dispatcher:
           asker: who asks, the same in every run (`record/journal.py`); where there is none, the ticket has to be.
         """
         asker = f"ticket {ticket}" if asker is None else asker
+        self._start(lambda seen: self._finish(ticket, seen), call, question, images, deadline, asker)
+
+    def ask(
+        self, call: Call, question: str, images: tuple[bytes, ...], deadline: float, asker: str
+    ) -> concurrent.futures.Future[Observation]:
+        """As `submit`, for a caller who waits for this call alone: `collect` does not give it."""
+        future = concurrent.futures.Future[Observation]()
+        self._start(future.set_result, call, question, images, deadline, asker)
+        return future
+
+    def _start(
+        self,
+        tell: Callable[[Observation], None],
+        call: Call,
+        question: str,
+        images: tuple[bytes, ...],
+        deadline: float,
+        asker: str,
+    ) -> None:
         end = time.monotonic() + deadline
 
         def start() -> None:
-            task = self._loop.create_task(self._run(ticket, call, question, images, end, asker))
+            task = self._loop.create_task(self._run(tell, call, question, images, end, asker))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -219,7 +250,7 @@ class Dispatcher:
             if not self._closed:
                 self._loop.call_soon_threadsafe(start)
                 return
-        self._finish(ticket, failure(Status.UNAVAILABLE))
+        tell(failure(Status.UNAVAILABLE))
 
     def void(self, askers: Sequence[str]) -> None:
         """Their last calls do not count, since they are made again."""
@@ -266,7 +297,13 @@ class Dispatcher:
             self._loop.close()
 
     async def _run(
-        self, ticket: int, call: Call, question: str, images: tuple[bytes, ...], end: float, asker: str
+        self,
+        tell: Callable[[Observation], None],
+        call: Call,
+        question: str,
+        images: tuple[bytes, ...],
+        end: float,
+        asker: str,
     ) -> None:
         ASKER.set(asker)
         observation = failure(Status.UNAVAILABLE)  # stays if the task is cancelled by `close`
@@ -277,7 +314,7 @@ class Dispatcher:
         except UserError as error:
             self._stop = error
         finally:
-            self._finish(ticket, observation)
+            tell(observation)
 
     async def _outcome(self, call: Call, question: str, images: tuple[bytes, ...], end: float) -> Observation:
         start = time.monotonic()

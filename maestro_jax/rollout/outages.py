@@ -189,7 +189,8 @@ class Outages:
         if marks.refused > self._most * marks.total or marks.refused == marks.total:
             raise ConfigError(
                 f"{marks.refused} of {marks.total} {what} were refused by {listed(marks)}: a key, model, endpoint or "
-                "option is wrong; `python -m maestro_jax.doctor` with this config says which"
+                "option is wrong; `python -m maestro_jax.doctor` with this config says which (a judge may also reply "
+                "without a verdict; then the log quotes it)"
             )
 
     # ---- waiting -------------------------------------------------------------------------------------------

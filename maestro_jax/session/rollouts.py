@@ -15,8 +15,11 @@ from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.registry.description.prompt import render_system_prompt
+from maestro_jax.rewards.graders import Graders
+from maestro_jax.rewards.reward import Scorer
 from maestro_jax.rollout.engine import Engine, EngineConfig, rollout_sizes
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
+from maestro_jax.rollout.judging import Judging
 from maestro_jax.rollout.limits import Limits, check_room, check_turns
 from maestro_jax.session.calls import Calls
 from maestro_jax.session.policy import fields
@@ -29,6 +32,7 @@ class Rollouts:
     Attributes:
       config: with the sizes that its episodes need (`sized_episodes`).
       params: of the policy, in their shards.
+      scorer: of the episodes.
     """
 
     config: Config
@@ -39,6 +43,7 @@ class Rollouts:
     graph: nnx.GraphDef
     params: nnx.State
     engine: Engine
+    scorer: Scorer
 
 
 def open_rollouts(
@@ -69,7 +74,9 @@ def open_rollouts(
     engine = Engine(graph, mesh, prompts, exchange, fields(EngineConfig, config.rollout))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     progress.note(f"policy: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)")
-    return Rollouts(config, architecture, prompts, exchange, mesh, graph, params, engine)
+    judging = Judging(calls.dispatcher, calls.outages)
+    scorer = Scorer(config.reward, Graders(config.graders, config.registry), judging, tokens.decode)
+    return Rollouts(config, architecture, prompts, exchange, mesh, graph, params, engine, scorer)
 
 
 def sized_episodes(

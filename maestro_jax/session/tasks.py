@@ -1,19 +1,19 @@
 """Tasks of a session: opened by the config's names, and all of them checked before anything is computed."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from maestro_jax.config import Config
 from maestro_jax.data.config import MixedConfig
 from maestro_jax.data.mixture import Mixture
-from maestro_jax.data.opening import KINDS, open_source
+from maestro_jax.data.opening import open_source
 from maestro_jax.data.source import TaskSource, TaskView, TfdsSource
-from maestro_jax.data.survey import survey
+from maestro_jax.data.survey import Origin, survey
 from maestro_jax.errors import ConfigError, UserError
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel import cluster
-from maestro_jax.rewards.graders import check_sources, grader_for
+from maestro_jax.rewards.graders import Graders
 from maestro_jax.suite.tasks.build import build_suite
 
 
@@ -34,7 +34,8 @@ def open_tasks(config: Config, directory: Path, progress: Progress) -> Tasks:
     train = open_training(config, directory, progress)
     held_out = first_tasks(open_held_out(config, directory, progress), config.evaluate.tasks)
     parts = train.sources if isinstance(train, Mixture) else (train,)
-    check_tasks(parts, held_out, directory / "data.json", progress)
+    graders = Graders(config.graders, config.registry)
+    check_tasks(parts, held_out, graders, directory / "data.json", progress)
     return Tasks(train, held_out)
 
 
@@ -42,14 +43,14 @@ def open_training(config: Config, workdir: Path, progress: Progress) -> TaskSour
     data = config.data
     if data.mixture:
         return open_mixture(data.mixture)
-    if data.kind in KINDS:
+    if data.kind != "suite":
         return open_source(data.kind, data.train_files, split=data.train_split, image_root=data.image_root)
     return TfdsSource(open_suite(config, workdir, progress), "train")
 
 
 def open_held_out(config: Config, workdir: Path, progress: Progress) -> TaskSource:
     data = config.data
-    if data.kind in KINDS:
+    if data.kind != "suite":
         return open_source(data.kind, data.test_files, split=data.test_split, image_root=data.image_root)
     return TfdsSource(open_suite(config, workdir, progress), "test")
 
@@ -78,6 +79,7 @@ def first_tasks(source: TaskSource, count: int) -> TaskView:
 def check_tasks(
     sources: Sequence[TaskSource],
     held_out: TaskSource | None,
+    graders: Graders,
     kept: Path,
     progress: Progress,
 ) -> None:
@@ -91,15 +93,15 @@ def check_tasks(
       ConfigError: two tasks of a source share an id, nobody can grade one, or one that is held out is damaged.
     """
 
-    def read() -> tuple[list[str], str]:
-        found: set[str] = set()
+    def read() -> tuple[list[tuple[str, str]], str]:
+        found: set[tuple[str, str]] = set()
         try:
             for number, source in enumerate(sources):
                 name = f"data source {number}" if len(sources) > 1 else "tasks"
-                found |= graded_sources(source, survey(source, name, kept, progress))
+                found |= graded_by(graders, source, survey(source, name, kept, progress))
             if held_out is not None:
                 rows = survey(held_out, "held-out tasks", kept, progress, whole=True)
-                found |= graded_sources(held_out, rows)
+                found |= graded_by(graders, held_out, rows)
         except UserError as error:
             return [], str(error)
         return sorted(found), ""
@@ -107,17 +109,17 @@ def check_tasks(
     names, problem = cluster.from_main(read)
     if problem:
         raise ConfigError(problem)
-    check_sources(names)
+    graders.open((source, grader) for source, grader in names)
 
 
-def graded_sources(source: TaskSource, rows: Mapping[str, int]) -> set[str]:
-    """All of them; raises ConfigError with the row of one that has no grader."""
-    for name in sorted(rows, key=rows.__getitem__):
+def graded_by(graders: Graders, source: TaskSource, found: Sequence[Origin]) -> set[tuple[str, str]]:
+    """(source, grader) of all tasks; raises ConfigError with the row of one that has no grader."""
+    for origin in found:
         try:
-            grader_for(name)
+            graders.find(origin.source, origin.grader)
         except ConfigError as error:
-            raise ConfigError(f"{source.where(rows[name])}: {error}, or correct the row") from None
-    return set(rows)
+            raise ConfigError(f"{source.where(origin.row)}: {error}, or correct the row") from None
+    return {(origin.source, origin.grader) for origin in found}
 
 
 def open_mixture(parts: Sequence[MixedConfig]) -> Mixture:

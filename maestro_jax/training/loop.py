@@ -275,7 +275,8 @@ def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dic
     figures = cluster.joined(parts)
     columns = {name: np.array([figure[name] for figure in figures]) for name in figures[0]}
     tokens, ages = columns.pop("authored"), columns.pop("ages")
-    found = {name: float(np.mean(column)) for name, column in columns.items()}
+    # Without a verdict, outcome and reward are NaN: such an episode counts in neither.
+    found = {name: float(np.nanmean(column)) for name, column in columns.items()}
     # Versions between a token and the update that it is in; and what all calls cost, not each.
     return found | {"price": float(columns["price"].sum()), "staleness": float(ages.sum() / tokens.sum())}
 
@@ -287,6 +288,7 @@ def episode_figures(trajectory: Trajectory, parts: RewardParts, version: int) ->
         "format": parts.format,
         "cost": parts.cost,
         "latency": parts.latency,
+        **{f"reward/{name}": term for name, term in parts.terms.items()},
         "calls": trajectory.executed_calls,
         "malformed": trajectory.malformed,
         "unresolved": trajectory.unresolved,

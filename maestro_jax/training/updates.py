@@ -56,7 +56,7 @@ def make_learner(config: Config, rollouts: Rollouts, progress: Progress) -> tupl
     learner = Learner(
         step=make_train_step(rollouts.graph, optimizer, grpo_loss, update, mesh, state),
         planner=planner,
-        reward=config.reward,
+        reward=rollouts.scorer,
         advantage=grpo.advantage,
         # Without contrast, only these terms have a gradient.
         contrast_only=not (grpo.kl_weight or grpo.entropy_weight),

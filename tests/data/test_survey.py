@@ -14,10 +14,11 @@ from maestro_jax.data.jsonl import JsonlSource
 from maestro_jax.data.opening import open_source
 from maestro_jax.data.source import Label, TaskSource, TaskView, remembering
 from maestro_jax.data.store import write_tasks
-from maestro_jax.data.survey import survey
+from maestro_jax.data.survey import Origin, survey
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.evaluation.selection import select
 from maestro_jax.observe.progress import Progress
+from maestro_jax.rewards.graders import Graders
 from maestro_jax.session.tasks import check_tasks
 from maestro_jax.types import Task
 from tests.data.listed import Listed
@@ -25,7 +26,7 @@ from tests.data.verl_rows import row, write_rows
 
 
 def check(*sources: TaskSource, kept: Path, held_out: TaskSource | None = None) -> None:
-    check_tasks(sources, held_out, kept, Progress(io.StringIO()))
+    check_tasks(sources, held_out, Graders(), kept, Progress(io.StringIO()))
 
 
 def write_lines(path: Path, *rows: dict[str, Any] | str) -> Path:
@@ -61,7 +62,8 @@ def test_an_unknown_source_in_the_last_row_is_named_with_its_place(tmp_path: Pat
         ("verl", parquet, " row 7"),
         ("tfds", tfds, " split train"),
     ]:
-        says = f'{path}{where}.*: no grader for source "riddles"; known: .*; add one to GRADERS, or correct the row'
+        cure = "name one in config.graders, or correct the row"
+        says = f'{path}{where}.*: no grader for source "riddles"; known: .*; {cure}'
         with pytest.raises(ConfigError, match=says):
             check(open_source(kind, [str(path)]), kept=kept)
         check(select(open_source(kind, [str(path)]), ["ChartQA"], 0, lambda line: None), kept=kept)
@@ -130,7 +132,7 @@ def test_ids_that_only_share_a_digest_are_two(tmp_path: Path, kept: Path, monkey
 
     monkeypatch.setattr("maestro_jax.data.survey.hashlib.blake2b", Weak)
     source = JsonlSource(write_lines(tmp_path / "a.jsonl", *[{"id": f"{n}"} for n in range(5)]))
-    assert survey(source, "tasks", kept, Progress(io.StringIO())) == {"ChartQA": 0}
+    assert survey(source, "tasks", kept, Progress(io.StringIO())) == [Origin("ChartQA", "", 0)]
 
 
 # ---- once --------------------------------------------------------------------------------------------------

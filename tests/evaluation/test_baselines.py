@@ -15,6 +15,7 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import QUERY, Baselines, check_pairs, run_baselines, summarise
 from maestro_jax.parallel import preemption
 from maestro_jax.registry.description.config import ExpertConfig, Pair, RegistryConfig, SkillConfig
+from maestro_jax.rewards.reward import Scorer
 from maestro_jax.rollout import outages
 from maestro_jax.rollout.outages import RETRIES, OutageConfig, Outages
 from maestro_jax.types import Call, Observation, Status, Task
@@ -102,7 +103,7 @@ def registry(**skills: tuple[str, ...]) -> RegistryConfig:
 def test_every_allowed_pair_is_asked_about_every_task() -> None:
     desk = Desk({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS})
     tasks, ticks = [task(0, "counting"), task(1, "reading")], []
-    found = run_baselines(tasks, registry(X=(), Y=("B",)), desk, 9.0, ticks.append)  # type: ignore[arg-type]
+    found = run_baselines(tasks, registry(X=(), Y=("B",)), desk, Scorer(), 9.0, ticks.append)  # type: ignore[arg-type]
     allowed = [("A", "X"), ("B", "X"), ("B", "Y")]
     assert desk.calls == [(Call(*pair, QUERY), t.question, t.images) for t in tasks for pair in allowed]
     assert list(found.by_pair["counting"]) == allowed
@@ -117,7 +118,7 @@ def test_replies_are_graded_against_their_own_task() -> None:
         Pair("B", "Y"): Observation("I cannot tell.", Status.OK),
     }
     tasks = [task(0, "counting", "7"), task(1, "counting", "7"), task(2, "reading", "8")]
-    found = run_baselines(tasks, registry(X=(), Y=()), Desk(answers), 9.0, lambda done: None)  # type: ignore[arg-type]
+    found = run_baselines(tasks, registry(X=(), Y=()), Desk(answers), Scorer(), 9.0, lambda done: None)  # type: ignore[arg-type]
     assert found.by_pair["counting"] == {("A", "X"): 1.0, ("A", "Y"): 0.0, ("B", "X"): 0.0, ("B", "Y"): 0.0}
     assert found.by_pair["reading"] == {("A", "X"): 0.0, ("A", "Y"): 1.0, ("B", "X"): 0.0, ("B", "Y"): 0.0}
     assert (found.single_pair, found.domain_oracle["overall"]) == (("A", "X"), 1.0)
@@ -133,7 +134,7 @@ def test_tasks_are_in_memory_while_they_are_asked_about() -> None:
     source = Fresh(task(number, "counting") for number in range(500))
     desk = Forgetful({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS})
     view = TaskView(source, range(len(source)))
-    found = run_baselines(view, registry(X=(), Y=()), desk, 9.0, lambda done: None)  # type: ignore[arg-type]
+    found = run_baselines(view, registry(X=(), Y=()), desk, Scorer(), 9.0, lambda done: None)  # type: ignore[arg-type]
     assert found.random["overall"] == 1.0 and len(desk.calls) == 500 * len(PAIRS)
     assert source.most_alive < 5 and source.reads < 5 * 500
 
@@ -158,7 +159,7 @@ def test_calls_that_met_an_outage_are_made_again() -> None:
         out.clear()
 
     tasks = [task(0, "counting"), task(1, "reading")]
-    found = run_baselines(tasks, registry(X=(), Y=()), desk, 9.0, lambda done: None, patient(out, note))  # type: ignore[arg-type]
+    found = run_baselines(tasks, registry(X=(), Y=()), desk, Scorer(), 9.0, lambda done: None, patient(out, note))  # type: ignore[arg-type]
     assert (found.random["overall"], found.missing) == (1.0, 0)
     assert [(call.expert, call.skill) for call, _, _ in desk.calls[8:]] == [("A", "X")] * 2
     assert desk.voided == ["ticket 0", "ticket 4"]
@@ -176,7 +177,7 @@ def test_baselines_of_experts_that_stay_away_are_none() -> None:
 def test_baselines_of_experts_that_refuse_everything_are_the_users_to_mend() -> None:
     desk = Desk({Pair(*pair): Observation("no", Status.CONFIG_ERROR) for pair in PAIRS})
     with pytest.raises(ConfigError, match="4 of 4 calls were refused by A .*maestro_jax.doctor"):
-        run_baselines([task(0, "x")], registry(X=(), Y=()), desk, 9.0, lambda done: None, patient({}, print))  # type: ignore[arg-type]
+        run_baselines([task(0, "x")], registry(X=(), Y=()), desk, Scorer(), 9.0, lambda done: None, patient({}, print))  # type: ignore[arg-type]
 
 
 def test_a_call_that_always_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +191,7 @@ def test_a_call_that_always_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -
                 self.replies[-1] = (ticket, Observation("", Status.TIMEOUT))
 
     desk = Stubborn({Pair(*pair): Observation("7" if pair[1] == "X" else "8", Status.OK) for pair in PAIRS})
-    found = run_baselines(tasks, registry(X=(), Y=()), desk, 9.0, lambda done: None, patient({}, print))  # type: ignore[arg-type]
+    found = run_baselines(tasks, registry(X=(), Y=()), desk, Scorer(), 9.0, lambda done: None, patient({}, print))  # type: ignore[arg-type]
     assert len(desk.calls) == 24 + RETRIES
     assert (found.missing, found.by_pair["counting"][("A", "X")], found.task_oracle["overall"]) == (1, 1.0, 1.0)
     assert found.random["overall"] == pytest.approx((1 / 3 + 5 / 2) / 6)

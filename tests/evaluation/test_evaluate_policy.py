@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
-from maestro_jax.rewards.reward import RewardConfig
+from maestro_jax.rewards.reward import Scorer
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.trajectory import Stage, Trajectory
 from maestro_jax.types import Call, Observation, Status, Task
@@ -66,7 +66,7 @@ TRAJECTORIES = [
 def evaluate(engine: Engine, batch: int = 2, greedy: bool = True, ticks: list[int] | None = None) -> Evaluation:
     tasks = [t.task for t in TRAJECTORIES]
     tick = (ticks if ticks is not None else []).append
-    return evaluate_policy(engine, None, tasks, batch, RewardConfig(), 3, greedy, tick)  # type: ignore[arg-type]
+    return evaluate_policy(engine, None, tasks, batch, Scorer(), 3, greedy, tick)  # type: ignore[arg-type]
 
 
 def test_averages_are_over_tasks() -> None:

@@ -14,7 +14,7 @@ from maestro_jax.grpo.update import GroupBatch
 from maestro_jax.parallel import cluster
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.model import PrefixBatch
-from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig
+from maestro_jax.rewards.reward import EpisodeSummary, Scorer
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.trajectory import Trajectory
 from maestro_jax.types import Call, Observation, Status, Task, Usage
@@ -56,7 +56,7 @@ def microbatches_of(
 ) -> Parts:
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     planner = Planner(reference.architecture(), 2, G, 3, microbatches, 1, (2, 4), buckets)
-    return make_microbatches(rollout, score_rollout(rollout, RewardConfig()), "std", contrast_only, planner, mesh)
+    return make_microbatches(rollout, score_rollout(rollout, Scorer()), "std", contrast_only, planner, mesh)
 
 
 def batch_of(rollout: Rollout, buckets: tuple[int, ...] = (12, 16)) -> tuple[GroupBatch, dict[str, float]]:
@@ -66,7 +66,7 @@ def batch_of(rollout: Rollout, buckets: tuple[int, ...] = (12, 16)) -> tuple[Gro
 
 
 def test_rewards_and_who_counts(rollout: Rollout) -> None:
-    scored: Scored = score_rollout(rollout, RewardConfig())
+    scored: Scored = score_rollout(rollout, Scorer())
     assert scored.rewards.tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert scored.valid.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
     assert [len(group) for group in scored.parts] == [3, 3]

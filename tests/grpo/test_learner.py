@@ -17,7 +17,7 @@ from maestro_jax.grpo.update import TrainState, UpdateConfig, grpo_loss, init_tr
 from maestro_jax.parallel.sharding import replicated
 from maestro_jax.policy.prompts import take_prompts
 from maestro_jax.policy.tokens import Tokens
-from maestro_jax.rewards.reward import RewardConfig
+from maestro_jax.rewards.reward import Scorer
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.training.loop import episode_metrics
 from maestro_jax.types import Call, Observation, Status
@@ -58,7 +58,7 @@ def learner(runner: Runner, parts: int) -> tuple[Learner, TrainState]:
     step = make_train_step(engine.graph, optimizer, grpo_loss, config, engine.mesh, state)
     root = len(engine.prompts.root)
     planner = Planner(toy.architecture(), root, MEMBERS, GROUPS // parts, 1, 1, (32,), (EPISODE.room,))
-    return Learner(step, planner, RewardConfig(True, 0.0, 0.0), "std", True, parts, lambda p: p, engine.mesh), state
+    return Learner(step, planner, Scorer(), "std", True, parts, lambda p: p, engine.mesh), state
 
 
 def test_few_groups_with_contrast_need_no_program_of_their_own(runner: Runner, rollout: Rollout) -> None:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from maestro_jax.rewards.graders import GRADERS, grade_all
+from maestro_jax.rewards.graders import BUILT_IN, GRADERS, Answer
 from maestro_jax.types import Task
 
 DOCS = Path(__file__).parents[2] / "docs" / "grading.md"
@@ -27,7 +27,7 @@ def shown() -> list[tuple[Task, str, str]]:
 def test_the_thirty_answers() -> None:
     rows = shown()
     assert len(rows) == 30
-    found = grade_all([(task, answer) for task, answer, _ in rows])
+    found = BUILT_IN.outcomes([Answer(task, answer) for task, answer, _ in rows])
     assert [("right" if right else "wrong") for right in found] == [verdict for *_, verdict in rows]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from maestro_jax.errors import ConfigError
 from maestro_jax.rewards import equations
 from maestro_jax.rewards.equations import Equations
-from maestro_jax.rewards.graders import grade_all
+from maestro_jax.rewards.graders import BUILT_IN, Answer
 from maestro_jax.rewards.maths import Equation
 from maestro_jax.types import Task
 
@@ -79,7 +79,8 @@ def algebra() -> Iterator[Equations]:
 
 
 def graded(answers: list[str]) -> list[bool]:
-    return grade_all([(Task("", "", (), ("5", r"2\sqrt{3}"), "MathVision"), answer) for answer in answers])
+    task = Task("", "", (), ("5", r"2\sqrt{3}"), "MathVision")
+    return BUILT_IN.outcomes([Answer(task, answer) for answer in answers])
 
 
 def test_hostile_expressions_are_different_and_the_process_lives_on(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from maestro_jax.errors import ConfigError
 from maestro_jax.rewards import equations, graders, programs
-from maestro_jax.rewards.graders import GRADERS, MAX_ANSWER_CHARS, check_sources, grade, grade_all, grader_for
+from maestro_jax.rewards.graders import BUILT_IN, GRADERS, MAX_ANSWER_CHARS, Answer
 from maestro_jax.rewards.reading import parse_number
 from maestro_jax.types import Task
 
@@ -123,8 +123,12 @@ NUMERIC_AND_TEXT = tuple(source for source in PLAIN if source != "counting")
 READ = tuple(source for source in GRADERS if source != "HumanEval-V")  # whose answers are no programs
 
 
-def verdict_of(source: str, answer: str, gold: Sequence[str]) -> bool:
-    return grade(Task("", "", (), tuple(gold), source), answer)
+def open_sources(sources: Sequence[str]) -> None:
+    BUILT_IN.open((source, "") for source in sources)
+
+
+def verdict_of(source: str, answer: str, gold: Sequence[str]) -> float:
+    return BUILT_IN.grade(Task("", "", (), tuple(gold), source), answer)
 
 
 @pytest.mark.parametrize("source", NUMERIC_AND_TEXT)
@@ -152,20 +156,20 @@ def test_any_accepted_answer_counts() -> None:
 
 @pytest.mark.parametrize("spelled", ["hrbench_4k", "HRBench-4K", "hrbench4k", "HRBENCH 4K"])
 def test_names_of_sources_differ_by_case_and_hyphens_only(spelled: str) -> None:
-    assert grader_for(spelled) is GRADERS["HRBench-4K"]
+    assert BUILT_IN.find(spelled) is GRADERS["HRBench-4K"]
 
 
 def test_answers_are_graded_together_in_their_order() -> None:
     maths, chart = Task("", "", (), (r"\sqrt{8}",), "MathVision"), Task("", "", (), ("100",), "ChartQA")
     pairs = [(maths, r"2\sqrt{2}"), (chart, "106"), (maths, r"3\sqrt{2}"), (chart, "105"), (maths, r"2\sqrt{2}")]
-    assert grade_all(pairs) == [True, False, False, True, True]
-    assert grade_all([]) == []
+    assert BUILT_IN.outcomes([Answer(*pair) for pair in pairs]) == [True, False, False, True, True]
+    assert BUILT_IN.outcomes([]) == []
 
 
 def test_sources_are_checked_before_a_run() -> None:
-    check_sources(["charts", "MathVision", "chartqa"])
+    open_sources(["charts", "MathVision", "chartqa"])
     with pytest.raises(ConfigError, match='no grader for source "riddles"'):
-        check_sources(["charts", "riddles"])
+        open_sources(["charts", "riddles"])
 
 
 def test_a_missing_package_is_named_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,19 +179,19 @@ def test_a_missing_package_is_named_before_a_run(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(programs, "make_sandbox", missing)
     monkeypatch.setattr(graders, "_programs", programs.Programs("auto"))  # another test may have opened the other
     monkeypatch.setattr(equations.importlib.util, "find_spec", lambda name: None)
-    check_sources(["SLAKE"])
+    open_sources(["SLAKE"])
     with pytest.raises(ConfigError, match=r"install math-verify"):
-        check_sources(["SLAKE", "Geometry3K"])
+        open_sources(["SLAKE", "Geometry3K"])
     with pytest.raises(ConfigError, match=r"run in a sandbox; install maestro_jax\[sandbox\]"):
-        check_sources(["SLAKE", "HumanEval-V"])
+        open_sources(["SLAKE", "HumanEval-V"])
 
 
 def test_an_unknown_source_names_the_known_ones() -> None:
-    message = r'^no grader for source "chart"; known: visual_qa, .*ChartQA.*; add one to GRADERS$'
+    message = r'^no grader for source "chart"; known: visual_qa, .*ChartQA.*; name one in config.graders$'
     with pytest.raises(ConfigError, match=message):
         verdict_of("chart", "x", ["x"])
     with pytest.raises(ConfigError):
-        grader_for("")
+        BUILT_IN.find("")
 
 
 HOSTILE = [

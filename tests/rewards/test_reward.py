@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig, RewardParts, score
+from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig, RewardParts, Scorer
 from maestro_jax.types import Task
 
 TASK = Task("counting/train/0", "how many?", (), ("5",), "counting")
@@ -15,7 +15,7 @@ PLAIN = RewardConfig()
 
 
 def rate(config: RewardConfig = PLAIN, **changes: Any) -> RewardParts:
-    return score(TASK, dataclasses.replace(GOOD, **changes), config)
+    return Scorer(config)([(TASK, dataclasses.replace(GOOD, **changes))])[0]
 
 
 def test_a_right_answer_in_good_form() -> None:
@@ -49,4 +49,4 @@ def test_cost_and_latency_are_signed_parts_of_the_total() -> None:
 
 def test_a_source_without_grader_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="no grader"):
-        score(dataclasses.replace(TASK, source="riddles"), GOOD, RewardConfig())
+        Scorer()([(dataclasses.replace(TASK, source="riddles"), GOOD)])

@@ -2,14 +2,14 @@
 
 import pytest
 
-from maestro_jax.rewards.graders import grade_all
+from maestro_jax.rewards.graders import BUILT_IN, Answer
 from tests.rewards.rows import FAMILIES, read_rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_verdicts_of_a_family(family: str) -> None:
     rows = read_rows(family)
-    verdicts = grade_all([(row.task, row.answer) for row in rows])
+    verdicts = BUILT_IN.outcomes([Answer(row.task, row.answer) for row in rows])
     wrong = [
         f"{row.where}: {row.answer!r} for {row.task.answers} graded {verdict}"
         for row, verdict in zip(rows, verdicts, strict=True)

@@ -16,7 +16,7 @@ from maestro_jax.grpo.batch import make_microbatches, score_rollout
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.registry.dispatch import GRACE_SECONDS, Dispatcher
-from maestro_jax.rewards.reward import RewardConfig
+from maestro_jax.rewards.reward import RewardConfig, Scorer
 from maestro_jax.rollout import protocol
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.exchange import Exchange
@@ -97,7 +97,7 @@ def test_all_others_write_what_they_would_have_written(silence: Silence) -> None
 
 
 def test_what_is_marked_is_out_of_baseline_and_loss(silence: Silence, talker: episodes.Talker) -> None:
-    scored = score_rollout(silence.rollout, RewardConfig(cost_weight=1.0))
+    scored = score_rollout(silence.rollout, Scorer(RewardConfig(cost_weight=1.0)))
     valid = ~np.array(list(asked_lens(silence.rollout).values())).reshape(GROUPS, MEMBERS)
     np.testing.assert_array_equal(scored.valid, valid)
     root, prefix = silence.rollout.prompts.root, silence.rollout.prompts.tokens.shape[1]

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from maestro_jax.errors import ConfigError
+from maestro_jax.plugins import load
 from maestro_jax.registry.description.boxes import FRAMES
 from maestro_jax.registry.description.config import (
     ExpertConfig,
     RegistryConfig,
     ServiceConfig,
     SkillConfig,
-    load_implementation,
 )
 from maestro_jax.registry.description.names import listed, nearest, normalise_name
 from maestro_jax.registry.description.stages import (
@@ -125,7 +125,7 @@ def _served_problems(service: ServiceConfig, config: RegistryConfig, where: str)
 
 def _class_problems(entry: ExpertConfig | ServiceConfig, where: str) -> Iterator[str]:
     try:
-        load_implementation(entry.implementation, where)
+        load(entry.implementation, f"{where}: implementation")
     except ConfigError as error:
         yield str(error)
     if entry.workers < 1:

@@ -5,11 +5,9 @@
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from maestro_jax.errors import ConfigError
 from maestro_jax.registry.description.boxes import Frame
 from maestro_jax.registry.description.names import listed, normalise_name, quote
 from maestro_jax.registry.description.stages import Kind, RunStage, Stage
@@ -241,22 +239,3 @@ class RegistryConfig:
             valid = listed(e.name for e in self.shown_experts if self.allows(pipeline, e.name))
             return f"{found.name} cannot run {pipeline.name}. Experts for it: {valid}."
         return Pair(found.name, pipeline.name)
-
-
-def load_implementation(path: str, where: str) -> Any:
-    """The class that "package.module:Class" names; `where` opens the error if there is none."""
-    module, _, attribute = path.partition(":")
-    cure = 'write it as "package.module:Class" and check that it is installed'
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # an import runs foreign code: anything may be raised
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if module.startswith("maestro_jax.") and missing and not missing.startswith("maestro_jax"):
-            cure = f"the package {missing} is missing; install it with `pip install '.[suite]'`"
-        elif "libGL" in reason:
-            cure = "run `pip uninstall opencv-python`, then `pip install --force-reinstall opencv-python-headless`"
-        raise ConfigError(f'{where}: implementation "{path}" does not import ({reason}); {cure}') from error
-    if not callable(found):
-        raise ConfigError(f'{where}: implementation "{path}" is not a class; {cure}')
-    return found

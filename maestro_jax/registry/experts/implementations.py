@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.description.config import ExpertConfig, ServiceConfig, load_implementation
+from maestro_jax.plugins import load, one_line
+from maestro_jax.registry.description.config import ExpertConfig, ServiceConfig
 from maestro_jax.registry.description.interface import Message
 
 MAX_TEXT = 2**20  # characters of a reply; one that is longer is a fault
@@ -29,13 +30,12 @@ def build(where: str, implementation: str, options: Mapping[str, Any]) -> Any:
     Raises:
       ConfigError: opened by `where`, there is no such class, or it refuses its options.
     """
-    cls = load_implementation(implementation, where)
+    cls = load(implementation, f"{where}: implementation")
     try:
         return cls(**options)
     except Exception as error:  # foreign constructor: anything may be raised
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         cure = "correct its options in the registry config"
-        raise ConfigError(f"{where} cannot be built from {implementation} ({reason}); {cure}") from error
+        raise ConfigError(f"{where} cannot be built from {implementation} ({one_line(error)}); {cure}") from error
 
 
 def answer(specialist: Any, messages: Sequence[Message]) -> str:
@@ -76,7 +76,7 @@ def implementation_identity(config: ExpertConfig | ServiceConfig) -> str:
     All modules of its folder count, so that a reply cache on disk does not outlive a change of the
     specialist or of what it shares with its neighbours.
     """
-    cls = load_implementation(config.implementation, config.name)
+    cls = load(config.implementation, f"{config.name}: implementation")
     file = getattr(sys.modules[cls.__module__], "__file__", None)
     digest = hashlib.sha256()
     for source in sorted(pathlib.Path(file).parent.glob("*.py")) if file else ():

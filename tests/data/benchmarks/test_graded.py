@@ -8,7 +8,7 @@ import pytest
 from maestro_jax.data.prepare import prepare
 from maestro_jax.data.source import TfdsSource
 from maestro_jax.observe.progress import Progress
-from maestro_jax.rewards.graders import grade
+from maestro_jax.rewards.graders import BUILT_IN
 from tests.data.benchmarks import layouts
 
 PROGRAM = "```python\ndef solution(x: int) -> int:\n    return x + 1\n```"
@@ -28,5 +28,5 @@ def test_gold_answers_are_right(tmp_path: pathlib.Path, layout: str) -> None:
         source = TfdsSource(path, split)
         for task in (source[index] for index in range(count)):
             for gold in task.answers:
-                assert grade(task, PROGRAM if task.kind == "code" else gold), task.id
-            assert not grade(task, "nothing of that kind"), task.id
+                assert BUILT_IN.grade(task, PROGRAM if task.kind == "code" else gold), task.id
+            assert not BUILT_IN.grade(task, "nothing of that kind"), task.id

@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict  # type: ignore[import-untyped]
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.registry.description.config import Pair, load_implementation
+from maestro_jax.plugins import load
+from maestro_jax.registry.description.config import Pair
 from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.registry.description.stages import AskStage, ServiceStage
 
@@ -174,12 +175,12 @@ MISTAKES = [
     (
         {"services": ({"name": "ocr", "implementation": "no_such_module:C"},)},
         'service "ocr": implementation "no_such_module:C" does not import (ModuleNotFoundError: No module named '
-        "'no_such_module'); write it as \"package.module:Class\" and check that it is installed",
+        "'no_such_module'); write it as \"package.module:name\" and check that it is installed",
     ),
     (
         {"experts": ({"name": "A", "description": "", "implementation": "fake_specialists:not_a_class"},)},
-        'expert "A": implementation "fake_specialists:not_a_class" is not a class; '
-        'write it as "package.module:Class" and check that it is installed',
+        'expert "A": implementation "fake_specialists:not_a_class" is neither a class nor a function; '
+        'write it as "package.module:name" and check that it is installed',
     ),
 ]
 
@@ -196,7 +197,7 @@ def test_a_missing_package_of_the_suite_is_named_with_its_command(monkeypatch: p
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ConfigError, match="the package cv2 is missing; install it with `pip install '.\\[suite\\]'`"):
-        load_implementation("maestro_jax.suite.specialists.ocr:OcrService", 'service "ocr"')
+        load("maestro_jax.suite.specialists.ocr:OcrService", 'service "ocr": implementation')
 
 
 def test_an_opencv_that_wants_a_screen_is_told_from_a_missing_one(
@@ -206,4 +207,4 @@ def test_an_opencv_that_wants_a_screen_is_told_from_a_missing_one(
     (tmp_path / "wants_a_screen.py").write_text(f"raise {error}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="pip uninstall opencv-python.*opencv-python-headless"):
-        load_implementation("wants_a_screen:Service", 'service "ocr"')
+        load("wants_a_screen:Service", 'service "ocr": implementation')
