@@ -20,7 +20,7 @@ LAYERS = (
     ("registry.experts", "registry.skills", "registry.record"),
     ("registry.description",),
     ("command", "settings", "sandbox", "checkpoint", "observe"),
-    ("parallel", "failpoints", "images", "types", "errors", "strict_json", "mapping"),
+    ("parallel", "plugins", "failpoints", "images", "types", "errors", "strict_json", "mapping"),
 )
 # How an expert is asked, how a skill runs and what is written down: none of the three knows of another.
 SIDE_BY_SIDE = {"registry.experts", "registry.skills", "registry.record"}
@@ -38,6 +38,7 @@ JAX = {"jax", "flax", "optax", "orbax"}
 WITHOUT_JAX = {
     "config",
     "mapping",
+    "plugins",
     "registry",
     "rewards",
     "data",

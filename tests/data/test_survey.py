@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from maestro_jax.data.jsonl import JsonlSource
@@ -90,6 +92,33 @@ def test_held_out_tasks_must_be_sound(tmp_path: Path, kept: Path) -> None:
     check(source, kept=kept)
     with pytest.raises(ConfigError, match=re.escape("a.jsonl line 2, field images[0]")):
         check(kept=kept, held_out=source)
+
+
+def test_a_row_may_name_its_grader_and_one_that_nobody_knows_is_named_with_its_place(
+    tmp_path: Path, kept: Path
+) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", {}, {"grader": "counting"}, {"grader": None}, {"grader": "strict"})
+    rows = [row(n, b"", images=[], data_source="chartqa") for n in range(4)]
+    for one, grader in zip(rows, (None, "counting", "", "strict"), strict=True):
+        one["extra_info"] = {"question": "What?", "grader": grader}
+    parquet = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), parquet, row_group_size=3)
+    (tmp_path / "set").mkdir()
+    names = zip("abc", ("", "counting", "strict"), strict=True)
+    tasks = [Task(id_, "What?", (), ("1",), "ChartQA", grader=grader) for id_, grader in names]
+    write_tasks(tmp_path / "set", "toy", "", {"train": tasks})
+    for kind, path, place in [
+        ("jsonl", lines, "line 4"),
+        ("verl", parquet, "row 3"),
+        ("tfds", tmp_path / "set", "row 2"),
+    ]:
+        source = open_source(kind, [str(path)])
+        assert [source[n].grader for n in range(2)] == ["", "counting"]
+        with pytest.raises(ConfigError, match=f'{place}: no grader is called "strict"; known: .*, or correct the row'):
+            check(source, kept=kept)
+        with pytest.raises(ConfigError, match="no grader is called"):
+            check(kept=kept, held_out=source)
+        check_tasks([source], source, Graders({"strict": "ChartQA"}), kept, Progress(io.StringIO()))
 
 
 # ---- ids ---------------------------------------------------------------------------------------------------

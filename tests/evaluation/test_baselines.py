@@ -169,7 +169,13 @@ def test_baselines_of_experts_that_stay_away_are_none() -> None:
     desk = Desk({Pair(*pair): LOST for pair in PAIRS})
     with pytest.raises(preemption.Preempted) as stop:
         run_baselines(
-            [task(0, "x")], registry(X=(), Y=()), desk, 9.0, lambda done: None, patient({"A": "away"}, print, 0)
+            [task(0, "x")],
+            registry(X=(), Y=()),
+            desk,
+            Scorer(),
+            9.0,
+            lambda done: None,
+            patient({"A": "away"}, print, 0),
         )  # type: ignore[arg-type]
     assert stop.value.reason.startswith("waited 0 s (config.rollout.patience) for A (50 %) and B (50 %)")
 

@@ -110,6 +110,25 @@ def test_what_is_not_answered_counts_neither_as_right_nor_as_wrong() -> None:
     assert found.routing["counting"] == {("Tally", "Counting"): 1}
 
 
+class OneSilentJudge(Scorer):
+    """Gives half of the outcome to task 1, and no verdict on task 0."""
+
+    def __call__(self, episodes: Any) -> list[Any]:
+        found = super().__call__(episodes)
+        changes = {
+            "counting/0": {"outcome": np.nan, "total": np.nan, "unjudged": "Referee"},
+            "counting/1": {"outcome": 0.5},
+        }
+        return [dataclasses.replace(one, **changes.get(t.id, {})) for (t, _), one in zip(episodes, found, strict=True)]
+
+
+def test_fractions_count_as_such_and_what_has_no_verdict_is_missing() -> None:
+    tasks = [t.task for t in TRAJECTORIES]
+    found = evaluate_policy(Engine(TRAJECTORIES), None, tasks, 2, OneSilentJudge(), 3, True, print)  # type: ignore[arg-type]
+    assert (found.accuracy, found.missing) == (pytest.approx((0.5 + 0 + 1 + 1) / 4), 1)
+    assert found.accuracy_by_domain == pytest.approx({"counting": 0.75, "reading": 0.5})
+
+
 def test_an_evaluation_survives_its_json_file() -> None:
     found = evaluate(Engine(TRAJECTORIES))
     assert Evaluation.from_json(json.loads(json.dumps(found.to_json()))) == found

@@ -10,6 +10,12 @@ from hypothesis import strategies as st
 from maestro_jax.evaluation.statistics import Interval, bootstrap, majority, pass_at_k
 
 
+@given(st.lists(st.lists(st.floats(0, 1), min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5))
+def test_pass_at_k_of_fractions_is_the_mean_of_the_best_of_every_draw(rows: list[list[float]], k: int) -> None:
+    draws = [max(draw) for row in rows for draw in itertools.combinations(row, k)]
+    assert pass_at_k(np.array(rows), k) == pytest.approx(np.mean(draws))
+
+
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=5), st.integers(1, 4))
 def test_pass_at_k_is_the_share_of_draws_with_a_right_sample(rows: list[list[bool]], k: int) -> None:
     draws = [any(draw) for row in rows for draw in itertools.combinations(row, k)]

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from maestro_jax.grpo.batch import Scored
 from maestro_jax.grpo.learner import Learner
 from maestro_jax.grpo.ledger import trained_row
 from maestro_jax.grpo.losses import LossConfig
@@ -17,7 +19,8 @@ from maestro_jax.grpo.update import TrainState, UpdateConfig, grpo_loss, init_tr
 from maestro_jax.parallel.sharding import replicated
 from maestro_jax.policy.prompts import take_prompts
 from maestro_jax.policy.tokens import Tokens
-from maestro_jax.rewards.reward import Scorer
+from maestro_jax.rewards.graders import Graders
+from maestro_jax.rewards.reward import RewardConfig, RewardParts, Scorer
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.training.loop import episode_metrics
 from maestro_jax.types import Call, Observation, Status
@@ -111,6 +114,47 @@ def test_the_ledger_has_every_task_that_was_run_once(runner: Runner, rollout: Ro
     assert "replaced" not in trained_row(3, [(rollout, seen[0][1])])
     graded = episode_metrics(seen, version=1)
     assert graded["accuracy"] == pytest.approx(9 / 15) and metrics["tasks"] == 5.0
+
+
+def ungraded(rollout: Rollout) -> Rollout:
+    """The same, for another scorer: an episode is graded once."""
+    groups = [[dataclasses.replace(t, reward=None) for t in group] for group in rollout.trajectories]
+    return dataclasses.replace(rollout, trajectories=groups)
+
+
+def test_partial_credit_and_terms_of_ones_own_are_in_the_metrics_of_a_step(runner: Runner, rollout: Rollout) -> None:
+    made, state = learner(runner, parts=1)
+    graders = Graders({"reading": "tests.rewards.mine:share_of_letters"})
+    terms = {"brevity": {"term": "tests.rewards.mine:brevity", "weight": -0.001}}
+    scorer = Scorer(RewardConfig(terms=terms), graders, decode=runner.engine.prompts.tokens.decode)
+    _, seen, _ = dataclasses.replace(made, reward=scorer)(state, [ungraded(rollout)])
+    found = episode_metrics(seen, version=1)
+    # "seven" gets all, "six" one letter of five; 6 of 12 members are right.
+    assert found["accuracy"] == pytest.approx((6 + 6 / 5) / 12)
+    written = np.mean([sum(t.authored) for group in rollout.trajectories for t in group])
+    assert found["reward/brevity"] == pytest.approx(-0.001 * written)
+    assert found["reward"] == pytest.approx(found["accuracy"] + found["format"] + found["reward/brevity"])
+    assert all(value == pytest.approx(sum(parts)) for value, parts in _sums(seen))
+
+
+def _sums(seen: list[tuple[Rollout, Scored]]) -> Iterator[tuple[float, list[float]]]:
+    for _, scored in seen:
+        for one in (one for group in scored.parts for one in group):
+            yield one.total, [one.outcome, one.format, one.cost, one.latency, *one.terms.values()]
+
+
+def test_an_episode_without_a_verdict_counts_nowhere(runner: Runner, rollout: Rollout) -> None:
+    class Silent(Scorer):
+        def __call__(self, episodes: Any) -> list[RewardParts]:
+            found = super().__call__(episodes)
+            return [dataclasses.replace(found[0], outcome=np.nan, total=np.nan, unjudged="Referee"), *found[1:]]
+
+    made, state = learner(runner, parts=1)
+    after, seen, found = dataclasses.replace(made, reward=Silent())(state, [ungraded(rollout)])
+    assert not seen[0][1].valid[0, 0] and seen[0][1].valid.sum() == GROUPS * MEMBERS - 1
+    assert found["marked_trajectories"] == pytest.approx(1 / 12) and np.isfinite(found["loss"])
+    assert episode_metrics(seen, version=1)["accuracy"] == pytest.approx(5 / 11)
+    assert trained_row(1, seen)["groups"][0]["rewards"][0] is None
 
 
 def test_the_sampler_and_the_trainer_agree(runner: Runner, rollout: Rollout) -> None:
