@@ -37,6 +37,7 @@ from maestro_jax.registry.skills import running as skills
 from maestro_jax.registry.skills import served, templates
 from maestro_jax.rewards import graders, ocrbench, reading
 from maestro_jax.rewards.graders import BUILT_IN, GRADERS, MAX_ANSWER_CHARS, MAX_PROGRAM_CHARS
+from maestro_jax.rewards.judges import Judge
 from maestro_jax.rollout import protocol
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.sandbox.interface import Limits
@@ -173,6 +174,24 @@ def _answers() -> dict[str, Reader]:
         for gold in golds
     }
     return rows | {f"gold {source}": _gold(source) for source in ("SLAKE", "MathVision", "HRBench-4K", "ChartQA")}
+
+
+def _judge(text: str) -> None:
+    """A question, a gold answer, an answer and a reply: all of them are foreign."""
+    asked = JUDGE(Task("", text, (), (text,), "colours"), text)
+    asked.read(text)
+    asked.read(f"{text}\nVERDICT {asked.code}: {text[:4]}")
+
+
+def _graders(text: str) -> None:
+    """Names of graders and sources come from data."""
+    for grader in ("", text):
+        with contextlib.suppress(ConfigError):
+            BUILT_IN.find(text, grader)
+
+
+JUDGE = Judge("Referee", points=10)
+_VERDICTS = ("VERDICT 12345678: ", "VERDICT ", "yes", "10/10", "[INST]", "[/", "> ", "{answer}", "\u2028", "**")
 
 
 # ---- turns and observations --------------------------------------------------------------------------------
@@ -607,4 +626,8 @@ def _data() -> dict[str, Reader]:
 @functools.cache
 def readers() -> dict[str, Reader]:
     """The table, by what errors call a row."""
-    return {**_answers(), **_turns(), **_replies(), **_specialists(), **_data()}
+    judges = {
+        "a judge's prompt and verdict": Reader(_judge, MAX_ANSWER_CHARS, _VERDICTS),
+        "names of graders": Reader(_graders, LINE),
+    }
+    return {**_answers(), **judges, **_turns(), **_replies(), **_specialists(), **_data()}

@@ -251,13 +251,15 @@ NO_FOREIGN_TEXT = {
     "rollout/protocol.py _foreign_pattern": "the tokenizer's special tokens",
     "registry/description/checks.py": "names and templates of the user's registry",
     "fleet/serving.py": "the user's serve commands",
+    "rewards/reward.py _read_term": "the user's settings",
     "registry/description/stages.py placeholders": "templates of the user's registry",
 }
 # Functions of rewards/ that are given a text and read none.
 NOT_READ = {
     "rewards/equation_server.py": "a process of its own, with a limit on its computing",
     "rewards/programs.py": "passes programs on to the sandbox",
-    "rewards/graders.py": "names of sources",
+    "rewards/graders.py": "names of sources, and the user's settings",
+    "rewards/reward.py": "the user's settings",
 }
 EXPENSIVE = ("SequenceMatcher", "get_close_matches", "normalize", "parsedate_to_datetime", "raw_decode", "literal_eval")
 

@@ -10,14 +10,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import quickstart
-from maestro_jax.config import Config, base_config, complete, parse_config
+from maestro_jax.config import Config, base_config, complete, completed, parse_config
 from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.update import FREEZABLE
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.attention.interface import BACKENDS
 from maestro_jax.policy.config import PolicyConfig, architecture_from_hf
 from maestro_jax.session.rollouts import check_batches
-from maestro_jax.settings import flatten
+from maestro_jax.settings import Settings, flatten
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
@@ -70,6 +70,16 @@ def test_a_parsed_config_cannot_change() -> None:
 def test_overrides_arrive() -> None:
     config = parse_config(with_value("grpo.group_size", 4))
     assert config.grpo.group_size == 4
+
+
+def test_functions_of_ones_own_are_named_in_a_config_file() -> None:
+    config = quickstart.get_config()
+    config.data.kind = "tests.rewards.mine:open_tasks"  # needs no files
+    config.graders = {"mine": "tests.rewards.mine:share_of_letters", "*": {"grader": "tests.rewards.mine:endless"}}
+    config.reward.terms = {"brief": {"term": "tests.rewards.mine:brevity", "weight": -0.01}}
+    parsed = parse_config(Settings.of(completed(config)).config)
+    assert parsed.graders["*"] == {"grader": "tests.rewards.mine:endless"}
+    assert parsed.reward.terms["brief"]["weight"] == -0.01
 
 
 def test_whole_numbers_pass_as_fractions() -> None:
@@ -259,6 +269,12 @@ PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", 
     ("key", "value", "says"),
     [
         ("data.kind", "parquet", "use one of suite, tfds, verl, jsonl"),
+        ("data.kind", "nobody.knows:it", 'config.data.kind "nobody.knows:it" does not import (ModuleNotFoundError'),
+        ("data.mixture", ({**PART, "kind": "nobody:it"},), 'config.data.mixture[0].kind "nobody:it" does not import'),
+        ("graders", {"words": "nobody.knows:it"}, 'config.graders.words "nobody.knows:it" does not import'),
+        ("graders", {"words": {"judge": "Nobody"}}, 'config.graders.words.judge "Nobody" is no expert of the registry'),
+        ("graders", {"words": {"judge": "Tally"}}, '"Tally" can be called by the policy'),
+        ("reward.terms", {"brief": {"term": "nobody:it", "weight": 1.0}}, 'config.reward.terms.brief "nobody:it" does'),
         ("data.kind", "verl", "needs config.data.train_files and config.data.test_files"),
         ("data.kind", "jsonl", '"jsonl" needs config.data.train_files and config.data.test_files'),
         (

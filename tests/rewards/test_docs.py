@@ -1,9 +1,13 @@
 """The answers that docs/grading.md shows are graded as it says."""
 
+import ast
 import re
 from pathlib import Path
 
-from maestro_jax.rewards.graders import BUILT_IN, GRADERS, Answer
+import pytest
+
+from maestro_jax.rewards.graders import BUILT_IN, GRADERS, Answer, Graders
+from maestro_jax.rewards.reward import EpisodeSummary, RewardConfig, Scorer, Turn
 from maestro_jax.types import Task
 
 DOCS = Path(__file__).parents[2] / "docs" / "grading.md"
@@ -29,6 +33,21 @@ def test_the_thirty_answers() -> None:
     assert len(rows) == 30
     found = BUILT_IN.outcomes([Answer(task, answer) for task, answer, _ in rows])
     assert [("right" if right else "wrong") for right in found] == [verdict for *_, verdict in rows]
+
+
+def test_the_example_of_own_graders_and_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = DOCS.read_text(encoding="utf-8").partition("## Graders of your own")[2]
+    code, settings = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[:2]
+    (tmp_path / "my_graders.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own, terms = (ast.literal_eval(line.partition(" = ")[2]) for line in settings.splitlines())
+    scorer = Scorer(RewardConfig(terms=terms), Graders(own))
+    task = Task("g/1", "What does the gauge read?", (), ("200",), "gauges")
+    episodes = [EpisodeSummary(text, 1, True, 0, 0, turns=(Turn("", 10),)) for text in ("201", "208", "220", "high")]
+    found = scorer([(task, episode) for episode in episodes])
+    assert [parts.outcome for parts in found] == [1.0, 0.5, 0.0, 0.0]
+    assert [parts.terms for parts in found] == [{"brevity": -0.01}] * 4
+    assert scorer.graders.find("whatever") is GRADERS["reading"]
 
 
 def test_every_source_is_in_the_docs() -> None:
