@@ -124,7 +124,8 @@ class OneSilentJudge(Scorer):
 
 def test_fractions_count_as_such_and_what_has_no_verdict_is_missing() -> None:
     tasks = [t.task for t in TRAJECTORIES]
-    found = evaluate_policy(Engine(TRAJECTORIES), None, tasks, 2, OneSilentJudge(), 3, True, print)  # type: ignore[arg-type]
+    engine = Engine([dataclasses.replace(t, reward=None) for t in TRAJECTORIES])
+    found = evaluate_policy(engine, None, tasks, 2, OneSilentJudge(), 3, True, print)  # type: ignore[arg-type]
     assert (found.accuracy, found.missing) == (pytest.approx((0.5 + 0 + 1 + 1) / 4), 1)
     assert found.accuracy_by_domain == pytest.approx({"counting": 0.75, "reading": 0.5})
 

@@ -14,7 +14,7 @@ from maestro_jax.grpo.update import GroupBatch
 from maestro_jax.parallel import cluster
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.model import PrefixBatch
-from maestro_jax.rewards.reward import EpisodeSummary, Scorer
+from maestro_jax.rewards.reward import EpisodeSummary, Scorer, Turn
 from maestro_jax.rollout.engine import Rollout
 from maestro_jax.rollout.trajectory import Trajectory
 from maestro_jax.types import Call, Observation, Status, Task, Usage
@@ -166,4 +166,11 @@ def test_a_member_beyond_the_buckets_names_the_cure(rollout: Rollout) -> None:
 def test_a_summary_sums_over_calls() -> None:
     one = trajectory("4", well_formed=False)
     one.calls.append((CALL, Observation("broken", Status.UNKNOWN, seconds=1.0)))
-    assert summary(one) == EpisodeSummary("4", executed_calls=1, well_formed=False, price=0.5, seconds=3.0)
+    asker = one.key.tobytes().hex()
+    assert summary(one) == EpisodeSummary("4", 1, False, price=0.5, seconds=3.0, calls=tuple(one.calls), asker=asker)
+    assert summary(one).turns == ()
+
+
+def test_turns_are_what_the_policy_wrote_between_what_it_was_told() -> None:
+    one = trajectory("4", tokens=[1, 2, 3, 4, 5, 6], authored=[True, True, False, False, True, True])
+    assert summary(one, lambda ids: f"{ids}").turns == (Turn("[1, 2]", 2), Turn("[5, 6]", 2))

@@ -152,11 +152,13 @@ def test_equal_answers_are_asked_about_once(referee: Referee, tmp_path: Path) ->
 
 
 def test_a_replay_without_the_server_gives_the_same_rewards_bit_for_bit(referee: Referee, tmp_path: Path) -> None:
-    rollouts = [rollout(), rollout([["red, or so", "blue", "reddish"]])]
-    recorded = Run(tmp_path / "a", referee.url)(*rollouts)
+    def rollouts() -> list[Rollout]:
+        return [rollout(), rollout([["red, or so", "blue", "reddish"]])]
+
+    recorded = Run(tmp_path / "a", referee.url)(*rollouts())
     referee.stop()
     asked = len(referee.prompts)
-    replayed = Run(tmp_path / "b", referee.url, replay=str(tmp_path / "a/journal.jsonl"))(*rollouts)
+    replayed = Run(tmp_path / "b", referee.url, replay=str(tmp_path / "a/journal.jsonl"))(*rollouts())
     assert len(referee.prompts) == asked
     for theirs, ours in zip(recorded, replayed, strict=True):
         assert theirs.parts == ours.parts
