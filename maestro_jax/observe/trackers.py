@@ -9,7 +9,6 @@ sends what is missing behind that step, from metrics.jsonl, and sends no step tw
 
 import contextlib
 import difflib
-import importlib
 import importlib.util
 import itertools
 import os
@@ -26,6 +25,7 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.observe.config import TrackersConfig
 from maestro_jax.observe.files import read_json, write_json
 from maestro_jax.observe.metrics import read_metrics
+from maestro_jax.plugins import load, one_line
 
 QUEUE = 1000  # rows that may wait for a tracker
 FLUSH_SECONDS = 30.0  # for all trackers together, when a run ends
@@ -178,7 +178,7 @@ def check_trackers(config: TrackersConfig) -> None:
     """Raises ConfigError for a tracker that there is none of, or whose package is missing. Imports no built-in one."""
     for name in config.use:
         if ":" in name:
-            _load(name)
+            load(name, "config.trackers.use:")
         elif name not in _BUILT_IN:
             near = difflib.get_close_matches(name, _BUILT_IN, n=1)
             cure = f'did you mean "{near[0]}"?' if near else f'use {", ".join(_BUILT_IN)}, or "package.module:Class"'
@@ -192,21 +192,8 @@ def check_trackers(config: TrackersConfig) -> None:
             raise ConfigError(f"config.trackers.options.{name} belongs to no tracker in config.trackers.use ({used})")
 
 
-def _load(path: str) -> Callable[[TrackedRun], Tracker]:
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # an import runs foreign code: anything may be raised
-        cure = 'write it as "package.module:Class" and check that it is installed'
-        raise ConfigError(f'config.trackers.use: "{path}" does not import ({_reason(error)}); {cure}') from error
-
-
 def _short(name: str) -> str:
     return name.rpartition(":")[2]
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 class Trackers:
@@ -314,10 +301,10 @@ class _Feed:
         try:
             run.directory.mkdir(parents=True, exist_ok=True)
             self._state.parent.mkdir(parents=True, exist_ok=True)
-            tracker = (_load(name) if ":" in name else _BUILT_IN[name].made)(run)
+            tracker = (load(name, "config.trackers.use:") if ":" in name else _BUILT_IN[name].made)(run)
         except BaseException as error:  # a library may raise anything, SystemExit too
             self._failed = True
-            self.lines.put(f"tracker {self._name} cannot be used, the run goes on without it ({_reason(error)})")
+            self.lines.put(f"tracker {self._name} cannot be used, the run goes on without it ({one_line(error)})")
             return
         told = False
         for row in itertools.chain(backlog, iter(self._queue.get, None)):
@@ -329,13 +316,13 @@ class _Feed:
                 self._lost += 1
                 if not told:
                     self.lines.put(
-                        f"tracker {self._name} fails at step {row['step']}, the run goes on ({_reason(error)})"
+                        f"tracker {self._name} fails at step {row['step']}, the run goes on ({one_line(error)})"
                     )
                 told = True
         try:
             tracker.close()
         except BaseException as error:
-            self.lines.put(f"tracker {self._name} fails at the end ({_reason(error)})")
+            self.lines.put(f"tracker {self._name} fails at the end ({one_line(error)})")
 
 
 def _is_wait(row: Mapping[str, Any]) -> bool:
