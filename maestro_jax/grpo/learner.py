@@ -21,7 +21,7 @@ class Learner:
 
     Attributes:
       contrast_only: leaves out groups without contrast; right where the loss is nothing but advantages.
-      parts: in how many rollouts a step's groups come.
+      rollouts_per_step: in how many a step's groups come.
       prepare: fills in what the batch does not know by itself (the reference's log-probabilities).
     """
 
@@ -30,7 +30,7 @@ class Learner:
     reward: Scorer
     advantage: str
     contrast_only: bool
-    parts: int
+    rollouts_per_step: int
     prepare: Callable[[GroupBatch], GroupBatch]
     mesh: Mesh
 
@@ -40,7 +40,7 @@ class Learner:
         """One update from the groups of a step.
 
         Args:
-          rollouts: the step's groups, as a whole or in parts whose gradients are added up as they come.
+          rollouts: the step's groups, as a whole or in several whose gradients are added up as they come.
 
         Returns:
           The new state, the rollouts with their rewards, and metrics of batch and update.
@@ -60,7 +60,8 @@ class Learner:
             left_out = left_out + without
             with jax.set_mesh(self.mesh):
                 microbatches = [self.prepare(microbatch) for microbatch in microbatches]
-                if self.parts > 1 or self.planner.microbatches > 1:  # by one program, however few groups have contrast
+                # By one program, however few groups have contrast.
+                if self.rollouts_per_step > 1 or self.planner.microbatches > 1:
                     total = total or self.step.begin()
                     for microbatch in microbatches:
                         total = self.step.add(state.params, total, microbatch)

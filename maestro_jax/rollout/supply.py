@@ -1,10 +1,10 @@
-"""Finished groups for every step of training, in the parts in which the update takes them.
+"""Finished groups for every step of training, in the rollouts in which the update takes them.
 
-On-policy, a step's groups are those of its own tasks; in parts, they come in the order of the tasks while others
-still run, so that gradients fill the time in which experts work. With `refill`, further tasks take the place of those
-whose groups have no contrast (dynamic sampling: DAPO, Yu et al. 2025, arXiv 2503.14476). With `ahead`, tasks of later
-steps are under way as well: a step takes the groups that are over, oldest first, the others go on under the next
-policy, and none is dropped.
+On-policy, a step's groups are those of its own tasks; in several rollouts, they come in the order of the tasks while
+others still run, so that gradients fill the time in which experts work. With `refill`, further tasks take the place of
+those whose groups have no contrast (dynamic sampling: DAPO, Yu et al. 2025, arXiv 2503.14476). With `ahead`, tasks of
+later steps are under way as well: a step takes the groups that are over, oldest first, the others go on under the
+next policy, and none is dropped.
 
 Where experts fail more often than `Outages` tolerates, the step waits, and its marked episodes are run again.
 """
@@ -38,16 +38,16 @@ class SupplyConfig:
     Attributes:
       groups: of a step.
       members: of a group.
-      parts: in how many parts a step's groups come; more than one only where `ahead` is 0.
+      rollouts_per_step: in how many a step's groups come; more than one only where `ahead` is 0.
       ahead: batches of tasks that are under way besides the step's own.
       staleness: a group is trained at most so many versions after its episodes began.
-      refill: at most `refill` x `groups` further tasks of a step replace groups without contrast; only where `parts`
-        is 1 and `ahead` is 0.
+      refill: at most `refill` x `groups` further tasks of a step replace groups without contrast; only where
+        `rollouts_per_step` is 1 and `ahead` is 0.
     """
 
     groups: int
     members: int
-    parts: int
+    rollouts_per_step: int
     ahead: int
     staleness: int
     refill: int = 0
@@ -151,7 +151,7 @@ class Supply:
         self._done_before = {int(step): set(rows) for step, rows in state["done"].items()}
 
     def step(self, params: nnx.State, step: int) -> Iterator[Rollout]:
-        """The groups of a step, in parts; the policy is the same for all of them."""
+        """The groups of a step; the policy is the same for all of them."""
         self.marked = {}
         if self.config.ahead:
             yield self._oldest(params, step)
@@ -170,25 +170,25 @@ class Supply:
         records = session.submit(tasks, prompts, self._keys(tasks, step), len(tasks))
         given = 0
         while True:
-            held = config.parts == 1  # the whole step is one part
+            held = config.rollouts_per_step == 1
             for counts in session.run(params, version=step):
                 self._place_in_rollout()
-                ready = counts.leading * config.parts // session.compiled.sizes.groups
+                ready = counts.leading * config.rollouts_per_step // session.compiled.sizes.groups
                 # Gradients are taken where the devices would be idle.
                 while given < ready and not held and (not counts.decoding or not counts.unfinished):
                     if held := not self._is_clean(records, session, given):
                         break  # what is marked may be run again, once it is known how much of the step is
-                    yield self._part(records, prompts, session, given)
+                    yield self._rollout(records, prompts, session, given)
                     given += 1
                 engine.exchange.patient = held or ready <= given
             if self._tolerates(marks_of(records), step):
                 break
             session.again(records)
-        for number in range(given, config.parts):
-            yield self._part(records, prompts, session, number)
+        for number in range(given, config.rollouts_per_step):
+            yield self._rollout(records, prompts, session, number)
 
     def _is_clean(self, records: Sequence[GroupRecord], session: Session, number: int) -> bool:
-        """Whether part `number` is over without a marked episode, in all processes."""
+        """Whether rollout `number` is over without a marked episode, in all processes."""
         own = [records[row] for row in self._rows(session, number)]
         return self.outages is None or all(cluster.gather(all(one.finished and not one.marked for one in own)))
 
@@ -201,12 +201,12 @@ class Supply:
         return self.outages.tolerates(marks, f"the episodes of step {step}")
 
     def _rows(self, session: Session, number: int) -> list[int]:
-        """Of the groups of part `number`: as many of each shard, so that none moves."""
+        """Of the groups of rollout `number`: as many of each shard, so that none moves."""
         sizes, shards = session.compiled.sizes, len(session.schedulers)
-        each = sizes.groups // self.config.parts
+        each = sizes.groups // self.config.rollouts_per_step
         return [s * sizes.groups + number * each + i for s in range(shards) for i in range(each)]
 
-    def _part(self, records: Sequence[GroupRecord], prompts: PrefixBatch, session: Session, number: int) -> Rollout:
+    def _rollout(self, records: Sequence[GroupRecord], prompts: PrefixBatch, session: Session, number: int) -> Rollout:
         sizes, rows = session.compiled.sizes, self._rows(session, number)
         taken = take_prompts(prompts, np.array(rows), prompts.tokens.shape[1])
         return assemble([records[row] for row in rows], taken, len(rows), self.config.members, sizes.room)

@@ -33,9 +33,9 @@ def open_tasks(config: Config, directory: Path, progress: Progress) -> Tasks:
     """
     train = open_training(config, directory, progress)
     held_out = first_tasks(open_held_out(config, directory, progress), config.evaluate.tasks)
-    parts = train.sources if isinstance(train, Mixture) else (train,)
+    sources = train.sources if isinstance(train, Mixture) else (train,)
     graders = Graders(config.graders, config.registry)
-    check_tasks(parts, held_out, graders, directory / "data.json", progress)
+    check_tasks(sources, held_out, graders, directory / "data.json", progress)
     return Tasks(train, held_out)
 
 
@@ -122,6 +122,6 @@ def graded_by(graders: Graders, source: TaskSource, found: Sequence[Origin]) -> 
     return {(origin.source, origin.grader) for origin in found}
 
 
-def open_mixture(parts: Sequence[MixedConfig]) -> Mixture:
-    opened = [open_source(part.kind, part.files, split=part.split, image_root=part.image_root) for part in parts]
-    return Mixture(opened, [part.weight for part in parts])
+def open_mixture(mixed: Sequence[MixedConfig]) -> Mixture:
+    opened = [open_source(one.kind, one.files, split=one.split, image_root=one.image_root) for one in mixed]
+    return Mixture(opened, [one.weight for one in mixed])

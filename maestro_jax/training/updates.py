@@ -38,17 +38,17 @@ def make_learner(config: Config, rollouts: Rollouts, progress: Progress) -> tupl
         add_reference = make_reference(rollouts.graph, rollouts.params, update.temperature, update.chunk, mesh)
     shapes: set[tuple[Any, ...]] = set()  # that the update is compiled for
 
-    def prepare(part: GroupBatch) -> GroupBatch:
-        note_shape(part, shapes, progress)
-        return add_reference(part) if add_reference else part
+    def prepare(microbatch: GroupBatch) -> GroupBatch:
+        note_shape(microbatch, shapes, progress)
+        return add_reference(microbatch) if add_reference else microbatch
 
-    parts, processes = supply_config(config).parts, jax.process_count()
+    per_step, processes = supply_config(config).rollouts_per_step, jax.process_count()
     planner = Planner(  # of this process's part of every batch; the plan is the same in all of them
         rollouts.architecture,
         len(rollouts.prompts.root),
         grpo.group_size,
-        grpo.groups // parts // processes,
-        grpo.microbatches // parts,
+        grpo.groups // per_step // processes,
+        grpo.microbatches // per_step,
         batch_shards(mesh) // processes,
         config.policy.prefix_buckets,
         config.rollout.member_buckets,
@@ -60,7 +60,7 @@ def make_learner(config: Config, rollouts: Rollouts, progress: Progress) -> tupl
         advantage=grpo.advantage,
         # Without contrast, only these terms have a gradient.
         contrast_only=not (grpo.kl_weight or grpo.entropy_weight),
-        parts=parts,
+        rollouts_per_step=per_step,
         prepare=prepare,
         mesh=mesh,
     )
@@ -69,16 +69,18 @@ def make_learner(config: Config, rollouts: Rollouts, progress: Progress) -> tupl
 
 def supply_config(config: Config) -> SupplyConfig:
     grpo, rollout = config.grpo, config.rollout
-    parts = grpo.microbatches if grpo.stream else 1
-    return SupplyConfig(grpo.groups, grpo.group_size, parts, rollout.ahead, rollout.staleness, grpo.refill)
+    per_step = grpo.microbatches if grpo.stream else 1
+    return SupplyConfig(grpo.groups, grpo.group_size, per_step, rollout.ahead, rollout.staleness, grpo.refill)
 
 
-def note_shape(part: GroupBatch, shapes: set[tuple[Any, ...]], progress: Progress, of: str = "the update") -> None:
+def note_shape(
+    microbatch: GroupBatch, shapes: set[tuple[Any, ...]], progress: Progress, of: str = "the update"
+) -> None:
     """Says when a shape is new, for then programs are compiled: they are kept by what every array looks like."""
-    if (shape := tuple(map(jax.typeof, jax.tree.leaves(part)))) not in shapes:
+    if (shape := tuple(map(jax.typeof, jax.tree.leaves(microbatch)))) not in shapes:
         shapes.add(shape)
-        (groups, members, room), prefix = part.tokens.shape, part.prompts.tokens.shape[1]
-        rows, (images, patches) = part.loss_rows.shape[1], part.prompts.images.patches.shape[:2]
+        (groups, members, room), prefix = microbatch.tokens.shape, microbatch.prompts.tokens.shape[1]
+        rows, (images, patches) = microbatch.loss_rows.shape[1], microbatch.prompts.images.patches.shape[:2]
         progress.note(
             f"new shape of {of}: {groups} groups of {prefix} + {members} x {room} tokens, {rows} of them in the loss; "
             f"{images} images of {patches} patches"

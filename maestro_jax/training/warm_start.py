@@ -89,10 +89,10 @@ def warm_start(
     train = make_train_step(rollouts.graph, optimizer, nll_loss, update, mesh, state)
     shapes: set[tuple[Any, ...]] = set()
 
-    def step(state: TrainState, parts: Sequence[GroupBatch]) -> tuple[TrainState, Metrics]:
-        for part in parts:
-            note_shape(part, shapes, progress, "the warm start's update")
-        return train(state, parts)
+    def step(state: TrainState, microbatches: Sequence[GroupBatch]) -> tuple[TrainState, Metrics]:
+        for microbatch in microbatches:
+            note_shape(microbatch, shapes, progress, "the warm start's update")
+        return train(state, microbatches)
 
     progress.phase("warm start", settings.steps, done)
     buckets = config.rollout.member_buckets

@@ -1,4 +1,4 @@
-"""One step of learning: the same update from a step's groups as a whole and as they come, in parts."""
+"""One step of learning: the same update from a step's groups as a whole and as they come, in several rollouts."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ def rollout(runner: Runner) -> Rollout:
     return found
 
 
-def learner(runner: Runner, parts: int) -> tuple[Learner, TrainState]:
+def learner(runner: Runner, rollouts: int) -> tuple[Learner, TrainState]:
     engine = runner.engine
     optimizer = make_optimizer(OptimizerConfig(1e-3, 0, 0, 0.9, 0.95, 1e-8, 0.0, 1.0, "float32", False))
     params = jax.tree.map(lambda x: x.copy(), runner.params)
@@ -60,13 +60,13 @@ def learner(runner: Runner, parts: int) -> tuple[Learner, TrainState]:
     config = UpdateConfig(LossConfig(0.2, 0.2, "token", 1), 1.0, 128, ())
     step = make_train_step(engine.graph, optimizer, grpo_loss, config, engine.mesh, state)
     root = len(engine.prompts.root)
-    planner = Planner(toy.architecture(), root, MEMBERS, GROUPS // parts, 1, 1, (32,), (EPISODE.room,))
-    return Learner(step, planner, Scorer(), "std", True, parts, lambda p: p, engine.mesh), state
+    planner = Planner(toy.architecture(), root, MEMBERS, GROUPS // rollouts, 1, 1, (32,), (EPISODE.room,))
+    return Learner(step, planner, Scorer(), "std", True, rollouts, lambda p: p, engine.mesh), state
 
 
 def test_few_groups_with_contrast_need_no_program_of_their_own(runner: Runner, rollout: Rollout) -> None:
-    """A microbatch holds them all, so there is one part; compiling the undivided update for it would take as long."""
-    made, state = learner(runner, parts=1)
+    """A microbatch holds them all, so there is one; compiling the undivided update for it would take as long."""
+    made, state = learner(runner, rollouts=1)
 
     def refused(*_: object) -> None:
         raise AssertionError("the undivided update was compiled")
@@ -76,7 +76,7 @@ def test_few_groups_with_contrast_need_no_program_of_their_own(runner: Runner, r
     same = dataclasses.replace(rollout, trajectories=[rollout.trajectories[0], *[rollout.trajectories[2]] * 3])
     after, _, found = apart(state, [same])
     assert found["parts"] == 1.0 and found["groups_without_contrast"] == 0.75 and int(after.step) == 1
-    _, state = learner(runner, parts=1)
+    _, state = learner(runner, rollouts=1)
     _, _, wanted = made(state, [same])
     np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5, atol=1e-7)
 
@@ -91,10 +91,10 @@ def halves(rollout: Rollout) -> Sequence[Rollout]:
 
 
 def test_groups_that_come_in_parts_make_the_same_update(runner: Runner, rollout: Rollout) -> None:
-    whole, state = learner(runner, parts=1)
+    whole, state = learner(runner, rollouts=1)
     _, seen, wanted = whole(state, [rollout])
     assert len(seen) == 1 and wanted["parts"] == 1.0 and wanted["groups_without_contrast"] == 0.25
-    streamed, state = learner(runner, parts=2)
+    streamed, state = learner(runner, rollouts=2)
     after, seen, found = streamed(state, iter(halves(rollout)))
     assert len(seen) == 2 and found["parts"] == 2.0 and int(after.step) == 1
     for name in ("loss", "grad_norm", "entropy", "member_tokens", "groups_without_contrast"):
@@ -104,7 +104,7 @@ def test_groups_that_come_in_parts_make_the_same_update(runner: Runner, rollout:
 
 def test_the_ledger_has_every_task_that_was_run_once(runner: Runner, rollout: Rollout) -> None:
     """The learner says which groups have contrast; what another took the place of is no part of the update."""
-    made, state = learner(runner, parts=1)
+    made, state = learner(runner, rollouts=1)
     assert made.contrast(rollout).tolist() == [True, True, False, True]
     whole = dataclasses.replace(rollout, refilled=1, replaced=[rollout.trajectories[2]])
     _, seen, metrics = made(state, [whole])
@@ -123,7 +123,7 @@ def ungraded(rollout: Rollout) -> Rollout:
 
 
 def test_partial_credit_and_terms_of_ones_own_are_in_the_metrics_of_a_step(runner: Runner, rollout: Rollout) -> None:
-    made, state = learner(runner, parts=1)
+    made, state = learner(runner, rollouts=1)
     graders = Graders({"reading": "tests.rewards.mine:share_of_letters"})
     terms = {"brevity": {"term": "tests.rewards.mine:brevity", "weight": -0.001}}
     scorer = Scorer(RewardConfig(terms=terms), graders, decode=runner.engine.prompts.tokens.decode)
@@ -149,7 +149,7 @@ def test_an_episode_without_a_verdict_counts_nowhere(runner: Runner, rollout: Ro
             found = super().__call__(episodes)
             return [dataclasses.replace(found[0], outcome=np.nan, total=np.nan, unjudged="Referee"), *found[1:]]
 
-    made, state = learner(runner, parts=1)
+    made, state = learner(runner, rollouts=1)
     after, seen, found = dataclasses.replace(made, reward=Silent())(state, [ungraded(rollout)])
     assert not seen[0][1].valid[0, 0] and seen[0][1].valid.sum() == GROUPS * MEMBERS - 1
     assert found["marked_trajectories"] == pytest.approx(1 / 12) and np.isfinite(found["loss"])
@@ -158,5 +158,5 @@ def test_an_episode_without_a_verdict_counts_nowhere(runner: Runner, rollout: Ro
 
 
 def test_the_sampler_and_the_trainer_agree(runner: Runner, rollout: Rollout) -> None:
-    whole, state = learner(runner, parts=1)
+    whole, state = learner(runner, rollouts=1)
     assert whole(state, [rollout])[2]["logprob_gap"] < 2e-5

@@ -1,4 +1,4 @@
-"""Groups of every step: in parts while others run, or ahead of their step; none is dropped, none comes twice."""
+"""Groups of every step: in rollouts while others run, or ahead of their step; none is dropped or comes twice."""
 
 import asyncio
 import json
@@ -69,10 +69,10 @@ def runner(toy_tokens: Tokens, experts: SlowForSome) -> Iterator[Runner]:
 
 
 def supply(
-    runner: Runner, parts: int = 1, ahead: int = 0, staleness: int = 0, outages: Outages | None = None
+    runner: Runner, rollouts: int = 1, ahead: int = 0, staleness: int = 0, outages: Outages | None = None
 ) -> Supply:
     batches = Numbered(runner.engine.prompts)
-    return Supply(runner.engine, batches, SupplyConfig(GROUPS, MEMBERS, parts, ahead, staleness), 0, outages)
+    return Supply(runner.engine, batches, SupplyConfig(GROUPS, MEMBERS, rollouts, ahead, staleness), 0, outages)
 
 
 def ids(rollout: Rollout) -> list[str]:
@@ -97,7 +97,7 @@ def test_on_policy_a_step_is_a_rollout_of_its_tasks(runner: Runner) -> None:
 
 def test_parts_come_in_the_order_of_tasks_while_others_wait(runner: Runner) -> None:
     (wanted,) = supply(runner).step(runner.params, step=1)
-    stream, parts, unfinished = supply(runner, parts=2).step(runner.params, step=1), [], []
+    stream, parts, unfinished = supply(runner, rollouts=2).step(runner.params, step=1), [], []
     for part in stream:
         parts.append(part)
         unfinished.append(sum(s.unfinished for s in runner.engine.exchange.schedulers.values()))
@@ -181,15 +181,15 @@ def until_back(experts: SlowForSome, out: str, max_marked: float = 0.0) -> tuple
     return Outages(OutageConfig(max_marked, 60.0), [], lambda: {"Glyph": "away"} if experts.out else {}, note), lines
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("rollouts", [1, 2])
 def test_a_step_that_meets_an_outage_is_the_step_that_it_would_have_been(
-    parts: int, runner: Runner, experts: SlowForSome
+    rollouts: int, runner: Runner, experts: SlowForSome
 ) -> None:
-    wanted = joined(list(supply(runner, parts=parts).step(runner.params, step=1)))
+    wanted = joined(list(supply(runner, rollouts=rollouts).step(runner.params, step=1)))
     outages, lines = until_back(experts, "many 0?")
-    source = supply(runner, parts=parts, outages=outages)
+    source = supply(runner, rollouts=rollouts, outages=outages)
     found = list(source.step(runner.params, step=1))
-    assert [ids(part) for part in found] == [["toy/000", "toy/001"]] if parts == 1 else [["toy/000"], ["toy/001"]]
+    assert [ids(part) for part in found] == [["toy/000", "toy/001"]] if rollouts == 1 else [["toy/000"], ["toy/001"]]
     assert_same_arrays(joined(found), wanted)
     assert not any(t.marked for part in found for group in part.trajectories for t in group)
     assert len(lines) == 1 and "of the episodes of step 1 met an outage (away)" in lines[0]
@@ -208,7 +208,7 @@ def test_few_marked_episodes_are_left_out(runner: Runner, experts: SlowForSome) 
 def test_a_part_with_a_marked_episode_waits_until_the_step_is_known(runner: Runner, experts: SlowForSome) -> None:
     """What is over and clean is given at once."""
     outages, lines = until_back(experts, "many 1?")
-    stream = supply(runner, parts=2, outages=outages).step(runner.params, step=1)
+    stream = supply(runner, rollouts=2, outages=outages).step(runner.params, step=1)
     assert ids(next(stream)) == ["toy/000"] and not lines
     assert ids(next(stream)) == ["toy/001"] and len(lines) == 1
 
