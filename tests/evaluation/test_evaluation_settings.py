@@ -10,6 +10,7 @@ RUN: dict[str, Any] = {
     "policy": {"max_pixels": 100, "architecture": {"text_config": {"hidden_size": 64}}},
     "rollout": {"max_calls": 3, "turn_budget": 24},
     "registry": {"experts": ("A",)},
+    "graders": {},
     "evaluate": {"batch": 5},
     "mesh": {"fsdp": 4},
     "warm_start": {"claims": {"charts": ("A", "S")}},
@@ -20,14 +21,15 @@ FILE: dict[str, Any] = {
     "policy": {"max_pixels": 200, "architecture": {"text_config": {"hidden_size": 128}}},
     "rollout": {"max_calls": 1, "turn_budget": 32},
     "registry": {"experts": ("B",)},
+    "graders": {"gauges": "ChartQA"},
     "evaluate": {"batch": 64},
     "mesh": {"fsdp": -1},
     "warm_start": {"claims": {"charts": ("B", "S")}},
 }
 
 
-def test_the_runs_settings_count_and_a_file_says_which_tasks_and_experts() -> None:
-    given = ("data", "registry", "evaluate", "mesh")
+def test_the_runs_settings_count_and_a_file_says_which_tasks_graders_and_experts() -> None:
+    given = ("data", "graders", "registry", "evaluate", "mesh")
     assert combine(RUN, FILE, ()) == RUN | {group: FILE[group] for group in given}
     assert combine(RUN, RUN, ()) == RUN
 
