@@ -131,7 +131,7 @@ def summarise(source_of_task: Sequence[str], pairs: Sequence[tuple[str, str]], r
         random=mean(known_mean(right, 1)),
         best_single_pair=mean(right[:, single]),
         domain_oracle=mean(per_domain),
-        task_oracle=mean(np.fmax.reduce(right, axis=1)),
+        task_oracle=mean(functools.reduce(np.fmax, right.T)),
         single_pair=pairs[single],
         by_pair={
             source: dict(zip(pairs, np.nan_to_num(known_mean(right[sources == source], 0)).tolist(), strict=True))

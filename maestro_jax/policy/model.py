@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from maestro_jax.parallel.sharding import keep_over_groups, over_groups, replicated
 from maestro_jax.policy.attention.cascade import LaneKV, View
@@ -59,21 +60,21 @@ class Policy(nnx.Module):
         self,
         architecture: PolicyArchitecture,
         rngs: nnx.Rngs,
-        param_dtype: jnp.dtype = jnp.float32,
-        compute_dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         attention: AttentionConfig = AttentionConfig(),  # noqa: B008, frozen
     ):
         text, vision = architecture.text, architecture.vision
         self.architecture = architecture
-        self.compute_dtype = compute_dtype
-        self.visual = VisionModel(vision, param_dtype, compute_dtype, remat, attention, rngs)
+        stored, self.compute_dtype = jnp.dtype(param_dtype), jnp.dtype(compute_dtype)
+        self.visual = VisionModel(vision, stored, self.compute_dtype, remat, attention, rngs)
         taps = len(vision.deepstack_visual_indexes)
-        self.language_model = TextModel(text, taps, param_dtype, remat, attention, rngs)
+        self.language_model = TextModel(text, taps, stored, remat, attention, rngs)
         if architecture.tie_word_embeddings:
             self.lm_head = None
         else:
-            self.lm_head = Embedding(text.vocab_size, text.hidden_size, ("vocab", "embed"), param_dtype, rngs)
+            self.lm_head = Embedding(text.vocab_size, text.hidden_size, ("vocab", "embed"), stored, rngs)
 
     def encode_root(self, root: Array) -> Context:
         """What every group attends to of the root's tokens `[P0]`: keys and values `[P0, K, H]` per layer."""

@@ -278,7 +278,7 @@ def episode_metrics(seen: Sequence[tuple[Rollout, Scored]], version: int) -> dic
     # Without a verdict, outcome and reward are NaN: such an episode counts in neither.
     found = {name: float(np.nanmean(column)) for name, column in columns.items()}
     # Versions between a token and the update that it is in; and what all calls cost, not each.
-    return found | {"price": float(columns["price"].sum()), "staleness": float(ages.sum() / tokens.sum())}
+    return found | {"price": float(columns["price"].sum()), "staleness": float(ages.sum()) / float(tokens.sum())}
 
 
 def episode_figures(trajectory: Trajectory, parts: RewardParts, version: int) -> dict[str, float]:
