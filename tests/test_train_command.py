@@ -23,7 +23,7 @@ from PIL import Image
 
 from configs import quickstart
 from maestro_jax.checkpoint.params import ParamReader
-from maestro_jax.config import parse_config
+from maestro_jax.config import completed, parse_config
 from maestro_jax.data.benchmarks.catalogue import BENCHMARKS
 from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.prepare import prepare
@@ -496,7 +496,8 @@ def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
 def settings_of(expert: dict[str, Any], **others: Any) -> Settings:
     names = {"name": "Chart-R1.5", "description": "charts"}
     skill = {"name": "S", "stages": ({"kind": "ask", "output": "a", "prompt": "{question}"},)} | others
-    return Settings.of({"seed": 0, "registry": {"experts": (names | expert, {"name": "Other"}), "skills": (skill,)}})
+    registry = {"experts": (names | expert, {"name": "Other"}), "skills": (skill,)}
+    return Settings.of(completed({"seed": 0, "registry": registry}))
 
 
 def nothing(key: str) -> bool:
