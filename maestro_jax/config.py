@@ -87,8 +87,17 @@ def complete(raw: ConfigDict) -> ConfigDict:
 
 
 def completed(raw: Any) -> dict[str, Any]:
-    """A `ConfigDict` or nested mapping as a new dict, with the default of every setting that it leaves out."""
-    return complete(ConfigDict(raw.to_dict() if isinstance(raw, ConfigDict) else dict(raw))).to_dict()
+    """A `ConfigDict` or nested mapping as a new dict, with the default of every setting that it leaves out.
+
+    Raises:
+      ConfigError: it is no mapping, or has a name that no setting may have.
+    """
+    if not hasattr(raw, "items"):
+        raise ConfigError(f"a config is a ConfigDict, a mapping or a path, found {type(raw).__name__}")
+    try:
+        return complete(ConfigDict(raw.to_dict() if isinstance(raw, ConfigDict) else dict(raw))).to_dict()
+    except ValueError as error:  # ml_collections, on names with dots
+        raise ConfigError(f"the config cannot be read ({error}); leave dots out of names of settings") from error
 
 
 def _add(raw: ConfigDict, defaults: ConfigDict) -> None:

@@ -20,6 +20,8 @@ from maestro_jax.errors import ConfigError, UserError
 from maestro_jax.observe.files import read_json, write_json
 
 _LIST, _MAPPING = "$list", "$mapping"
+# Where the suite's experts were when earlier versions wrote a run's config.json.
+_MOVED = ("maestro_jax.registry.specialists.", "maestro_jax.suite.specialists.")
 # Frames of these do not say where in a config file something happened.
 _LIBRARIES = (os.path.dirname(__file__), os.path.dirname(ml_collections.__file__), runpy.__file__, "<frozen")
 
@@ -151,6 +153,8 @@ def _to_json(value: Any, where: str) -> Any:
 def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(_from_json, value))
+    if isinstance(value, str):
+        return value.replace(*_MOVED) if value.startswith(_MOVED[0]) else value
     if not isinstance(value, dict):
         return value
     if value.keys() == {_LIST}:

@@ -20,7 +20,7 @@ LAYERS = (
     ("registry.experts", "registry.skills", "registry.record"),
     ("registry.description",),
     ("command", "settings", "sandbox", "checkpoint", "observe"),
-    ("parallel", "plugins", "failpoints", "images", "types", "errors", "strict_json", "mapping"),
+    ("parallel", "plugins", "failpoints", "images", "types", "errors", "strict_json", "mapping", "waiting"),
 )
 # How an expert is asked, how a skill runs and what is written down: none of the three knows of another.
 SIDE_BY_SIDE = {"registry.experts", "registry.skills", "registry.record"}
@@ -48,6 +48,7 @@ WITHOUT_JAX = {
     "types",
     "errors",
     "strict_json",
+    "waiting",
 }
 # Export compares with the reference where it is installed, inside functions.
 NEVER_AT_THE_TOP = {"torch", "tensorflow", "transformers"}

@@ -88,6 +88,7 @@ class CheckpointStore:
     ):
         self.directory = absolute(directory)
         self._note, self._anew = note, anew
+        self._closed = False
         self._saving: int | None = None  # the step that was saved last, perhaps still in the background
         # Directories are made before `save` returns: what waits for one that cannot be made holds up the process's exit
         # for five minutes.
@@ -135,9 +136,11 @@ class CheckpointStore:
                 sync(self.directory)  # its new name
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self.wait()
-        self._manager.close()
+        """Waits for what is being written; more than once does no harm."""
+        if not self._closed:
+            self._closed = True
+            self.wait()
+            self._manager.close()
 
     def latest(self) -> int | None:
         """The newest committed step, damaged or not."""

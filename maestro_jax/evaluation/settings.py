@@ -5,8 +5,11 @@ does not count. It does say which tasks, graders and experts there are. `--confi
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from maestro_jax.errors import ConfigError
 
 GIVEN = ("data", "graders", "registry", "evaluate", "mesh")  # groups that a config file decides
 SHOWN = 120  # characters of a value on the terminal
@@ -45,14 +48,27 @@ def combine(
 
 def overridden(settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings with these values in place of theirs, by dotted keys."""
-    changed = copy.deepcopy(dict(settings))
+    changed = dict(settings)
     for key, value in overrides.items():
-        *path, last = key.split(".")
-        here = changed
-        for part in path:
-            here = here.setdefault(part, {})
-        here[last] = value
+        try:
+            changed = _with(changed, re.findall(r"[^.\[\]]+", key), value)
+        except (TypeError, ValueError, IndexError) as error:
+            raise ConfigError(f"the override {key} names no setting ({error}); --print_config shows all") from error
     return changed
+
+
+def _with(values: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of nested mappings and sequences with another value at a place."""
+    if not path:
+        return value
+    first, *rest = path
+    if isinstance(values, tuple | list):
+        items = list(values)
+        items[int(first)] = _with(items[int(first)], rest, value)
+        return type(values)(items)
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{type(values).__name__} has no {first}")
+    return {**values, first: _with(values.get(first, {}), rest, value)}
 
 
 def differences(

@@ -1,6 +1,5 @@
 """The doctor as a function: whether a registry is sound, the data can be used and the experts answer."""
 
-import asyncio
 import dataclasses
 import os
 import tempfile
@@ -28,6 +27,7 @@ from maestro_jax.rewards.graders import Graders
 from maestro_jax.session.policy import fields
 from maestro_jax.session.tasks import first_tasks, graded_by, open_held_out, open_training
 from maestro_jax.settings import read_config
+from maestro_jax.waiting import run_to_end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +87,9 @@ def doctor(
             findings.append(finding)
 
     add(data_findings(parse_config(raw)))
-    asyncio.run(build(registry))
+    run_to_end(build(registry))
     add(Finding(f'expert "{expert.name}": ready', False) for expert in registry.experts if expert.implementation)
-    add(asyncio.run(try_experts(registry, seconds)))
+    add(run_to_end(try_experts(registry, seconds)))
     return Diagnosis((), findings, told)
 
 
@@ -129,7 +129,7 @@ def data_findings(config: Config) -> Iterator[Finding]:
     """What there is to train on and what is held out, and what a run could not use of it."""
     parts: dict[str, Callable[[], TaskSource]] = {}
     graders = Graders(config.graders, config.registry)
-    with tempfile.TemporaryDirectory() as kept, Progress() as progress:
+    with tempfile.TemporaryDirectory() as kept, Progress(quiet=True) as progress:
         if config.data.kind == "suite":
             yield Finding("data: the suite is built when a run starts", False)
         if config.data.kind != "suite" or config.data.mixture:

@@ -62,6 +62,7 @@ FREE_KEYS = (
     "data.mixture",
     "evaluate.every",
     "evaluate.tasks",
+    "evaluate.baselines",
     "rollout.ahead",
     "rollout.staleness",
     "rollout.member_buckets",
@@ -191,6 +192,7 @@ def evaluate(
 
         tokens = load_tokens(run.tokenizer if run else config.policy.tokenizer or config.policy.init_from)
         rollouts = open_rollouts(config, architecture, load, tokens, calls, shown)
+        closing.callback(rollouts.scorer.graders.close)
         config, engine, params = rollouts.config, rollouts.engine, rollouts.params
         shown.note(f"evaluated is {policy}")
         if cluster.is_main():

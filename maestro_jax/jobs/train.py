@@ -21,7 +21,7 @@ from maestro_jax.evaluation.policy import Evaluation, evaluate_policy
 from maestro_jax.observe.files import made_directory, read_json, write_json
 from maestro_jax.observe.listening import Show, showing
 from maestro_jax.observe.metrics import MetricsWriter
-from maestro_jax.observe.trackers import Trackers, check_trackers
+from maestro_jax.observe.trackers import FLUSH_SECONDS, LAST_SECONDS, Trackers, check_trackers
 from maestro_jax.parallel import cluster, preemption
 from maestro_jax.policy.config import open_architecture
 from maestro_jax.policy.hf_export import hf_config
@@ -119,6 +119,8 @@ def train(
         calls = closing.enter_context(open_calls(config, workdir, shown, replay))
         saving = config.checkpoint
         store = CheckpointStore(saving.directory or workdir / "checkpoints", saving.keep, saving.keep_every, shown.note)
+        if not cluster.several():  # else one that fails alone would wait for the others
+            closing.callback(store.close)
         has_trained = store.latest() is not None
 
         def is_kept(*names: str) -> bool:
@@ -140,6 +142,7 @@ def train(
         has_router = config.warm_start.steps and not config.warm_start.demonstrations
         demonstrated = router.longest_turn(tokens.count) if has_router else 0
         rollouts = open_rollouts(config, architecture, load, tokens, calls, shown, demonstrated)
+        closing.callback(rollouts.scorer.graders.close)
         config = rollouts.config
         batches = Batches(
             tasks.train,
@@ -188,7 +191,8 @@ def train(
         supply = Supply(rollouts.engine, iter(batches), how, config.seed, calls.outages, learner.contrast)
         own = workdir if cluster.is_main() else None  # process 0 writes for all
         trackers = Trackers(config.trackers, own, settings.flat, shown.note)
-        closing.callback(trackers.close)
+        # Whoever is stopped has little time; what trackers lack then, they get from the next start.
+        closing.push(lambda kind, *_: trackers.close(LAST_SECONDS if kind else FLUSH_SECONDS))
         metrics = closing.enter_context(MetricsWriter(own and own / "metrics.jsonl", trackers.write))
         ledger = closing.enter_context(MetricsWriter(own and own / "trained.jsonl"))
         bound_settings = {key: value for key, value in settings.flat.items() if not key.startswith(FREE_KEYS)}
@@ -212,8 +216,10 @@ def train(
             def compute() -> Baselines:
                 return Baselines.from_json(cluster.from_main(measure))
 
+            if has_trained and not is_kept("baselines"):  # answers may stand before the last checkpoint's place
+                recall(calls, {}, shown)
             try:
-                baselines = kept_if_whole(workdir / "baselines.json", calls.journal, Baselines, compute, alone=False)
+                baselines = kept_if_whole(workdir / "baselines.json", calls.journal, Baselines, compute, alone=True)
             except preemption.Preempted as stop:
                 stop.saved = f"step {training.step} is saved"
                 raise

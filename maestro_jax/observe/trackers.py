@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from maestro_jax.errors import ConfigError
+from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.observe.config import TrackersConfig
 from maestro_jax.observe.files import read_json, write_json
 from maestro_jax.observe.metrics import read_metrics
@@ -29,6 +29,7 @@ from maestro_jax.plugins import load, one_line
 
 QUEUE = 1000  # rows that may wait for a tracker
 FLUSH_SECONDS = 30.0  # for all trackers together, when a run ends
+LAST_SECONDS = 2.0  # the same, when it is stopped
 
 
 class TrackedRun(NamedTuple):
@@ -203,7 +204,6 @@ class Trackers:
       workdir: its metrics.jsonl says what trackers may lack; None where another process writes it, and tells them.
       settings: of the run, printed, by dotted keys.
       note: hears one line.
-      flush_seconds: how long `close` may take.
     """
 
     def __init__(
@@ -212,9 +212,8 @@ class Trackers:
         workdir: Path | None,
         settings: Mapping[str, str],
         note: Callable[[str], None],
-        flush_seconds: float = FLUSH_SECONDS,
     ):
-        self._note, self._flush_seconds = note, flush_seconds
+        self._note = note
         self._feeds: list[_Feed] = []
         if workdir is not None and config.use:
             rows = read_metrics(path) if (path := workdir / "metrics.jsonl").exists() else []
@@ -226,11 +225,13 @@ class Trackers:
             feed.put(row)
         self._tell()
 
-    def close(self) -> None:
-        """Returns when trackers have everything, and soon."""
-        deadline = time.monotonic() + self._flush_seconds
+    def close(self, seconds: float = FLUSH_SECONDS) -> None:
+        """Returns when trackers have everything, after so many seconds at the latest; none waits for another."""
+        deadline = time.monotonic() + seconds
         for feed in self._feeds:
-            feed.close(deadline)
+            feed.end()
+        for feed in self._feeds:
+            feed.join(deadline)
         self._tell()
 
     def _tell(self) -> None:
@@ -258,10 +259,15 @@ class _Feed:
         self.lines = queue.SimpleQueue[str]()
         self._name = _short(name)
         self._state = workdir / "trackers" / f"{self._name}.json"
-        known = read_json(self._state) if rows else None  # without metrics, a run begins
+        known = None
+        if rows:  # without metrics, a run begins
+            try:
+                known = read_json(self._state)
+            except DataError as error:
+                self.lines.put(f"tracker {self._name} gets all steps anew: {one_line(error)}")
         known = known or {"id": uuid.uuid4().hex[:8], "step": -1}
         self._id, self._sent = known["id"], known["step"]
-        self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(QUEUE)
+        self._queue = queue.SimpleQueue[Mapping[str, Any] | None]()
         backlog = [row for row in rows if row["step"] > self._sent and not _is_wait(row)]
         self._last = max([self._sent, *(row["step"] for row in backlog)])  # that it was given
         self._lost, self._failed = 0, False
@@ -279,16 +285,18 @@ class _Feed:
         if self._failed or not self._thread.is_alive():
             self._lost += 1
             return
-        try:
-            self._queue.put_nowait(row)
-        except queue.Full:
-            if not self._lost:
-                self.lines.put(f"tracker {self._name} is too slow: {QUEUE} steps wait for it, and further ones go lost")
-            self._lost += 1
+        if self._queue.qsize() < QUEUE:
+            self._queue.put(row)
+            return
+        if not self._lost:
+            self.lines.put(f"tracker {self._name} is too slow: {QUEUE} steps wait for it, and further ones go lost")
+        self._lost += 1
 
-    def close(self, deadline: float) -> None:
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=max(deadline - time.monotonic(), 0.0))
+    def end(self) -> None:
+        """Nothing comes after this."""
+        self._queue.put(None)
+
+    def join(self, deadline: float) -> None:
         self._thread.join(max(deadline - time.monotonic(), 0.0))
         if self._thread.is_alive():
             self.lines.put(f"tracker {self._name} does not come to an end; it lacks what came after step {self._sent}")
@@ -304,6 +312,7 @@ class _Feed:
             tracker = (load(name, "config.trackers.use:") if ":" in name else _BUILT_IN[name].made)(run)
         except BaseException as error:  # a library may raise anything, SystemExit too
             self._failed = True
+            self._lost += len(backlog) + self._queue.qsize()
             self.lines.put(f"tracker {self._name} cannot be used, the run goes on without it ({one_line(error)})")
             return
         told = False

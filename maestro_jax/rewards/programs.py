@@ -18,6 +18,7 @@ from maestro_jax.sandbox.choose import make_sandbox
 from maestro_jax.sandbox.interface import Limits, Sandbox
 from maestro_jax.sandbox.tested import Verdict, run_tests
 from maestro_jax.types import Task
+from maestro_jax.waiting import run_to_end
 
 CPU_SECONDS = 2.0  # as in the authors' execution.py
 _ATTEMPTS = 2  # where the sandbox itself fails
@@ -93,13 +94,13 @@ class Programs:
         self.open()
         assert self._opened is not None
         sandbox, runner = self._opened
-        return runner.run(self._decide(sandbox, runs))
+        return run_to_end(self._decide(sandbox, runs), runner.run)
 
     def close(self) -> None:
         """Removes what the sandbox keeps on disk; the next program would make a new one."""
         if self._opened is not None:
             sandbox, runner = self._opened
-            runner.run(sandbox.close())
+            run_to_end(sandbox.close(), runner.run)
             runner.close()
         self._opened = None
 

@@ -1,6 +1,5 @@
 """Calls of a session: the journal, the registry (or a replay of one), the dispatcher, and what waits for experts."""
 
-import asyncio
 import contextlib
 import dataclasses
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from maestro_jax.registry.record.journal import Journal
 from maestro_jax.registry.record.replay import Replay, Resumed
 from maestro_jax.rollout.outages import OutageConfig, Outages
 from maestro_jax.session.policy import fields
+from maestro_jax.waiting import run_to_end
 
 TRIAL_SECONDS = 60.0  # for a server to answer its first request
 
@@ -89,7 +89,7 @@ def try_servers(config: Config, workdir: Path, progress: Progress) -> None:
         return
 
     def ask() -> list[Any]:
-        found = asyncio.run(try_experts(config.registry, TRIAL_SECONDS))
+        found = run_to_end(try_experts(config.registry, TRIAL_SECONDS))
         return [(workdir / "config.json").exists(), [dataclasses.astuple(finding) for finding in found]]
 
     goes_on, told = cluster.from_main(ask)

@@ -116,7 +116,7 @@ class Training:
     def _take(self, run: Mapping[str, Any]) -> None:
         """What a checkpoint says of the run."""
         check_same_settings(
-            run.get("settings", self._record.hashes), self._record.hashes, str(self._record.store.directory)
+            run.get("bound", self._record.hashes), self._record.hashes, str(self._record.store.directory)
         )
         self._supply.set_state(run["supply"])
         self._behind = {"supply": run["supply"], "journal": run["journal"]}
@@ -206,7 +206,7 @@ class Training:
         facts = {
             **self._behind,
             "seed": self._config.seed,
-            "settings": dict(self._record.hashes),
+            "bound": dict(self._record.hashes),
             # With gaps it is none to keep: a run that goes on asks again.
             "evaluated": self._evaluated.to_json() if self._evaluated and not self._evaluated.missing else None,
             "row": self._row,

@@ -14,6 +14,7 @@ from maestro_jax.observe.figures import plot_curves, plot_routing
 from maestro_jax.observe.files import write_json
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.table import summary_table, whole_figures
+from maestro_jax.parallel import cluster
 from maestro_jax.training.loop import Training
 
 
@@ -85,7 +86,7 @@ class TrainResult:
             reward={name: found.reward for name, found in policies.items()},
             calls={name: found.calls for name, found in policies.items()},
             missing=missing,
-            marked=marked_by_expert(read_metrics(workdir / "metrics.jsonl")),
+            marked=cluster.from_main(lambda: marked_by_expert(read_metrics(workdir / "metrics.jsonl"))),
             warm_start_sampled=sampled.accuracy if sampled else None,
             best_single_pair="@@".join(baselines.single_pair) if baselines else "",
             seconds=training.seconds,

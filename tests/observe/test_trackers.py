@@ -193,12 +193,11 @@ def run(workdir: Path, name: str, steps: int, flush_seconds: float = 60.0, **opt
     lines: list[str] = []
     config = TrackersConfig(use=(f"own_trackers:{name}",) if name else (), options={name: options} if options else {})
     check_trackers(config)
-    with (
-        contextlib.closing(Trackers(config, workdir, {}, lines.append, flush_seconds)) as trackers,
-        MetricsWriter(workdir / "metrics.jsonl", trackers.write) as metrics,
-    ):
+    trackers = Trackers(config, workdir, {}, lines.append)
+    with MetricsWriter(workdir / "metrics.jsonl", trackers.write) as metrics:
         for step in range(steps):
             metrics.write(row(step))
+    trackers.close(flush_seconds)
     return lines
 
 
