@@ -1,5 +1,6 @@
 """The commands as functions: several in one process, with values as results and a callback for progress."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -143,3 +144,12 @@ def test_the_functions_define_no_flags() -> None:
     code = "from absl import flags; before = set(flags.FLAGS); import maestro_jax.api; print(set(flags.FLAGS) - before)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "config" not in found and "workdir" not in found
+
+
+def test_functions_work_where_an_event_loop_runs_already() -> None:
+    """As in a notebook."""
+
+    async def cell() -> list[str]:
+        return api.doctor(small()).problems
+
+    assert asyncio.run(cell()) == []

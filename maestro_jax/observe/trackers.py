@@ -300,7 +300,11 @@ class _Feed:
         self._thread.join(max(deadline - time.monotonic(), 0.0))
         if self._thread.is_alive():
             self.lines.put(f"tracker {self._name} does not come to an end; it lacks what came after step {self._sent}")
-        elif self._lost:
+            return
+        with contextlib.suppress(queue.Empty):
+            while True:  # what one that never began has not taken
+                self._lost += self._queue.get_nowait() is not None
+        if self._lost:
             self.lines.put(f"tracker {self._name} lacks {self._lost} steps; metrics.jsonl has all of them")
 
     def _serve(self, name: str, run: TrackedRun, backlog: Sequence[Mapping[str, Any]]) -> None:
@@ -312,7 +316,7 @@ class _Feed:
             tracker = (load(name, "config.trackers.use:") if ":" in name else _BUILT_IN[name].made)(run)
         except BaseException as error:  # a library may raise anything, SystemExit too
             self._failed = True
-            self._lost += len(backlog) + self._queue.qsize()
+            self._lost += len(backlog)
             self.lines.put(f"tracker {self._name} cannot be used, the run goes on without it ({one_line(error)})")
             return
         told = False

@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from maestro_jax.evaluation.settings import Difference, changed_lines, combine, differences, ignored_lines
+import pytest
+
+from maestro_jax.errors import ConfigError
+from maestro_jax.evaluation.settings import Difference, changed_lines, combine, differences, ignored_lines, overridden
 
 RUN: dict[str, Any] = {
     "seed": 1,
@@ -65,3 +68,14 @@ def test_a_line_is_short() -> None:
 def test_a_file_may_hold_some_of_the_groups_only() -> None:
     used = combine(RUN, FILE, ["evaluate.batch"], ["data", "registry", "rollout"])
     assert used == RUN | {"data": FILE["data"], "registry": FILE["registry"], "evaluate": {"batch": 64}}
+
+
+def test_overrides_reach_into_lists() -> None:
+    """As the command line has them; they were split at dots only."""
+    settings = {"seed": 0, "registry": {"experts": ({"name": "A", "price": 1.0}, {"name": "B"})}}
+    changed = overridden(settings, {"registry.experts[1].price": 2.0, "mesh.data": 8})
+    assert changed["registry"]["experts"] == ({"name": "A", "price": 1.0}, {"name": "B", "price": 2.0})
+    assert changed["mesh"] == {"data": 8} and settings["registry"]["experts"][1] == {"name": "B"}
+    for key in ("registry.experts[2].price", "seed.x", "registry.experts[a].price"):
+        with pytest.raises(ConfigError, match="names no setting"):
+            overridden(settings, {key: 1})

@@ -4,7 +4,6 @@ mlflow and trackio want other versions than requirements.txt pins: docs/developm
 them in an environment of its own.
 """
 
-import contextlib
 import importlib.util
 import json
 import struct
@@ -128,13 +127,12 @@ def test_a_tracker_gets_every_step_of_a_run_that_is_interrupted_and_goes_on(
     check_trackers(config)
     starts = [[*map(row, range(3)), WAIT], [row(2), row(3), row(4)]]  # the second goes on from step 1
     for rows in starts:
-        with (
-            contextlib.closing(Trackers(config, workdir, {"seed": "3"}, lines.append, 300.0)) as trackers,
-            MetricsWriter(workdir / "metrics.jsonl", trackers.write) as metrics,
-        ):
+        trackers = Trackers(config, workdir, {"seed": "3"}, lines.append)
+        with MetricsWriter(workdir / "metrics.jsonl", trackers.write) as metrics:
             metrics.truncate_after(1)
             for each in rows:
                 metrics.write(each)
+        trackers.close(300.0)
     state = json.loads((workdir / f"trackers/{name}.json").read_text())
     found, wanted = READERS[name](workdir, state["id"]), written(workdir / "metrics.jsonl")
     deadline = time.monotonic() + 60
@@ -209,6 +207,16 @@ def test_a_class_of_ones_own_is_a_tracker(own: None, tmp_path: Path) -> None:
     assert run(tmp_path / "run", "Kept", 2, own=5) == []
     numbers = {"reward": 0.25, "marked/Chart-Lens": 0.125, "right": 1.0}
     assert kept(tmp_path / "run")[1] == [1, 5, numbers]
+
+
+def test_a_tracker_that_hangs_keeps_no_other_from_its_end(own: None, tmp_path: Path) -> None:
+    """They were closed one after the other; the second had no time left."""
+    lines, workdir = list[str](), tmp_path / "run"
+    trackers = Trackers(TrackersConfig(use=("own_trackers:Hangs", "own_trackers:Kept")), workdir, {}, lines.append)
+    trackers.write(row(0))
+    trackers.close(0.5)
+    assert lines == ["tracker Hangs does not come to an end; it lacks what came after step -1"]
+    assert [step for step, *_ in kept(workdir)] == [0]
 
 
 def test_steps_that_a_tracker_lacks_are_sent_when_the_run_goes_on(own: None, tmp_path: Path) -> None:
