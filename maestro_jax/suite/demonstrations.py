@@ -29,7 +29,7 @@ from maestro_jax.rollout.exchange import Exchange
 from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.types import Call, Observation, Status, Task
 from maestro_jax.warm_start.config import WarmStartConfig
-from maestro_jax.warm_start.demonstrations import Demonstration, Written, as_ids, demonstrations_of
+from maestro_jax.warm_start.demonstrations import Demonstrations, Written, as_ids
 
 NO_HELP = "I cannot tell."
 _IN_FLIGHT = 64
@@ -151,7 +151,7 @@ def write_demonstrations(
     seed: int,
     progress: Progress,
     outages: Outages | None = None,
-) -> Sequence[Demonstration]:
+) -> Demonstrations:
     """One demonstration per entry of `tasks` (a task may stand there several times); process 0 writes for all.
 
     Args:
@@ -161,7 +161,7 @@ def write_demonstrations(
       outages: as of `make_calls`. What is left without an answer then is a rehearsal.
     """
 
-    return demonstrations_of(tasks, lambda: _write_all(tasks, router, exchange, seed, progress, outages))
+    return Demonstrations(tasks, lambda: _write_all(tasks, router, exchange, seed, progress, outages))
 
 
 def _write_all(

@@ -11,6 +11,7 @@ from maestro_jax import failpoints
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config
 from maestro_jax.data.source import OnDemand, TaskSource, TaskView, remembering
+from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.optimizer import make_optimizer
 from maestro_jax.grpo.update import GroupBatch, Metrics, TrainState, init_train_state, make_train_step, nll_loss
 from maestro_jax.observe.progress import Progress
@@ -67,9 +68,9 @@ def warm_start(
     # One to fall back on.
     directory, anew = workdir / "warm_start", "delete them: the warm start is made again, and comes out the same"
     store = CheckpointStore(directory, keep=2, note=progress.note, anew=anew)
-    done = 0
+    done, before = 0, dict[str, Any]()
     if (restored := store.restore_newest(state)) is not None:
-        state, done = restored.state, restored.run["steps"]
+        state, done, before = restored.state, restored.run["steps"], restored.run.get("demonstrations", {})
     if done == settings.steps:
         store.close()
         return state.params
@@ -83,7 +84,16 @@ def warm_start(
         rows = [i % len(source) for i in range(settings.steps * settings.groups) for _ in range(size)]
         tasks = OnDemand(rows, remembering(source, DEMONSTRATED_BYTES))
         demonstrations = write_demonstrations(tasks, router, exchange, config.seed, progress, calls.outages)
-    groups = [demonstrations[i : i + size] for i in range(0, len(demonstrations), size)]
+    now = {"count": len(demonstrations), "digest": demonstrations.digest} if demonstrations.digest else {}
+    if before and before != now:  # the order goes on from the steps that are done
+        raise ConfigError(
+            f"config.warm_start.demonstrations: the rows are others than at step {done} of the warm start "
+            f"({before['count']} then, {len(demonstrations)} now); bring the old ones back, or delete {directory} to "
+            "make the warm start again"
+        )
+    starts = range(0, len(demonstrations), size)
+    groups = [demonstrations[i : i + size] for i in starts]
+    most = max(sum(demonstrations.authored[i : i + size]) for i in starts)
     update = update_config(config, temperature=1.0)
     update = dataclasses.replace(update, loss=dataclasses.replace(update.loss, aggregation="token"))
     train = make_train_step(rollouts.graph, optimizer, nll_loss, update, mesh, state)
@@ -96,11 +106,13 @@ def warm_start(
 
     progress.phase("warm start", settings.steps, done)
     buckets = config.rollout.member_buckets
-    tuned = finetune(step, state, groups, settings.groups, settings.steps, prompts, buckets, mesh, config.seed, done)
+    tuned = finetune(
+        step, state, groups, most, settings.groups, settings.steps, prompts, buckets, mesh, config.seed, done
+    )
 
     def save(done: int, state: TrainState) -> None:
         calls.journal.sync()
-        store.save(done, state, {"steps": done})
+        store.save(done, state, {"steps": done} | ({"demonstrations": now} if now else {}))
 
     saved = done
     try:

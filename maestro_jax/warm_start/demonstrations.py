@@ -13,6 +13,7 @@ exchange, so that an episode has the ids that a rollout of it would have.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -52,11 +53,20 @@ def as_ids(pieces: Iterable[tuple[Sequence[int], bool]]) -> Written:
     return tuple(token for token, _ in marked), tuple(by_policy for _, by_policy in marked)
 
 
-def demonstrations_of(tasks: Sequence[Task], write: Callable[[], Iterable[Written]]) -> Sequence[Demonstration]:
-    """A demonstration of each task. Process 0 writes for all; tasks are read whenever a demonstration is asked for."""
-    told = cluster.from_main(lambda: list(write()))
-    written = [(tuple(ids), tuple(own)) for ids, own in told]
-    return OnDemand(range(len(tasks)), lambda number: Demonstration(tasks[number], *written[number]))
+class Demonstrations(OnDemand[Demonstration]):
+    """A demonstration of each task. Process 0 writes for all; tasks are read whenever a demonstration is asked for.
+
+    Attributes:
+      authored: how many tokens of each are the policy's, which is known without reading its task.
+      digest: of the rows that they were read from; empty for others than a user's own.
+    """
+
+    def __init__(self, tasks: Sequence[Task], write: Callable[[], Iterable[Written]], digest: str = ""):
+        told = cluster.from_main(lambda: list(write()))
+        written = [(tuple(ids), tuple(own)) for ids, own in told]
+        super().__init__(range(len(tasks)), lambda number: Demonstration(tasks[number], *written[number]))
+        self.authored = [sum(own) for _, own in written]
+        self.digest = digest
 
 
 # ---- a user's own ------------------------------------------------------------------------------------------
@@ -78,7 +88,7 @@ class Chat:
 
 def open_demonstrations(
     paths: Sequence[str], image_root: str, exchange: Exchange, prompts: Prompts, progress: Progress
-) -> Sequence[Demonstration]:
+) -> Demonstrations:
     """A user's own demonstrations; all are checked before the first is trained on.
 
     Args:
@@ -94,6 +104,12 @@ def open_demonstrations(
     root = open_root(image_root, "config.warm_start.image_root") if image_root else None
     tasks = OnDemand(range(len(lines)), lambda number: read_chat(*lines.read(number), root).task)
 
+    def digest() -> str:
+        found = hashlib.blake2b(digest_size=16)
+        for text, _, _ in lines.texts():
+            found.update(text.strip() + b"\n")
+        return found.hexdigest()
+
     def write() -> Iterable[Written]:
         progress.phase("demonstrations", len(lines))
         for number in range(len(lines)):
@@ -107,7 +123,7 @@ def open_demonstrations(
             yield write_chat(chat, row, exchange)
             progress.tick(number + 1)
 
-    return demonstrations_of(tasks, write)
+    return Demonstrations(tasks, write, cluster.from_main(digest))
 
 
 def read_chat(row: Row, name: str, image_root: ImageRoot | None) -> Chat:

@@ -19,6 +19,7 @@ def finetune(
     step: Callable[[TrainState, Sequence[GroupBatch]], tuple[TrainState, Metrics]],
     state: TrainState,
     demonstrations: Sequence[Sequence[Demonstration]],
+    most: int,
     groups: int,
     steps: int,
     prompts: Prompts,
@@ -31,11 +32,11 @@ def finetune(
 
     Args:
       demonstrations: groups of demonstrations of one task each; shuffled anew in every pass.
+      most: tokens in the loss of the group that has most, as of `collate`.
       done: batches that `state` was trained on by an earlier start.
     """
     rng = np.random.default_rng(seed)
     order: list[int] = []
-    most = max(sum(sum(member.authored) for member in group) for group in demonstrations)
     for number in range(1, steps + 1):
         while len(order) < groups:
             order.extend(rng.permutation(len(demonstrations)))
@@ -56,6 +57,7 @@ def collate(
     Args:
       most: tokens in the loss of the group that has most in any batch, so that all are compiled for the same.
     """
+    groups = [list(group) for group in groups]  # once: each may be read from disk whenever it is asked for
     longest = max(len(member.ids) for group in groups for member in group)
     cure = "set config.rollout.room=0, which is computed, or raise turn_budget: an answer quotes a whole observation"
     width = bucket(longest, buckets, "a demonstration", cure)

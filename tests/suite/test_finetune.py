@@ -63,7 +63,7 @@ def seen(
         batches.append(np.asarray(batch.tokens)[:, 0, 0].tolist())
         return state + 1, {"loss": 1.0, "grad_norm": 2.0}
 
-    given = list(finetune(step, done, groups_of(tasks, 5), 2, steps, prompts, BUCKETS, mesh, seed, done))
+    given = list(finetune(step, done, groups_of(tasks, 5), 3, 2, steps, prompts, BUCKETS, mesh, seed, done))
     assert [state for _, state, _ in given] == list(range(done + 1, steps + 1))
     return batches, [number for number, _, _ in given]
 
@@ -99,5 +99,5 @@ def test_every_batch_is_compiled_for_the_group_with_most_in_the_loss(
         widths.extend(part.loss_rows.shape[1] for part in parts)
         return state, {"loss": 1.0, "grad_norm": 2.0}
 
-    assert len(list(finetune(step, 0, groups, 1, 5, prompts, BUCKETS, mesh, seed=0))) == 5
+    assert len(list(finetune(step, 0, groups, 8, 1, 5, prompts, BUCKETS, mesh, seed=0))) == 5
     assert widths == [8] * 5

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import qwen3_vl_4b
+from configs import quickstart, qwen3_vl_4b
 from maestro_jax.config import parse_config
 from maestro_jax.errors import ConfigError, DataError
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from maestro_jax.grpo.update import TrainState, UpdateConfig, init_train_state, make_train_step, nll_loss
 from maestro_jax.observe.progress import Progress
+from maestro_jax.parallel import preemption
 from maestro_jax.parallel.sharding import replicated
 from maestro_jax.policy.config import architecture_from_hf
 from maestro_jax.policy.prompts import PromptConfig, Prompts
@@ -31,7 +32,9 @@ from maestro_jax.policy.tokens import Tokens, load_tokens
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.session.policy import fields
 from maestro_jax.session.rollouts import sized_episodes
+from maestro_jax.training import warm_start as training
 from maestro_jax.types import Call, Observation, Status
+from maestro_jax.warm_start import demonstrations
 from maestro_jax.warm_start.demonstrations import Demonstration, open_demonstrations
 from maestro_jax.warm_start.finetune import collate, finetune
 from tests.policy import qwen
@@ -307,7 +310,8 @@ def trained(
     state = state or init_train_state(params, optimizer, (), engine.mesh)
     config = UpdateConfig(LossConfig(0.2, 0.2, "token", 1), 1.0, 128, ())
     step = make_train_step(engine.graph, optimizer, nll_loss, config, engine.mesh, state)
-    given = finetune(step, state, groups, 1, steps, engine.prompts, (EPISODE.room,), engine.mesh, 0, done)
+    most = max(sum(sum(one.authored) for one in group) for group in groups)
+    given = finetune(step, state, groups, most, 1, steps, engine.prompts, (EPISODE.room,), engine.mesh, 0, done)
     losses = []
     for _, new, values in given:
         state = new
@@ -332,3 +336,106 @@ def test_a_policy_writes_what_it_was_shown(opened: Opener, runner: Runner) -> No
         assert written == shown
         assert tuple(found.tokens[number, 0, : len(demonstration.ids)].tolist()) == demonstration.ids
         assert found.trajectories[number][0].answer == "seven"
+
+
+# ---- a warm start that begins, stops and goes on -----------------------------------------------------------
+
+
+class Stopped:
+    """A warm start that is stopped after each two of its steps, of which none is trained."""
+
+    def __init__(self, runner: Runner, directory: Path, monkeypatch: pytest.MonkeyPatch):
+        self.runner, self.directory, self.began = runner, directory, list[int]()
+        self.path, self.groups = directory / "own.jsonl", list[Any]()
+        monkeypatch.setattr(training, "finetune", self._finetune)
+
+    def write(self, *rows: Any) -> None:
+        self.path.write_text("".join(f"{json.dumps(one)}\n" for one in rows))
+
+    def __call__(self) -> None:
+        engine = self.runner.engine
+        config = parse_config(quickstart.get_config())
+        warm = dataclasses.replace(config.warm_start, steps=9, checkpoint_every=1, demonstrations=(str(self.path),))
+        warm = dataclasses.replace(warm, image_root=str(self.directory))
+        config = dataclasses.replace(config, warm_start=warm)
+        rollouts: Any = SimpleNamespace(
+            mesh=engine.mesh,
+            graph=engine.graph,
+            params=jax.tree.map(lambda x: x.copy(), self.runner.params),
+            exchange=engine.exchange,
+            prompts=engine.prompts,
+        )
+        calls: Any = SimpleNamespace(journal=SimpleNamespace(begin=lambda name: None, sync=lambda: None))
+        nobody: Any = None
+        workdir, progress = self.directory / "run", Progress(io.StringIO())
+        with pytest.raises(preemption.Preempted):
+            training.warm_start(config, workdir, rollouts, nobody, nobody, calls, progress)
+
+    def _finetune(self, step: Any, state: Any, groups: Any, most: int, *rest: Any) -> Iterator[Any]:
+        done = rest[-1]
+        self.began.append(done)
+        self.groups, self.most = groups, most
+        for number in (1, 2):
+            yield done + number, state, {}
+        raise preemption.Preempted(agreed=False)
+
+
+@pytest.fixture
+def stopped(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stopped:
+    (tmp_path / "a.png").write_bytes(PNG)
+    return Stopped(runner, tmp_path, monkeypatch)
+
+
+def test_a_row_is_read_once_to_check_it_and_once_a_batch(
+    stopped: Stopped, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reads = demonstrations.read_chat, list[str]()
+
+    def counted(row: Any, name: str, root: Any) -> Any:
+        reads.append(name)
+        return read(row, name, root)
+
+    monkeypatch.setattr(demonstrations, "read_chat", counted)
+    stopped.write(*[one | {"images": ["a.png"]} for one in ROWS])
+    stopped()
+    names = ["own/000001", "own/000002"]
+    assert reads == names
+    assert stopped.most == max(sum(one.authored) for (one,) in stopped.groups) > 0
+    reads.clear()
+    collate(stopped.groups, runner.engine.prompts, (EPISODE.room,), runner.engine.mesh, stopped.most)
+    assert reads == names
+
+
+def test_a_warm_start_goes_on_with_the_rows_that_it_began_with(stopped: Stopped) -> None:
+    stopped.write(*ROWS)
+    stopped()
+    stopped.write(*ROWS)  # at another time
+    stopped()
+    assert stopped.began == [0, 2]
+    for rows, count in ((ROWS[::-1], 2), (ROWS[:1], 1), ([*ROWS, EPISODE_ROW], 3)):
+        stopped.write(*rows)
+        with pytest.raises(ConfigError) as caught:
+            stopped()
+        text = str(caught.value)
+        assert text.startswith("config.warm_start.demonstrations: the rows are others than at step 4 ")
+        assert f"(2 then, {count} now); bring the old ones back, or delete {stopped.directory}" in text
+        assert "\n" not in text
+    stopped.write(*ROWS)
+    stopped()
+    assert stopped.began == [0, 2, 4]
+
+
+def test_a_warm_start_whose_rows_are_not_on_record_goes_on(stopped: Stopped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of before they were."""
+    save = training.CheckpointStore.save
+    stopped.write(*ROWS)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training.CheckpointStore,
+            "save",
+            lambda self, step, state, run: save(self, step, state, {"steps": run["steps"]}),
+        )
+        stopped()
+    stopped.write(*ROWS[::-1])
+    stopped()
+    assert stopped.began == [0, 2]
