@@ -9,6 +9,7 @@ A run adds graders of its own (`config.graders`), or puts them in the place of b
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -110,6 +111,8 @@ class Graders:
     def __init__(self, own: Mapping[str, Any] | None = None, registry: RegistryConfig | None = None):
         made: dict[str, Grader | HostedGrader] = {}
         for name, value in (own or {}).items():
+            if not isinstance(name, str):
+                raise ConfigError(f"config.graders has the key {name!r:.60}; keys are names of sources, so quote it")
             if plain_name(name) in map(plain_name, made):
                 raise ConfigError(
                     f'config.graders has "{name}" twice (case, "-", "_" and " " do not count); rename one'
@@ -244,7 +247,7 @@ def _read_grader(where: str, value: Any, registry: RegistryConfig | None) -> Gra
     if "judge" in value:
         return _read_judge(where, value, registry)
     _check_keys(where, value, ("grader", "processes", "seconds"))
-    processes, seconds = value.get("processes", 1), value.get("seconds", 2.0)
+    processes, seconds = value.get("processes", min(4, os.cpu_count() or 1)), value.get("seconds", 2.0)
     own = _named(f"{where}.grader", value["grader"])
     if not isinstance(own, Own):
         raise ConfigError(f"{where}.grader {value['grader']!r} is built in and needs no processes; name it alone")

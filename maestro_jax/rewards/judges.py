@@ -44,7 +44,7 @@ VERDICT {code}: {form}
 _AGAIN = "This is request {attempt}: the reply to the one before did not end with that line.\n"
 
 _BRACKETS = str.maketrans("<>", "‹›")
-_CONTROL = re.compile(r"\[(/?[A-Z_]{1,32})\]")  # "[INST]" and its like
+_CONTROL = re.compile(r"\[(/?[A-Za-z_]{1,32})\]")  # "[INST]", "[gMASK]" and their like
 _VERDICT = re.compile(r"VERDICT ([0-9a-f]{8}): *(?:(yes|no)|([0-9]{1,4})(?: ?/ ?([0-9]{1,4}))?)", re.IGNORECASE)
 
 

@@ -8,6 +8,7 @@ A grader that is slow or unsafe runs in processes of its own, where a limit ends
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -75,9 +76,16 @@ class Own:
 
     def checked(self, task: Task, found: Any, low: float, high: float, wanted: str) -> float:
         is_number = isinstance(found, numbers.Real) or type(found).__name__ in ("bool_", "bool")  # numpy's is none
-        if not is_number or not math.isfinite(found) or not low <= found <= high:
-            raise ConfigError(f"{self._named(task)} gave {found!r:.60}; correct it, so that it gives {wanted}")
-        return float(found)
+        value = math.nan
+        with contextlib.suppress(OverflowError):  # an integer may be too large for a float
+            value = float(found) if is_number else math.nan
+        if not math.isfinite(value) or not low <= value <= high:
+            try:
+                shown = f"{found!r:.60}"
+            except Exception:  # foreign code; and Python refuses to print integers of thousands of digits
+                shown = f"a value of type {type(found).__name__}"
+            raise ConfigError(f"{self._named(task)} gave {shown}; correct it, so that it gives {wanted}")
+        return value
 
     def _named(self, task: Task) -> str:
         return f'{self.where}: {self.path} on task "{task.id}"'
@@ -96,7 +104,7 @@ class HostedGrader:
       processes: at most so many at a time; started with the first answers.
 
     Attributes:
-      late: answers so far that got no verdict and count as not right.
+      late: answers so far that got no verdict and count as not right; equal ones of a batch are one.
     """
 
     def __init__(self, own: Own, processes: int, seconds: float):
@@ -116,15 +124,17 @@ class HostedGrader:
         self._ready(None).end()
 
     def decide(self, answers: Sequence[tuple[Task, str]]) -> list[float]:
-        """The outcome of each, in order.
+        """The outcome of each, in order; equal ones are decided once.
 
         Raises:
           ConfigError: the function raised, or gave something else than an outcome.
         """
         if not answers:
             return []
+        each = list(dict.fromkeys(answers))
         with concurrent.futures.ThreadPoolExecutor(self._processes) as pool:
-            return list(pool.map(lambda one: self._decide(*one), answers))
+            found = dict(zip(each, pool.map(lambda one: self._decide(*one), each), strict=True))
+        return [found[answer] for answer in answers]
 
     def close(self) -> None:
         """Ends the processes; the next answer would start new ones."""
@@ -152,7 +162,8 @@ class HostedGrader:
         hosted = self._idle.get()
         try:
             hosted = self._ready(hosted)
-            fields = {name: value for name, value in vars(task).items() if name != "images"}
+            fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(Task)}  # no subclass's
+            del fields["images"]
             told = Message("user", json.dumps({"task": fields, "answer": answer}), task.images)
             timer = threading.Timer(self._seconds + WAIT_SECONDS, hosted.kill)
             timer.start()
@@ -187,15 +198,18 @@ class GraderProcess:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whoever has loaded libtpu ignores it, and what he starts too
 
     def answer(self, messages: Sequence[Message]) -> str:
-        told = json.loads(messages[0].text)
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in told["task"].items()
-        }
-        task = Task(**fields, images=messages[0].images)
-        signal.setitimer(signal.ITIMER_PROF, self._seconds)  # the kernel ends it; no handler has to run
         try:
+            told = json.loads(messages[0].text)
+            fields: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in told["task"].items()
+            }
+            task = Task(**fields, images=messages[0].images)
+            signal.setitimer(signal.ITIMER_PROF, self._seconds)  # the kernel ends it; no handler has to run
             return json.dumps({"outcome": self._own.number(task, told["answer"], *OUTCOME)})
         except UserError as error:
             return json.dumps({"error": str(error)})
+        except BaseException as error:  # a process that lives is not late: SystemExit and the like are errors, too
+            told_as = f"{self._own.where}: {self._own.path} gave no outcome ({one_line(error)}); correct it"
+            return json.dumps({"error": told_as})
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)

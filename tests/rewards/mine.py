@@ -27,7 +27,7 @@ def as_algebra(task: Task, answer: str) -> Any:
     return maths(task, answer)
 
 
-NUMBERS = {"nan": math.nan, "inf": math.inf}
+NUMBERS = {"nan": math.nan, "inf": math.inf, "huge": 10**400, "endless": 10**5000}
 
 
 def gives(task: Task, answer: str) -> Any:
@@ -45,6 +45,10 @@ def endless(task: Task, answer: str) -> bool:
     if answer == "crash":
         os.abort()
     return answer == task.answers[0]
+
+
+def leaves(task: Task, answer: str) -> bool:
+    raise SystemExit(answer)
 
 
 def sees_images(task: Task, answer: str) -> float:

@@ -79,7 +79,7 @@ def test_only_graders_that_look_at_images_are_shown_them() -> None:
 # ---- what is wrong -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", ["nan", "2.0", "-0.1", "None", "'yes'", "inf", "[1]", "2", "1j"])
+@pytest.mark.parametrize("given", ["nan", "2.0", "-0.1", "None", "'yes'", "inf", "[1]", "2", "1j", "huge", "endless"])
 def test_what_is_no_outcome_is_an_error_that_names_grader_task_and_cure(given: str) -> None:
     told = message(lambda: outcome(graders(words="gives"), given))
     assert told.startswith(f'config.graders.words: {MINE}:gives on task "t/1" gave ')
@@ -111,6 +111,11 @@ def test_a_wrong_entry_is_one_line_with_its_cure(entry: Any, told: str) -> None:
     assert told in message(lambda: Graders({"words": entry}))
 
 
+def test_a_key_that_is_no_text_is_one_line() -> None:
+    entries: Any = {5: "ChartQA"}
+    assert message(lambda: Graders(entries)) == "config.graders has the key 5; keys are names of sources, so quote it"
+
+
 def test_two_names_that_count_as_one_are_refused() -> None:
     assert 'has "my-words" twice' in message(lambda: graders(my_words="gives", **{"my-words": "gives"}))
 
@@ -137,11 +142,41 @@ def test_an_answer_that_takes_too_long_or_crashes_is_not_right_and_told(
     assert len(told) == 2 and all('on task "t/1" within 0.5 s of computing' in line for line in told)
 
 
+def test_equal_answers_are_graded_in_processes_once(hosted: Graders) -> None:
+    late = hosted.find("words").late  # type: ignore[union-attr]
+    assert hosted.outcomes([Answer(TASK, answer) for answer in ("loop", "seven", "loop", "loop")]) == [0, 1, 0, 0]
+    assert hosted.find("words").late == late + 1  # type: ignore[union-attr]
+
+
 def test_a_hosted_grader_is_told_the_whole_task() -> None:
     made = Graders({"words": {"grader": f"{MINE}:sees_images"}, "letters": {"grader": f"{MINE}:share_of_letters"}})
     try:
         assert outcome(made, "x", dataclasses.replace(TASK, images=(b"1", b"2"))) == 0.5
         assert outcome(made, "sever", dataclasses.replace(TASK, grader="letters", choices=("a", "b"))) == 0.8
+    finally:
+        made.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded(Task):
+    """A task of a user's own source."""
+
+    year: int = 0
+
+
+def test_a_task_with_further_fields_is_graded_in_processes_too() -> None:
+    """Every answer to it once counted as late and not right."""
+    made = Graders({"words": {"grader": f"{MINE}:share_of_letters", "processes": 1}})
+    try:
+        assert outcome(made, "sever", Graded(**vars(TASK), year=1999)) == 0.8
+    finally:
+        made.close()
+
+
+def test_a_hosted_grader_that_exits_is_an_error() -> None:
+    made = Graders({"words": {"grader": f"{MINE}:leaves", "processes": 1}})
+    try:
+        assert f"config.graders.words: {MINE}:leaves gave no outcome (SystemExit" in message(lambda: outcome(made, "x"))
     finally:
         made.close()
 
