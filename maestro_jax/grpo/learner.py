@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maestro_jax.grpo.advantages import group_advantages
-from maestro_jax.grpo.batch import Scored, make_microbatches, score_rollout
+from maestro_jax.grpo.batch import Scored, make_microbatches, rewards_of, score_rollout
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.update import NOTHING, GroupBatch, Total, TrainState, TrainStep
 from maestro_jax.rewards.reward import Scorer
@@ -65,7 +65,9 @@ class Learner:
                     total = total or self.step.begin()
                     for microbatch in microbatches:
                         total = self.step.add(state.params, total, microbatch)
-        self.reward.check([one for _, scored in seen for group in scored.parts for one in group])
+        # Groups that no judge can judge have no contrast, and are the first to be replaced: they count, too.
+        groups = [group for made, scored in seen for group in (*scored.parts, *rewards_of(made.replaced or ()))]
+        self.reward.check([one for group in groups for one in group])
         with jax.set_mesh(self.mesh):
             if total is None:
                 state, update = self.step(state, microbatches, left_out)

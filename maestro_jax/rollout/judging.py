@@ -30,10 +30,12 @@ class Judging:
     Args:
       outages: has what failed asked again, waits for judges that are out, and stops the run where too many verdicts are
         missing; None leaves them missing.
+      step: episodes of this process in a step. Shares of missing verdicts are of so many at least, however few are judged
+        at a time: one that always fails must not block the run.
     """
 
-    def __init__(self, dispatcher: Dispatcher, outages: Outages | None = None):
-        self._dispatcher, self._outages = dispatcher, outages
+    def __init__(self, dispatcher: Dispatcher, outages: Outages | None = None, step: int = 0):
+        self._dispatcher, self._outages, self._step = dispatcher, outages, step
 
     def __call__(self, asked: Sequence[tuple[str, Judgement]], episodes: int) -> list[float]:
         """The outcome of each, NaN where there is none.
@@ -75,7 +77,7 @@ class Judging:
         def marks() -> Marks:
             judges = [(number, judgement.judge.expert) for number, (_, judgement) in enumerate(asked)]
             own = Marks.of((n in failed, [(name, failed[n])] if n in failed else []) for n, name in judges)
-            return dataclasses.replace(own, total=episodes).everywhere()
+            return dataclasses.replace(own, total=max(episodes, self._step)).everywhere()
 
         def again() -> None:
             numbers = [number for number, status in sorted(failed.items()) if status is not Status.CONFIG_ERROR]

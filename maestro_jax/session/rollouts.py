@@ -74,7 +74,8 @@ def open_rollouts(
     engine = Engine(graph, mesh, prompts, exchange, fields(EngineConfig, config.rollout))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     progress.note(f"policy: {count:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)")
-    judging = Judging(calls.dispatcher, calls.outages)
+    step = config.grpo.groups * config.grpo.group_size // jax.process_count()
+    judging = Judging(calls.dispatcher, calls.outages, step)
     scorer = Scorer(config.reward, Graders(config.graders, config.registry), judging, tokens.decode)
     return Rollouts(config, architecture, prompts, exchange, mesh, graph, params, engine, scorer)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from maestro_jax.errors import ConfigError
 from maestro_jax.grpo.batch import Scored
 from maestro_jax.grpo.learner import Learner
 from maestro_jax.grpo.ledger import trained_row
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
-from maestro_jax.grpo.update import TrainState, UpdateConfig, grpo_loss, init_train_state, make_train_step
+from maestro_jax.grpo.update import NOTHING, TrainState, UpdateConfig, grpo_loss, init_train_state, make_train_step
 from maestro_jax.parallel.sharding import replicated
 from maestro_jax.policy.prompts import take_prompts
 from maestro_jax.policy.tokens import Tokens
@@ -50,6 +52,24 @@ def rollout(runner: Runner) -> Rollout:
             trajectory.answer, trajectory.well_formed = "seven" if m == 0 or g == 2 else "six", True
             trajectory.calls = [(Call("Lens", "Charting", "look"), Observation("7", Status.OK))]
     return found
+
+
+def test_groups_that_were_replaced_count_among_those_without_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no contrast, so that refilling leaves out just those that a judge cannot judge."""
+
+    class Judged:
+        def check(self, scored: Sequence[RewardParts]) -> None:
+            raise ConfigError(" ".join(parts.unjudged or "judged" for parts in scored))
+
+    fine, lost = RewardParts(1.0, 0.0, 0.0, 0.0, 1.0), RewardParts(np.nan, 0.0, 0.0, 0.0, np.nan, {}, "Referee")
+    left_out = [[SimpleNamespace(reward=lost), SimpleNamespace(reward=lost)]]
+    scored = Scored([[fine, fine]], np.ones((1, 2)), np.ones((1, 2), bool))
+    monkeypatch.setattr("maestro_jax.grpo.learner.score_rollout", lambda *_: scored)
+    monkeypatch.setattr("maestro_jax.grpo.learner.make_microbatches", lambda *_: ([], NOTHING, {}))
+    plan: Any = SimpleNamespace(microbatches=1)
+    made: Any = Learner(None, plan, Judged(), "grpo", True, 1, None, one_device())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="judged judged Referee Referee"):
+        made(None, [SimpleNamespace(replaced=left_out)])
 
 
 def learner(runner: Runner, rollouts: int) -> tuple[Learner, TrainState]:

@@ -1,5 +1,6 @@
 """A judge behind a server decides rewards: what it says, what becomes of its failures, and replays without it."""
 
+import concurrent.futures
 import dataclasses
 import math
 import re
@@ -200,6 +201,37 @@ def test_a_run_waits_for_a_judge_that_comes_back(referee: Referee, tmp_path: Pat
     # Only what was answered counts in the journal: a replay is told the same.
     again = Run(tmp_path / "b", "http://127.0.0.1:9/v1", replay=str(tmp_path / "a/journal.jsonl"))
     assert again(rollout())[0].parts == scored.parts
+
+
+class Desk:
+    """A dispatcher; the judge is there, and what it is asked about "dark red" is always late."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self, call: Call, prompt: str, *_: Any) -> concurrent.futures.Future[Observation]:
+        (code,) = re.findall(r"VERDICT ([0-9a-f]{8})", prompt)
+        is_late = "> dark red" in prompt
+        self.asked += is_late
+        reply = concurrent.futures.Future[Observation]()
+        reply.set_result(Observation(f"VERDICT {code}: 10", Status.TIMEOUT if is_late else Status.OK))
+        return reply
+
+    def check(self) -> None:
+        """No call ends with an error of the user's."""
+
+    def void(self, askers: list[str]) -> None:
+        """Nothing is kept."""
+
+
+def test_a_verdict_that_always_fails_does_not_block_a_run_that_judges_few_at_a_time() -> None:
+    """Under refill a call has the episodes of one group: a missing one was more than its share, and was waited for."""
+    desk: Any = Desk()
+    waiting = Outages(OutageConfig(0.2, 0.0), ["Lens"], dict, print)
+    scorer = Scorer(RewardConfig(), Graders(GRADERS, registry("http://127.0.0.1:9/v1")), Judging(desk, waiting, 64))
+    scored = score_rollout(rollout([["red", "dark red", "crimson", "reddish"]]), scorer)
+    assert scored.valid.tolist() == [[True, False, True, True]]
+    assert desk.asked == 1 + outages.RETRIES
 
 
 def test_a_run_gives_up_on_a_judge_that_stays_away(referee: Referee, tmp_path: Path) -> None:
