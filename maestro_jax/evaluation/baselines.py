@@ -21,6 +21,7 @@ from maestro_jax.suite.demonstrations import make_calls
 from maestro_jax.types import Call, Status, Task
 
 QUERY = "answer the question"
+_GRADED = 64  # tasks at a time: graders may need their images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +86,31 @@ def run_pairs(
 
     Args:
       outages: as of `make_calls`.
+
+    Raises:
+      ConfigError: a judge gives too few verdicts.
     """
     read = functools.lru_cache(maxsize=1)(tasks.__getitem__)  # a task when its turn comes, for all of its pairs
     count = len(pairs)
     calls = OnDemand(range(len(tasks) * count), lambda n: (read(n // count), Call(*pairs[n % count], QUERY)))
     replies = make_calls(dispatcher, calls, deadline, tick, outages)
-    looks = scorer.graders.looks_at_images
-    tasks_of_calls = [
-        task for full in tasks for task in [full if looks(full) else dataclasses.replace(full, images=())] * len(pairs)
-    ]
     texts = [reply.text if reply.status == Status.OK else "" for reply in replies]  # nothing is never right
-    answers = [
-        Answer(task, text, f"ticket {n}") for n, (task, text) in enumerate(zip(tasks_of_calls, texts, strict=True))
-    ]
-    right = np.array(scorer.outcomes(answers), float)
+    outcomes: list[float] = []
+    unjudged: list[str] = []
+    for first in range(0, len(tasks), _GRADED):
+        answers = []
+        for number in range(first, min(first + _GRADED, len(tasks))):
+            task = tasks[number]
+            if not scorer.graders.looks_at_images(task):
+                task = dataclasses.replace(task, images=())
+            answers += [Answer(task, texts[n], f"ticket {n}") for n in range(number * count, (number + 1) * count)]
+        found = scorer.outcomes(answers, len(texts))
+        outcomes += found
+        unjudged += [
+            scorer.graders.judge_of(a.task) if np.isnan(x) else "" for a, x in zip(answers, found, strict=True)
+        ]
+    scorer.check(unjudged)  # an expert is not to blame for what its judge does
+    right = np.array(outcomes, float)
     right[[reply.status.is_infrastructure for reply in replies]] = np.nan
     return right.reshape(len(tasks), len(pairs))
 

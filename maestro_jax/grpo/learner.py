@@ -67,7 +67,7 @@ class Learner:
                         total = self.step.add(state.params, total, microbatch)
         # Groups that no judge can judge have no contrast, and are the first to be replaced: they count, too.
         groups = [group for made, scored in seen for group in (*scored.parts, *rewards_of(made.replaced or ()))]
-        self.reward.check([one for group in groups for one in group])
+        self.reward.check([parts.unjudged for group in groups for parts in group])
         with jax.set_mesh(self.mesh):
             if total is None:
                 state, update = self.step(state, microbatches, left_out)

@@ -115,7 +115,7 @@ class Graders:
                 raise ConfigError(f"config.graders has the key {name!r:.60}; keys are names of sources, so quote it")
             if plain_name(name) in map(plain_name, made):
                 raise ConfigError(
-                    f'config.graders has "{name}" twice (case, "-", "_" and " " do not count); rename one'
+                    f'config.graders has "{name}" twice (case, "-", "_", "." and " " do not count); rename one'
                 )
             made[name] = _read_grader(f"config.graders.{name}", value, registry)
         self._others = made.pop(OTHERS, None)
@@ -128,7 +128,7 @@ class Graders:
         return any(isinstance(grader, Judge) for grader in self._all)
 
     def find(self, source: str, grader: str = "") -> Grader | HostedGrader:
-        """The grader of a name, or of a source; case, "-" and "_" do not count, so that "hrbench_4k" is "HRBench-4K".
+        """The grader of a name, or of a source, by `plain_name`: "hrbench_4k" is "HRBench-4K".
 
         Raises:
           ConfigError: there is none.
@@ -229,8 +229,8 @@ def of_kind(verdicts: Iterable[Verdict], kind: type) -> list:
 
 
 def plain_name(source: str) -> str:
-    """A source's name as far as it counts."""
-    return re.sub(r"[-_ ]", "", source.casefold())
+    """A source's name as far as it counts: without case, "-", "_", "." and spaces."""
+    return re.sub(r"[-_ .]", "", source.casefold())
 
 
 # ---- config.graders ----------------------------------------------------------------------------------------

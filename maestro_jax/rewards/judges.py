@@ -57,7 +57,7 @@ class Judge:
       prompt: template with {question}, {answers} (the gold ones) and {answer}.
       points: 0 asks for yes or no, else for whole points from 0 to so many.
       images: whether it sees the task's images.
-      deadline: seconds that one request may take, retries included.
+      deadline: seconds that one request may take, with retries and queueing.
     """
 
     expert: str

@@ -115,14 +115,17 @@ class Scorer:
         """How right each answer is (`Graders.outcomes`)."""
         return self.graders.outcomes(answers, self._judges, episodes)
 
-    def check(self, scored: Sequence[RewardParts]) -> None:
+    def check(self, unjudged: Sequence[str]) -> None:
         """Refuses a step too many of whose episodes have no verdict; of several processes all call it.
+
+        Args:
+          unjudged: of each episode (`RewardParts.unjudged`).
 
         Raises:
           UserError: so it is.
         """
         if self.graders.has_judges and self._judges is not None:
-            self._judges.check([parts.unjudged for parts in scored])
+            self._judges.check(unjudged)
 
     def __call__(self, episodes: Sequence[tuple[Task, EpisodeSummary]]) -> list[RewardParts]:
         """The reward of each episode; answers are graded side by side.

@@ -19,7 +19,7 @@ from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.types import Call, Observation, Status
 
 ATTEMPTS = 3  # at a verdict that can be read
-_IN_FLIGHT = 64  # a deadline counts from the submission, so what waits for its turn must not be submitted
+_IN_FLIGHT = 64  # a deadline counts from the submission, so what waits for its turn here must not be submitted
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ class Judging:
     Args:
       outages: has what failed asked again, waits for judges that are out, and stops the run where too many verdicts are
         missing; None leaves them missing.
-      step: episodes of this process in a step. Shares of missing verdicts are of so many at least, however few are judged
-        at a time: one that always fails must not block the run.
+      step: episodes of this process in a step. Shares of missing verdicts are of at least so many, however few are
+        judged at a time: one that always fails must not block the run.
     """
 
     def __init__(self, dispatcher: Dispatcher, outages: Outages | None = None, step: int = 0):

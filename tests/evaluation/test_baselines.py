@@ -1,7 +1,9 @@
 """Fixed routings: every pair on every task, and what is drawn from that matrix."""
 
+import dataclasses
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import QUERY, Baselines, check_pairs, run_baselines, summarise
 from maestro_jax.parallel import preemption
 from maestro_jax.registry.description.config import ExpertConfig, Pair, RegistryConfig, SkillConfig
-from maestro_jax.rewards.reward import Scorer
+from maestro_jax.rewards.graders import Graders
+from maestro_jax.rewards.reward import RewardConfig, Scorer
 from maestro_jax.rollout import outages
 from maestro_jax.rollout.outages import RETRIES, OutageConfig, Outages
 from maestro_jax.types import Call, Observation, Status, Task
@@ -209,3 +212,33 @@ def test_a_pair_that_hardly_ever_answered_is_no_best_one() -> None:
     with pytest.raises(preemption.Preempted) as stop:
         check_pairs(PAIRS, right, patient({}, print))
     assert stop.value.reason.startswith("19 of 20 calls of A with X have no answer of A (95 %)")
+
+
+def test_a_judge_without_verdicts_is_named_and_no_expert() -> None:
+    """The run once ended with 75, "the expert gave no answer", whenever it was started."""
+
+    class Silent:
+        def __call__(self, asked: Sequence[Any], episodes: int) -> list[float]:
+            return [math.nan] * len(asked)
+
+        def check(self, unjudged: Sequence[str]) -> None:
+            raise ConfigError(f"judged by {sorted(set(unjudged))}")
+
+    config = registry(X=(), Y=())
+    judge = ExpertConfig("Referee", "", "builtins:object", shown=False)
+    config = dataclasses.replace(config, experts=(*config.experts, judge))
+    scorer = Scorer(RewardConfig(), Graders({"counting": {"judge": "Referee"}}, config), Silent())
+    desk = Desk({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS})
+    with pytest.raises(ConfigError, match=r"judged by \['', 'Referee'\]"):
+        run_baselines(
+            [task(0, "counting"), task(1, "reading")], config, desk, scorer, 9.0, lambda done: None, patient({}, print)
+        )  # type: ignore[arg-type]
+
+
+def test_few_tasks_are_in_memory_where_graders_see_images() -> None:
+    source = Fresh(task(number, "words") for number in range(500))
+    scorer = Scorer(RewardConfig(), Graders({"words": "tests.rewards.mine:sees_images"}))
+    desk = Forgetful({Pair(*pair): Observation("7", Status.OK) for pair in PAIRS})
+    view = TaskView(source, range(len(source)))
+    run_baselines(view, registry(X=(), Y=()), desk, scorer, 9.0, lambda done: None)  # type: ignore[arg-type]
+    assert source.most_alive < 100

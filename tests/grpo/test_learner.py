@@ -58,8 +58,8 @@ def test_groups_that_were_replaced_count_among_those_without_a_verdict(monkeypat
     """They have no contrast, so that refilling leaves out just those that a judge cannot judge."""
 
     class Judged:
-        def check(self, scored: Sequence[RewardParts]) -> None:
-            raise ConfigError(" ".join(parts.unjudged or "judged" for parts in scored))
+        def check(self, unjudged: Sequence[str]) -> None:
+            raise ConfigError(" ".join(name or "judged" for name in unjudged))
 
     fine, lost = RewardParts(1.0, 0.0, 0.0, 0.0, 1.0), RewardParts(np.nan, 0.0, 0.0, 0.0, np.nan, {}, "Referee")
     left_out = [[SimpleNamespace(reward=lost), SimpleNamespace(reward=lost)]]

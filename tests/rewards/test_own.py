@@ -116,6 +116,11 @@ def test_a_key_that_is_no_text_is_one_line() -> None:
     assert message(lambda: Graders(entries)) == "config.graders has the key 5; keys are names of sources, so quote it"
 
 
+def test_a_source_with_dots_is_named_without() -> None:
+    """Keys of a config have none."""
+    assert Graders({"MMMUval": "ChartQA"}).find("MMMU.val") is GRADERS["ChartQA"]
+
+
 def test_two_names_that_count_as_one_are_refused() -> None:
     assert 'has "my-words" twice' in message(lambda: graders(my_words="gives", **{"my-words": "gives"}))
 

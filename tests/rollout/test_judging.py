@@ -119,7 +119,7 @@ class Run:
             for number, made in enumerate(rollouts):
                 journal.begin(f"step {number}")
                 found.append(score_rollout(made, scorer))
-                scorer.check([one for group in found[-1].parts for one in group])
+                scorer.check([one.unjudged for group in found[-1].parts for one in group])
             return found
         finally:
             dispatcher.close()
