@@ -241,6 +241,7 @@ NO_FOREIGN_TEXT = {
     "policy/hf_export.py": "the run's own settings",
     "command.py": "the user's command line",
     "config.py": "the user's settings",
+    "evaluation/settings.py overridden": "the user's command line",
     "mapping.py": "the user's settings",
     "observe/trackers.py": "the user's settings, and names of metrics",
     "parallel/cluster.py": "the environment of the scheduler and errors of jax",
