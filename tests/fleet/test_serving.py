@@ -210,7 +210,7 @@ def test_a_command_that_cannot_be_started_ends_the_others(job: Job) -> None:
     [
         (
             "{'registry': {'experts': ({'name': 'A', 'description': '', 'serv': ()},)}}",
-            'key "serv"; did you mean "serve"',
+            'unknown key registry.experts["A"].serv; did you mean registry.experts["A"].serve?',
         ),
         ("{'seed': 0}", "registry needs at least one shown expert"),
     ],
