@@ -73,7 +73,6 @@ ENDS = (
     "after_save:1:INT",
     "after_metrics:1:KILL",
     "after_rollout:1:KILL",
-    "in_baselines:2:KILL",  # of routing without learning, behind the last update
 )
 WARM_SAVED = "step 19 of the warm start is saved"  # by TERM: 14 steps after the checkpoint that KILL has left
 # Places that every start comes to, until the run is over.
