@@ -7,6 +7,7 @@ A file holds commands ("$ launch/...") with what they print below them. After a 
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -23,18 +24,19 @@ def written_anew(text: str) -> str:
 
 
 def printed(command: str) -> str:
-    """What a command prints; paths of this checkout are left out."""
+    """What a command prints; the paths of this checkout and of temporary files have names in their place."""
+    temporary = tempfile.gettempdir()
     result = subprocess.run(
         ["bash", "-c", command],
         cwd=REPOSITORY,
-        env={"PATH": os.environ["PATH"], "HOME": "/", "TMPDIR": "/tmp"},
+        env={"PATH": os.environ["PATH"], "HOME": "/", "TMPDIR": temporary},
         capture_output=True,
         text=True,
         timeout=60,
     )
     if result.returncode:
         return f"exit code {result.returncode}\n{result.stderr}"
-    return result.stdout.replace(str(REPOSITORY), "REPOSITORY")
+    return result.stdout.replace(str(REPOSITORY), "REPOSITORY").replace(f"{temporary}/", "TEMPORARY/")
 
 
 if __name__ == "__main__":
