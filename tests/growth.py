@@ -13,7 +13,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,12 +253,18 @@ def _turns() -> dict[str, Reader]:
 
 
 def _completion(text: str) -> None:
-    usage = {"prompt_tokens": 1, "completion_tokens": 1}
-    whole = json.dumps({"choices": [{"message": {"content": text}}], "usage": usage})
-    for body in (whole, text, f'{{"choices": [{{"message": {{"content": {text}}}}}]}}'):
+    for body in _bodies(text):
         for read in (chat.read_completion, chat.read_models):
             with contextlib.suppress(chat.BadReplyError):
-                read(body.encode("utf-8", "replace"))
+                read(body)
+
+
+@functools.lru_cache(maxsize=4)  # the server writes them: measured again, they cost no time of the reader
+def _bodies(text: str) -> tuple[bytes, ...]:
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    whole = json.dumps({"choices": [{"message": {"content": text}}], "usage": usage})
+    bodies = whole, text, f'{{"choices": [{{"message": {{"content": {text}}}}}]}}'
+    return tuple(body.encode("utf-8", "replace") for body in bodies)
 
 
 def _boxes(text: str) -> None:
@@ -288,7 +294,17 @@ def _found(text: str) -> None:
 
     config = SimpleNamespace(name="detect", timeout=9.0, parse="", prompt="{text}")
     service = served.ServedService(config, Expert(), boxes.Frame())  # type: ignore[arg-type]
-    asyncio.run(service.run((b"", b""), text, 1.0))
+
+    _run(service.run((b"", b""), text, 1.0))
+
+
+def _run(work: Coroutine[Any, Any, Any]) -> None:
+    """Without a result: at the end of `asyncio.run`, Python's `signal` makes the repr of it."""
+
+    async def alone() -> None:
+        await work
+
+    asyncio.run(alone())
 
 
 def _retry_after(text: str) -> None:
@@ -306,7 +322,7 @@ def _sandboxed(text: str) -> None:
         async def run(self, program: str, files: Mapping[str, bytes], limits: Limits, stdin: bytes = b"") -> Any:
             return dataclasses.replace(judge(0, data, data, limits), stdout=text + stdin.decode() + " " + text)
 
-    asyncio.run(run_tests(Sandbox(), "", "", limits))  # type: ignore[arg-type]
+    _run(run_tests(Sandbox(), "", "", limits))  # type: ignore[arg-type]
     judge(1, data, data, limits)
 
 

@@ -3,6 +3,10 @@
 import dataclasses
 from typing import Literal
 
+Surrogate = Literal["ppo", "gspo", "cispo"]
+Aggregation = Literal["sequence", "token", "constant"]
+Moments = Literal["float32", "bfloat16", "int8"]
+
 
 @dataclasses.dataclass(frozen=True)
 class GrpoConfig:
@@ -27,11 +31,11 @@ class GrpoConfig:
     groups: int = 64
     group_size: int = 8
     advantage: Literal["std", "none", "leave_one_out"] = "std"
-    surrogate: Literal["ppo", "gspo", "cispo"] = "ppo"
+    surrogate: Surrogate = "ppo"
     clip_low: float = 0.2
     clip_high: float = 0.2
     importance_cap: float = 0.0
-    aggregation: Literal["sequence", "token", "constant"] = "sequence"
+    aggregation: Aggregation = "sequence"
     constant_length: int = 2048
     entropy_weight: float = 0.0
     kl_weight: float = 0.0  # a pretrained policy needs no tie to its start
@@ -59,5 +63,5 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    moments: Moments = "float32"
     offload: bool = False

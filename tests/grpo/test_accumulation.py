@@ -2,15 +2,15 @@
 
 import dataclasses
 import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maestro_jax.grpo.config import Aggregation, Surrogate
 from maestro_jax.grpo.losses import (
-    AGGREGATIONS,
-    SURROGATES,
     LossConfig,
     LossInputs,
     aggregate,
@@ -24,7 +24,7 @@ B, G, R = 6, 3, 8
 SPLITS = [[range(6)], [range(3), range(3, 6)], [[b] for b in range(6)], [[4], [0, 5, 2], [1, 3]]]
 LOSSES = [
     LossConfig(0.2, 0.28, aggregation, 16, 0.01, 0.1, "k3", surrogate, cap)
-    for aggregation, surrogate, cap in itertools.product(AGGREGATIONS, SURROGATES, (0.0, 1.5))
+    for aggregation, surrogate, cap in itertools.product(get_args(Aggregation), get_args(Surrogate), (0.0, 1.5))
 ]
 
 
@@ -72,7 +72,7 @@ def test_parts_sum_to_the_batch(config: LossConfig) -> None:
             np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-13, atol=1e-16)
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", get_args(Aggregation))
 def test_a_mean_over_uneven_parts_would_be_another_loss(aggregation: str) -> None:
     """The parts here differ in tokens and in members, so the comparison above is not empty."""
     whole, config = batch(), LossConfig(0.2, 0.2, aggregation, 16)

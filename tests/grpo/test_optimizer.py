@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from maestro_jax.checkpoint.store import CheckpointStore, named_leaves
+from maestro_jax.grpo.config import Moments
 from maestro_jax.grpo.losses import LossConfig, LossCount
 from maestro_jax.grpo.optimizer import (
-    MOMENTS,
     OptimizerConfig,
     dequantise,
     hashed,
@@ -149,7 +149,7 @@ def test_bytes_at_the_bottom() -> None:
     assert not dequantise(quantise(x, "uint8", chance))[1].any()
 
 
-@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("moments", get_args(Moments))
 def test_a_second_moment_falls_though_a_step_is_less_than_its_last_place(moments: str) -> None:
     """Without gradients, b2 = 0.999 leaves 0.368 of it after 1,000 steps; rounded to the nearest bfloat16, all."""
     adam = scale_by_adam(0.9, 0.999, 1e-8, moments)
@@ -182,7 +182,7 @@ def test_training_follows_fp32_moments(b2: float) -> None:
 
     x, y = jnp.asarray(x), jnp.asarray(y)
     curves = {}
-    for moments in MOMENTS:
+    for moments in get_args(Moments):
         config = dataclasses.replace(OPTIMIZER, learning_rate=3e-3, b2=b2, eps=1e-8, weight_decay=0.0, moments=moments)
         optimizer = make_optimizer(config)
 
@@ -263,7 +263,7 @@ def test_rounding_depends_neither_on_the_mesh_nor_on_where_moments_are_kept(mome
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("moments", get_args(Moments))
 @pytest.mark.parametrize("offload", [False, True])
 def test_checkpoints_hold_every_bit(moments: str, offload: bool, tmp_path: Path) -> None:
     config = dataclasses.replace(OPTIMIZER, moments=moments, offload=offload)
