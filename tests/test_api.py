@@ -15,12 +15,9 @@ from configs import quickstart
 from maestro_jax import api
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.trackers import TrackedRun
-from tests.test_train_command import TINY
+from tests.main_job import TINY
 
 SMALL = TINY | {  # the batches divide over the eight devices of the tests
-    "rollout.member_buckets": (),
-    "policy.prefix_buckets": (128,),
-    "policy.architecture.vision_config.deepstack_visual_indexes": (0,),
     "data.train_per_domain": 2,
     "warm_start.steps": 2,
     "warm_start.groups": 8,

@@ -33,8 +33,8 @@ from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.registry.record.replay import read_calls
 from tests import hanging
 from tests.conftest import QUICK_FLAGS
+from tests.main_job import TINY
 from tests.parallel import processes
-from tests.test_train_command import TINY
 from tests.zygote import SECONDS, Zygote
 
 TASKS, STEPS, GROUPS = 10, 10, 2  # two epochs: every task is trained twice
@@ -73,6 +73,7 @@ ENDS = (
     "after_save:1:INT",
     "after_metrics:1:KILL",
     "after_rollout:1:KILL",
+    "in_baselines:2:KILL",  # behind the last update
 )
 WARM_SAVED = "step 19 of the warm start is saved"  # by TERM: 14 steps after the checkpoint that KILL has left
 # Places that every start comes to, until the run is over.

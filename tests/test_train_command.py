@@ -21,73 +21,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import quickstart
 from maestro_jax.checkpoint.params import ParamReader
-from maestro_jax.config import completed, parse_config
 from maestro_jax.data.benchmarks.catalogue import BENCHMARKS
-from maestro_jax.data.mixture import Mixture
 from maestro_jax.data.prepare import prepare
-from maestro_jax.errors import EXIT_CONFIG, ConfigError
+from maestro_jax.errors import EXIT_CONFIG
 from maestro_jax.grpo.update import GroupBatch
-from maestro_jax.jobs.train import is_free
 from maestro_jax.observe.metrics import read_metrics
 from maestro_jax.observe.progress import Progress
 from maestro_jax.policy.model import PrefixBatch
 from maestro_jax.policy.vision import ImageBatch
-from maestro_jax.session.binding import check_same_run
-from maestro_jax.session.tasks import open_held_out, open_training
-from maestro_jax.settings import Settings, read_settings
+from maestro_jax.settings import read_settings
 from maestro_jax.training.updates import note_shape
-from tests.data import verl_rows
 from tests.data.benchmarks import layouts
+from tests.main_job import EVERY, EXAMPLES, ROOT, STEPS, TINY, png, verl, without_times, write_parquet
 
-ROOT = Path(__file__).parents[1]
-# The published rows are handed out in a shared folder inside the checkout or beside it.
-EXAMPLES = next((path for root in (ROOT, ROOT.parent) if (path := root / "shared/data/maestro_example").is_dir()), None)
-STEPS, EVERY = 8, 3  # steps in all, and between checkpoints and evaluations
 KILLED_EARLY, KILLED_LATE = 2, 7
 SECONDS = 400  # far above what is needed: a hang fails instead of hanging the suite
 EXIT_SECONDS = 120  # for some steps and the way out; Orbax can hold a process for 300
 CANARY = "canary-key-that-nobody-may-write"
 ROWS = {"random", "best_single_pair", "warm_start", "trained", "domain_oracle", "task_oracle"}
 DOMAINS = {"charts", "counting", "geometry", "reading", "visual_qa"}
-
-TEXT, VISION = "policy.architecture.text_config", "policy.architecture.vision_config"
-TINY = {
-    "data.train_per_domain": 8,
-    "data.test_per_domain": 1,
-    "policy.prefix_buckets": "(128,)",
-    f"{TEXT}.hidden_size": 64,
-    f"{TEXT}.intermediate_size": 128,
-    f"{TEXT}.num_hidden_layers": 1,
-    f"{TEXT}.num_attention_heads": 2,
-    f"{TEXT}.num_key_value_heads": 2,
-    f"{VISION}.depth": 1,
-    f"{VISION}.hidden_size": 32,
-    f"{VISION}.intermediate_size": 32,
-    f"{VISION}.out_hidden_size": 64,
-    f"{VISION}.deepstack_visual_indexes": "(0,)",
-    "rollout.max_calls": 1,
-    "rollout.turn_budget": 24,
-    "rollout.observation_tokens": 16,
-    "rollout.member_buckets": "()",
-    # Prices differ between pairs: with a weight, the members of nearly every group differ in reward.
-    "reward.cost_weight": 1e4,
-    "warm_start.steps": 40,
-    "warm_start.checkpoint_every": 5,
-    "warm_start.groups": 4,
-    "warm_start.group_size": 2,
-    "warm_start.optimizer.learning_rate": 1e-2,
-    "warm_start.optimizer.warmup_steps": 5,
-    "warm_start.optimizer.decay_steps": 40,
-    "grpo.steps": STEPS,
-    "grpo.groups": 2,
-    "grpo.group_size": 4,
-    "grpo.logprob_chunk": 32,
-    "evaluate.batch": 5,
-    "evaluate.every": EVERY,
-    "checkpoint.every": EVERY,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +137,6 @@ def assert_refused(result: subprocess.CompletedProcess[str], *says: str) -> None
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for part in says:
         assert part in lines[0]
-
-
-def without_times(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
 
 
 # ---- a run to its end, killed once -------------------------------------------------------------------------
@@ -418,12 +367,6 @@ def test_a_shape_of_the_update_is_noted_whenever_the_update_is_compiled() -> Non
 # ---- mistakes ----------------------------------------------------------------------------------------------
 
 
-def test_a_turn_budget_that_cuts_every_call_is_refused_before_anything_is_trained(job: Job, tmp_path: Path) -> None:
-    result = job.run(tmp_path / "run", **{"rollout.turn_budget": 16})
-    assert_refused(result, "turn_budget=16 cuts turns that are right", "or more")
-    assert not (tmp_path / "run" / "warm_start").exists()
-
-
 def test_a_misspelt_override_is_refused(job: Job, tmp_path: Path) -> None:
     assert_refused(job.run(tmp_path, **{"grpo.group_sze": 4}), "config.grpo.group_sze", "group_size")
 
@@ -440,39 +383,14 @@ def test_a_config_file_that_is_not_there_is_refused(job: Job, tmp_path: Path) ->
     assert_refused(job.finish([*job.bare(), "--config=configs/nowhere.py", f"--workdir={tmp_path}"]), "nowhere.py")
 
 
-def test_another_setting_in_the_same_workdir_is_refused(job: Job, interrupted: Interrupted) -> None:
-    result = job.run(interrupted.workdir, seed=1)
-    assert_refused(result, "config.seed=0", "this one has 1", "another directory")
-
-
 def test_a_word_that_is_no_flag_is_refused(job: Job, tmp_path: Path) -> None:
     result = job.finish([*job.command(tmp_path, {}), "config.grpo.steps=3"])
     assert_refused(result, "unexpected argument 'config.grpo.steps=3'; write --config.grpo.steps=3 if")
 
 
-def test_a_workdir_that_cannot_be_made_is_refused(job: Job, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert_refused(job.run(tmp_path / "file" / "run"), f"--workdir={tmp_path}/file/run cannot be", "Not a directory")
-
-
-def test_more_held_out_tasks_than_there_are_are_refused(job: Job, tmp_path: Path) -> None:
-    says = "config.evaluate.tasks=6, and the data has 5 held-out tasks; set it to 5 or less, or to 0 for all"
-    assert_refused(job.run(tmp_path, **{"evaluate.tasks": 6}), says)
-
-
-@pytest.mark.parametrize(
-    ("key", "bound", "free"),
-    [
-        ("data.damage_limit", "", True),  # its own error says to raise it
-        ("grpo.steps", "", True),
-        ("seed", "", False),
-        ("seed", "registry.", True),
-        ("registry.services", "registry.", False),
-        ("registry.services", None, True),
-    ],
-)
-def test_what_may_differ_from_the_work_directory(key: str, bound: str | None, free: bool) -> None:
-    assert is_free(key, bound) == free
+def test_another_setting_in_the_same_workdir_is_refused(job: Job, interrupted: Interrupted) -> None:
+    result = job.run(interrupted.workdir, seed=1)
+    assert_refused(result, "config.seed=0", "this one has 1", "another directory")
 
 
 def test_a_start_that_makes_nothing_does_not_bind_the_next(job: Job, tmp_path: Path) -> None:
@@ -487,84 +405,7 @@ def test_a_start_that_makes_nothing_does_not_bind_the_next(job: Job, tmp_path: P
     assert_refused(job.run(tmp_path, **mended, seed=1), "config.seed=0, this one has 1")
 
 
-def test_a_mistake_does_not_take_the_workdir(job: Job, tmp_path: Path) -> None:
-    """The mended command may be given the same one: nothing has been made with the wrong setting."""
-    for name in ("misspelt.parquet", "other.parquet"):
-        assert_refused(job.run(tmp_path, **verl(tmp_path / name, tmp_path / name)), f"{tmp_path / name}: no such file")
-
-
-def settings_of(expert: dict[str, Any], **others: Any) -> Settings:
-    names = {"name": "Chart-R1.5", "description": "charts"}
-    skill = {"name": "S", "stages": ({"kind": "ask", "output": "a", "prompt": "{question}"},)} | others
-    registry = {"experts": (names | expert, {"name": "Other"}), "skills": (skill,)}
-    return Settings.of(completed({"seed": 0, "registry": registry}))
-
-
-def nothing(key: str) -> bool:
-    """No setting may change."""
-    return False
-
-
-SERVED = {"endpoints": ("http://127.0.0.1:1/v1",), "model": "m", "options": {"timeout": 1}, "price_prompt": 1.0}
-
-
-@pytest.mark.parametrize(
-    "moved",
-    [
-        {"endpoints": ("http://127.0.0.1:2/v1", "http://127.0.0.1:3/v1")},
-        {"key": "ANOTHER_KEY"},
-        {"concurrency": 8},
-        {"attempt_timeout": 20.0},
-        {"serve": ("vllm", "{port}")},
-    ],
-)
-def test_servers_may_move_between_a_run_and_its_continuation(moved: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    settings_of(SERVED).write(path)
-    (name, value), before = *moved.items(), SERVED.get(*moved)
-    was = "(not set)" if before is None else repr(before)
-    told = f"config.registry.experts.Chart-R1.5.{name} was {was} so far and is now {value!r}"
-    assert check_same_run(path, settings_of(SERVED | moved), nothing) == [told]
-    assert check_same_run(path, settings_of(SERVED), nothing) == []
-
-
-@pytest.mark.parametrize(
-    ("expert", "others", "names"),
-    [
-        ({"model": "n"}, {}, "experts.Chart-R1.5.model='m', this one has 'n'"),
-        ({"temperature": 0.5}, {}, "experts.Chart-R1.5.temperature=(not set), this one has 0.5"),
-        ({"options": {"timeout": 2}}, {}, "experts.Chart-R1.5.options={'timeout': 1}, this one has {'timeout': 2}"),
-        ({"price_prompt": 2.0}, {}, "experts.Chart-R1.5.price_prompt=1.0, this one has 2.0"),
-        ({"name": "Chart-R2"}, {}, "experts=['Chart-R1.5', 'Other'], this one has ['Chart-R2', 'Other']"),
-        ({}, {"description": "new"}, "skills.S.description=(not set), this one has 'new'"),
-        ({}, {"stages": ()}, "skills.S.stages="),
-    ],
-)
-def test_what_experts_answer_may_not_change(
-    expert: dict[str, Any], others: dict[str, Any], names: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "config.json"
-    settings_of(SERVED).write(path)
-    with pytest.raises(ConfigError, match=re.escape(f"holds a run with config.registry.{names}")):
-        check_same_run(path, settings_of(SERVED | expert, **others), nothing)
-
-
 # ---- tasks from verl parquet files -------------------------------------------------------------------------
-
-
-def png(red: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (red, 40, 40)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_parquet(path: Path, images: Sequence[bytes]) -> Path:
-    """A file in the published schema with one row per image."""
-    return verl_rows.write_rows(path, [verl_rows.row(number, image) for number, image in enumerate(images)])
-
-
-def verl(train: Path, test: Path) -> dict[str, str]:
-    return {"data.kind": "verl", "data.train_files": f"('{train}',)", "data.test_files": f"('{test}',)"}
 
 
 def test_a_run_on_parquet_files(job: Job, interrupted: Interrupted, tmp_path: Path) -> None:
@@ -628,58 +469,6 @@ def test_the_config_of_the_4b_trains_a_small_checkpoint(
     assert_same_parameters(interrupted.workdir, tmp_path / "run", below="visual/")
     with pytest.raises(AssertionError):
         assert_same_parameters(interrupted.workdir, tmp_path / "run", below="language_model/norm")
-
-
-def test_a_mixture_is_opened_in_its_shares(tmp_path: Path) -> None:
-    files = [write_parquet(tmp_path / f"{name}.parquet", [png(n) for n in range(2 + n)]) for n, name in enumerate("ab")]
-    raw = quickstart.get_config()
-    raw.data.kind, raw.data.test_files = "verl", (str(files[0]),)
-    raw.data.mixture = tuple(
-        {"kind": "verl", "files": (str(file),), "split": "", "image_root": "", "weight": weight}
-        for file, weight in zip(files, (0.75, 0.25), strict=True)
-    )
-    opened = parse_config(raw), tmp_path, Progress(io.StringIO())
-    train, test = open_training(*opened), open_held_out(*opened)
-    assert isinstance(train, Mixture) and train.weights == (3, 1)
-    assert (len(train), len(test)) == (5, 2)
-
-
-def test_a_corrupt_parquet_file_is_refused(job: Job, tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "train.parquet", [png(0)])
-    path.write_bytes(path.read_bytes()[:-20])
-    result = job.run(tmp_path / "run", **verl(path, path))
-    assert_refused(result, str(path), "not a complete parquet file", "re-download or re-export")
-
-
-def test_a_broken_image_is_refused(job: Job, tmp_path: Path) -> None:
-    train = write_parquet(tmp_path / "train.parquet", [png(0), b"\x89PNG but no picture"])
-    result = job.run(tmp_path / "run", **verl(train, write_parquet(tmp_path / "test.parquet", [png(0)])))
-    assert_refused(result, f"{train} row 1, field images[0]")
-
-
-def test_a_source_that_nobody_can_grade_is_refused_before_anything_is_computed(job: Job, tmp_path: Path) -> None:
-    rows = [verl_rows.row(n, png(n), data_source="riddles" if n == 7 else "chartqa") for n in range(8)]
-    path = verl_rows.write_rows(tmp_path / "train.parquet", rows)
-    result = job.run(tmp_path / "run", **verl(path, write_parquet(tmp_path / "test.parquet", [png(0)])))
-    assert_refused(
-        result, f'{path} row 7: no grader for source "riddles"', "name one in config.graders, or correct the row"
-    )
-    assert not (tmp_path / "run" / "config.json").exists()
-
-
-@pytest.mark.skipif(EXAMPLES is None, reason="the published example rows are not in shared/")
-def test_the_published_rows_become_tasks() -> None:
-    assert EXAMPLES is not None
-    raw = quickstart.get_config()
-    raw.data.kind = "verl"
-    raw.data.train_files = (str(EXAMPLES / "train_data_example.parquet"),)
-    raw.data.test_files = (str(EXAMPLES / "val_data_example.parquet"),)
-    opened = parse_config(raw), Path(), Progress(io.StringIO())
-    train, test = open_training(*opened), open_held_out(*opened)
-    for source, answer in ((train, "Go-Jek"), (test, "Tania Vicenzino")):
-        task = source[0]
-        assert (len(source), task.source, task.answers, len(task.images)) == (1, "chartqa", (answer,), 1)
-        assert task.question.endswith("?") and "<image>" not in task.question
 
 
 @pytest.mark.slow  # its picture and question have shapes of their own, for which programs are compiled

@@ -15,7 +15,7 @@ import pytest
 
 from maestro_jax.errors import EXIT_PREEMPTED
 from maestro_jax.observe.metrics import read_metrics
-from tests.test_train_command import ROOT, TINY, without_times
+from tests.main_job import ROOT, TINY, without_times
 
 SECONDS = 500  # far above what is needed
 PROMISE = 15  # seconds in which a lost process ends the others
