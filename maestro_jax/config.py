@@ -25,6 +25,7 @@ from maestro_jax.parallel.config import MeshConfig
 from maestro_jax.plugins import load
 from maestro_jax.policy.config import PolicyConfig
 from maestro_jax.registry.description.config import RegistryConfig
+from maestro_jax.registry.description.prompt import inline_prompt, render_system_prompt
 from maestro_jax.registry.description.reading import parse_registry
 from maestro_jax.rewards.graders import Graders
 from maestro_jax.rewards.reward import RewardConfig, Scorer
@@ -89,15 +90,26 @@ def complete(raw: ConfigDict) -> ConfigDict:
 def completed(raw: Any) -> dict[str, Any]:
     """A `ConfigDict` or nested mapping as a new dict, with the default of every setting that it leaves out.
 
+    A prompt that is given as a file stands there as a text (`inlined`).
+
     Raises:
-      ConfigError: it is no mapping, or has a name that no setting may have.
+      ConfigError: it is no mapping, has a name that no setting may have, or names a prompt that cannot be read.
     """
     if not hasattr(raw, "items"):
         raise ConfigError(f"a config is a ConfigDict, a mapping or a path, found {type(raw).__name__}")
     try:
-        return complete(ConfigDict(raw.to_dict() if isinstance(raw, ConfigDict) else dict(raw))).to_dict()
+        return inlined(complete(ConfigDict(raw.to_dict() if isinstance(raw, ConfigDict) else dict(raw))).to_dict())
     except ValueError as error:  # ml_collections, on names with dots
         raise ConfigError(f"the config cannot be read ({error}); leave dots out of names of settings") from error
+
+
+def inlined(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with the prompt itself in place of its file's name: what a run is bound to, and goes on with."""
+    policy = raw.get("policy")
+    given = policy.get("system_prompt") if isinstance(policy, Mapping) else None
+    if not isinstance(given, str) or not given:
+        return dict(raw)
+    return {**raw, "policy": {**policy, "system_prompt": inline_prompt(given)}}
 
 
 def _add(raw: ConfigDict, defaults: ConfigDict) -> None:
@@ -140,6 +152,7 @@ def _check(config: Config, trains: bool) -> None:
     if rollout.room and rollout.turn_budget >= rollout.room:
         raise ConfigError(f"config.rollout.turn_budget={rollout.turn_budget} must be below room={rollout.room}")
     _check_rollout(rollout)
+    render_system_prompt(config.registry, rollout.max_calls, config.policy.system_prompt)  # its names are known
     if not trains:
         return
     _check_ahead(rollout, grpo)

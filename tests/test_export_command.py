@@ -37,7 +37,7 @@ from maestro_jax.policy.model import Policy
 from maestro_jax.policy.preprocess import prepare_image
 from maestro_jax.policy.tokens import train_tokens
 from maestro_jax.session.policy import open_params
-from maestro_jax.settings import Settings
+from maestro_jax.settings import Settings, read_settings
 
 ROOT = Path(__file__).parents[1]
 STEPS = (2, 5)
@@ -278,6 +278,24 @@ def test_shards_have_an_index_and_stay_below_the_limit(tmp_path: Path) -> None:
         held = load_file(path).values()
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held) <= 100
     assert hf_export.SHARD_BYTES <= 5e9 and path.stat().st_mode & 0o044
+
+
+def test_the_prompt_that_a_run_was_given_is_exported(run: SavedRun, tmp_path: Path) -> None:
+    """With its places, as the user wrote it; the card says that it is there and shows none of it."""
+    own = tmp_path / "run"
+    shutil.copytree(run.workdir, own)
+    prompt = "Ask kindly.\r\n{experts}\n{skills}\n"
+    settings = read_settings(own / "config.json")
+    assert settings is not None
+    settings.config["policy"]["system_prompt"] = f"text:{prompt}"
+    settings.write(own / "config.json")
+    api.export(own, tmp_path / "with", dtype="float32")
+    assert (tmp_path / "with/system_prompt.txt").read_bytes() == prompt.encode()
+    card = (tmp_path / "with/README.md").read_text()
+    assert "the system prompt in `system_prompt.txt`" in card and "kindly" not in card
+    api.export(run.workdir, tmp_path / "without", dtype="float32")
+    assert not (tmp_path / "without/system_prompt.txt").exists()
+    assert "system prompt" not in (tmp_path / "without/README.md").read_text()
 
 
 def test_the_card_says_what_its_figures_leave_out(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from maestro_jax.grpo.update import FREEZABLE
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.attention.interface import BACKENDS
 from maestro_jax.policy.config import PolicyConfig, architecture_from_hf
+from maestro_jax.session.binding import check_same_run
 from maestro_jax.session.rollouts import check_batches
 from maestro_jax.settings import Settings, flatten
 
@@ -84,6 +85,24 @@ def test_functions_of_ones_own_are_named_in_a_config_file() -> None:
 
 def test_whole_numbers_pass_as_fractions() -> None:
     assert parse_config(with_value("rollout.temperature", 1)).rollout.temperature == 1.0
+
+
+def test_the_settings_of_a_run_hold_the_prompt_that_a_file_gave(tmp_path: Path) -> None:
+    """So neither the file's place nor what becomes of it decides what a run goes on with."""
+    (tmp_path / "prompt.txt").write_text("Ask.\n{experts}\n{skills}")
+    raw = with_value("policy.system_prompt", str(tmp_path / "prompt.txt"))
+    settings = Settings.of(completed(raw))
+    assert settings.config["policy"]["system_prompt"] == "text:Ask.\n{experts}\n{skills}"
+    settings.write(tmp_path / "config.json")
+    (tmp_path / "prompt.txt").write_text("Ask well.\n{experts}\n{skills}" + "." * 1000)
+    other = Settings.of(completed(raw))
+    with pytest.raises(ConfigError, match="policy.system_prompt=.*Ask.*this one has .*Ask well") as refused:
+        check_same_run(tmp_path / "config.json", other, lambda key: False)
+    assert len(str(refused.value)) < 600
+    (tmp_path / "prompt.txt").unlink()
+    assert check_same_run(tmp_path / "config.json", settings, lambda key: False) == []
+    with pytest.raises(ConfigError, match="prompt.txt cannot be read"):
+        completed(raw)
 
 
 # ---- unknown and missing keys ------------------------------------------------------------------------------

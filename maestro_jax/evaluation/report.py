@@ -7,6 +7,7 @@ import numpy as np
 
 from maestro_jax.evaluation.baselines import Baselines
 from maestro_jax.evaluation.episodes import Episode, answered, by_source, routing_of
+from maestro_jax.evaluation.settings import short
 from maestro_jax.evaluation.statistics import bootstrap, majority, pass_at_k
 from maestro_jax.rewards.graders import plain_name
 
@@ -159,7 +160,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
         parts += [f"**{calls} of the baselines' calls not answered**: their figures are over the others.", ""]
     if changed := summary.get("differences"):
         head = [["setting", "the run", "here"]]
-        table = _table(head + [[key, each["run"], each["here"]] for key, each in changed.items()])
+        table = _table(head + [[key, short(each["run"]), short(each["here"])] for key, each in changed.items()])
         parts += ["## Settings that are not the run's", "", *table, ""]
     parts += ["## Accuracy (%)", "", *_accuracy_table(rows), ""]
     parts += [

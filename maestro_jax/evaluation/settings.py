@@ -81,19 +81,18 @@ def differences(
 
 
 def changed_lines(changed: Mapping[str, Difference]) -> list[str]:
-    return [
-        f"config.{key} is {_short(each.here)} here; the run had {_short(each.run)}" for key, each in changed.items()
-    ]
+    return [f"config.{key} is {short(each.here)} here; the run had {short(each.run)}" for key, each in changed.items()]
 
 
 def ignored_lines(ignored: Mapping[str, Difference]) -> list[str]:
     """Of settings of a config file that do not count."""
     return [
-        f"config.{key} of --config does not count ({_short(each.here)}): the run had {_short(each.run)}; to change it, "
+        f"config.{key} of --config does not count ({short(each.here)}): the run had {short(each.run)}; to change it, "
         f"give --config.{key}"
         for key, each in ignored.items()
     ]
 
 
-def _short(value: str) -> str:
+def short(value: str) -> str:
+    """A printed value, cut where it is a prompt, say."""
     return value if len(value) <= SHOWN else f"{value[: SHOWN - 3]}..."

@@ -165,7 +165,7 @@ def prompt_findings(config: Config, source: TaskSource, rows: Iterable[int]) -> 
     if not (Path(directory) / "tokenizer.json").is_file():
         yield Finding(f"data: no task is made into a prompt, since {directory} has no tokenizer.json here", False)
         return
-    system = render_system_prompt(config.registry, config.rollout.max_calls)
+    system = render_system_prompt(config.registry, config.rollout.max_calls, config.policy.system_prompt)
     architecture = open_architecture(policy.architecture, policy.init_from)
     prompts = Prompts(load_tokens(directory), architecture, system, fields(PromptConfig, policy))
     for row in rows:

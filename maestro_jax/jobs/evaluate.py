@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from maestro_jax.checkpoint.params import ParamReader
 from maestro_jax.checkpoint.run import find_run
-from maestro_jax.config import Config, completed, parse_config
+from maestro_jax.config import Config, completed, inlined, parse_config
 from maestro_jax.data.pipeline import Batches, check_task
 from maestro_jax.errors import ConfigError
 from maestro_jax.evaluation.baselines import check_pairs, pairs_of, run_pairs
@@ -140,7 +140,7 @@ def evaluate(
         raise ConfigError("there is no policy to evaluate; give a checkpoint, or a config with policy.init_from")
     given = Settings.of(read_config(run.config if config is None and run else config)).config
     groups = tuple(given)
-    given = overridden(given, overrides or {})
+    given = inlined(overridden(given, overrides or {}))
     said = flatten(given)
     given = completed(given)
     changed, ignored = dict[str, Difference](), dict[str, Difference]()

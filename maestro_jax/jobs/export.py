@@ -13,6 +13,7 @@ from maestro_jax.observe.files import read_json
 from maestro_jax.observe.listening import Show, showing
 from maestro_jax.policy.config import PolicyArchitecture, architecture_from_hf, read_config_json
 from maestro_jax.policy.hf_export import (
+    PROMPT_FILE,
     ShardWriter,
     check_output,
     copy_base,
@@ -21,6 +22,7 @@ from maestro_jax.policy.hf_export import (
 )
 from maestro_jax.policy.hf_verify import verify_logits, verify_tensors
 from maestro_jax.policy.huggingface import counterparts
+from maestro_jax.registry.description.prompt import prompt_text
 from maestro_jax.settings import flatten
 
 
@@ -86,7 +88,10 @@ def export(
             copy_base(origin, partial)
         summary = read_json(run.workdir / "summary.json")
         is_of_this = summary is not None and summary["steps"] == reader.step  # else it says how another policy does
-        write_model_card(partial, reader.step, flatten(run.config), summary if is_of_this else None)
+        given = run.config["policy"].get("system_prompt", "")  # earlier versions had none
+        if given:
+            (partial / PROMPT_FILE).write_bytes(prompt_text(given).encode())
+        write_model_card(partial, reader.step, flatten(run.config), summary if is_of_this else None, bool(given))
 
         # ---- Verify, then the real name --------------------------------------------------------
         if verify:

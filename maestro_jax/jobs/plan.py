@@ -92,7 +92,7 @@ def plan(
         # ---- What for --------------------------------------------------------------------------
         target = open_target(topology)
         architecture = known_architecture(config)
-        prompt = render_system_prompt(config.registry, config.rollout.max_calls)
+        prompt = render_system_prompt(config.registry, config.rollout.max_calls, config.policy.system_prompt)
         root, counted = (root_tokens, True) if root_tokens else count_tokens(config, prompt)
         shown.note(f"registry prompt: {root} tokens" + ("" if counted else ", estimated: no tokenizer at hand"))
 

@@ -26,6 +26,9 @@ class PolicyConfig:
       architecture: the content of a config.json; with `init_from` that directory's is taken instead.
       tokenizer: directory with tokenizer.json; empty takes the one in `init_from`, or trains one of the
         architecture's vocab_size on the tasks.
+      system_prompt: file with the system prompt, taken as it is, but for {experts} and {skills} in it, which become the
+        registry's lists. Or "text:" and the prompt itself, as a run's config.json has it. Empty: rendered from the
+        registry (`registry/description/prompt.py`).
       freeze: what is not trained and has no optimiser state: "vision" (the tower with its mergers), "embeddings"
         (with tied embeddings, the head is the same parameter), both or nothing.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
@@ -38,6 +41,7 @@ class PolicyConfig:
     init_from: str = ""
     architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: str = ""
+    system_prompt: str = ""
     param_dtype: Dtype = "float32"  # master weights: bf16 would round updates of 1e-6 away
     compute_dtype: Dtype = "bfloat16"
     freeze: tuple[Literal["vision", "embeddings"], ...] = ()

@@ -26,6 +26,7 @@ _PUBLIC = re.compile(r"[\w\s.,+()\[\]'\"-]*")
 _LISTED = ("registry.experts", "registry.services", "registry.skills")  # their names
 # Where a tokenizer was loaded from, as some versions of transformers write it.
 _ORIGINS = ("name_or_path", "tokenizer_file", "special_tokens_map_file")
+PROMPT_FILE = "system_prompt.txt"  # the prompt that a run's config gave, for whoever drives the policy
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
 
 
@@ -164,14 +165,24 @@ def preprocessor_config(architecture: PolicyArchitecture, pixels: tuple[int, int
     }
 
 
-def write_model_card(output: Path, step: int, settings: Mapping[str, str], summary: Mapping[str, Any] | None) -> None:
+def write_model_card(
+    output: Path,
+    step: int,
+    settings: Mapping[str, str],
+    summary: Mapping[str, Any] | None,
+    has_prompt: bool = False,
+) -> None:
     """A README.md with where the weights come from: step, scores where there are any, what of the settings is public.
 
     Args:
       settings: dotted keys and printed values.
+      has_prompt: whether the directory has the system prompt (`PROMPT_FILE`).
     """
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", "", "# Orchestrator", ""]
     lines += [f"Trained with maestro_jax; checkpoint of step {step}.", ""]
+    if has_prompt:
+        places = "{experts} and {skills}, where they stand in it, were the lists of the registry"
+        lines += [f"It was trained with the system prompt in `{PROMPT_FILE}`; {places}.", ""]
     if summary is not None:
         lines += [f"Accuracy on {summary['held_out_tasks']} held-out tasks after {summary['steps']} steps:", ""]
         lines += ["| routing | accuracy |", "|---|---|"]

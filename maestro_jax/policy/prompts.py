@@ -59,6 +59,11 @@ class Prompts:
                     f"config.policy.image_buckets has {size}: use multiples of {self.merge**2}, the patches of a token"
                 )
         self.special = re.compile("|".join(map(re.escape, tokens.special_texts)))
+        if (found := self.special.search(system)) is not None:  # would end the system turn, or show an image
+            raise ConfigError(
+                f"the system prompt holds the special token {found[0]!r}; take it out of the file that "
+                "config.policy.system_prompt names, or of the registry's descriptions"
+            )
         self.system = {"role": "system", "content": system}
         self.root_text = self._render([self.system], generate=False)
         self.root = np.array(tokens.encode(self.root_text), np.int32)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from maestro_jax.registry.record.journal import CallLine, RequestLine, journals,
 from maestro_jax.settings import Settings, flatten, read_settings
 from maestro_jax.types import Status
 
+SHOWN = 120  # characters of a value in an error
 # Settings of experts and services that say how they are reached, not what they answer: these may change, too, and it
 # is told. Not prices: they enter the reward.
 REACHED_BY = (
@@ -48,6 +50,9 @@ def check_same_run(path: Path, mine: Settings, is_free: Callable[[str], bool]) -
             changes.append(f"config.{key} was {before} so far and is now {now}")
             continue
         name = key if key.startswith("--") else f"config.{key}"  # a flag of the command, or a setting
+        if max(len(before), len(now)) > SHOWN:  # a prompt: only where they part is of use
+            same = len(os.path.commonprefix((before, now)))
+            before, now = (f"...{value[max(same - 20, 0) : same + SHOWN - 20]}..." for value in (before, now))
         raise ConfigError(
             f"{path.parent} holds a run with {name}={before}, this one has {now}; "
             f"use another directory, or the same setting to go on"

@@ -65,7 +65,7 @@ def open_rollouts(
       ConfigError: turns or episodes do not fit their budgets, or the config does not fit the devices.
     """
     config = sized_episodes(config, tokens.count, progress.note, demonstrated)
-    system = render_system_prompt(config.registry, config.rollout.max_calls)
+    system = render_system_prompt(config.registry, config.rollout.max_calls, config.policy.system_prompt)
     prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
     exchange = Exchange(tokens, config.registry, calls.dispatcher, fields(EpisodeConfig, config.rollout))
     progress.note(f"registry prompt: {len(prompts.root)} tokens, shared by every group")

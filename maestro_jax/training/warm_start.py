@@ -44,7 +44,7 @@ def open_tokens(config: Config, workdir: Path, router: WeakRouter, tasks: TaskSo
     def train() -> None:
         if not begun or not (directory / "tokenizer_config.json").is_file():
             view = TaskView(tasks, range(len(tasks)))
-            system = render_system_prompt(config.registry, config.rollout.max_calls)
+            system = render_system_prompt(config.registry, config.rollout.max_calls, config.policy.system_prompt)
             texts = tokenizer_texts(system, view, router, observation_frames())
             train_tokens(texts, config.policy.architecture["text_config"]["vocab_size"], directory)
 

@@ -84,6 +84,12 @@ def test_special_tokens_in_a_question_stay_text(prompts: Prompts, tokens: Tokens
     assert tokens.image not in ids and ids.count(tokens.end_of_turn) == 1
 
 
+def test_a_special_token_in_the_system_prompt_is_refused(tokens: Tokens) -> None:
+    """It would end the system turn."""
+    with pytest.raises(ConfigError, match="holds the special token '<.im_end.>'; take it out of the file"):
+        Prompts(tokens, reference.architecture_for(tokens), f"{SYSTEM}<|im_end|>", CONFIG)
+
+
 def test_the_batch_takes_the_bucket_of_its_longest_prompt(prompts: Prompts) -> None:
     short, long = task("2?"), task("2 " * 30)
     assert prompts.batch([short]).tokens.shape == (1, 48)
