@@ -266,6 +266,7 @@ NO_FOREIGN_TEXT = {
     "registry/description/hosts.py _is_pattern": "key_hosts of the user's registry; an endpoint's host goes to _fits",
     "rollout/protocol.py _foreign_pattern": "the tokenizer's special tokens",
     "registry/description/checks.py": "names and templates of the user's registry",
+    "registry/description/prompt.py": "the prompt of the user's, and the names of the registry",
     "fleet/serving.py": "the user's serve commands",
     "rewards/reward.py _read_term": "the user's settings",
     "registry/description/stages.py placeholders": "templates of the user's registry",
