@@ -106,8 +106,7 @@ def completed(raw: Any) -> dict[str, Any]:
 def inlined(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings with the prompt itself in place of its file's name: what a run is bound to, and goes on with."""
     policy = raw.get("policy")
-    given = policy.get("system_prompt") if isinstance(policy, Mapping) else None
-    if not isinstance(given, str) or not given:
+    if not isinstance(policy, Mapping) or not isinstance(given := policy.get("system_prompt"), str):
         return dict(raw)
     return {**raw, "policy": {**policy, "system_prompt": inline_prompt(given)}}
 
