@@ -161,6 +161,8 @@ def _check(config: Config, trains: bool) -> None:
     warm_start = config.warm_start
     _check_optimizer("config.optimizer", config.optimizer, "config.grpo.steps", grpo.steps)
     _check_optimizer("config.warm_start.optimizer", warm_start.optimizer, "config.warm_start.steps", warm_start.steps)
+    _check_rounding("config.optimizer", config.optimizer, config.policy.param_dtype, grpo.steps)
+    _check_rounding("config.warm_start.optimizer", warm_start.optimizer, config.policy.param_dtype, warm_start.steps)
     if (between := warm_start.checkpoint_every) < 1:
         raise ConfigError(f"config.warm_start.checkpoint_every={between} is no number of steps; use 1 or more")
     if warm_start.demonstrations and not warm_start.steps:
@@ -219,6 +221,11 @@ def _check_rollout(rollout: RolloutConfig) -> None:
             raise ConfigError(f"config.rollout.{key}={getattr(rollout, key)} decodes nothing; use 1 or more")
     if not 0 <= rollout.max_marked <= 1:
         raise ConfigError(f"config.rollout.max_marked={rollout.max_marked} is no share; use 0 to 1 (0.2 is usual)")
+    if not 0 < rollout.temperature < float("inf"):
+        raise ConfigError(
+            f"config.rollout.temperature={rollout.temperature} divides the logits; use a number above 0 (1.0 is usual; "
+            "evaluations take the likeliest token whatever it is)"
+        )
     if rollout.patience < 0:
         raise ConfigError(f"config.rollout.patience={rollout.patience} is below 0; use seconds (600 is usual)")
 
@@ -305,3 +312,18 @@ def _check_optimizer(where: str, optimizer: OptimizerConfig, steps_key: str, ste
     if decay and decay < steps:
         cure = f"set {where}.decay_steps={steps}, or 0 for a constant rate"
         raise ConfigError(f"{where}.decay_steps={decay} ends before {steps_key}={steps}: {cure}")
+
+
+# Half of what bfloat16 has between 1 and its next number. Adam moves a parameter by about the rate or less, and scales
+# of norms are about 1.
+_SMALLEST_BFLOAT16_RATE = 2.0**-8
+
+
+def _check_rounding(where: str, optimizer: OptimizerConfig, param_dtype: str, steps: int) -> None:
+    """Parameters in bfloat16 are rounded to the nearest, so that updates smaller than half a last place are lost."""
+    if steps and param_dtype == "bfloat16" and optimizer.learning_rate < _SMALLEST_BFLOAT16_RATE:
+        raise ConfigError(
+            f'config.policy.param_dtype "bfloat16" rounds updates of {where}.learning_rate={optimizer.learning_rate:g} '
+            f"away: a parameter of 1 changes from {_SMALLEST_BFLOAT16_RATE:g} on, one of 0.02 from 6e-5; set "
+            'param_dtype="float32", the policy still computes in config.policy.compute_dtype'
+        )

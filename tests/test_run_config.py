@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -318,6 +320,9 @@ PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", 
         ("grpo.aggregation", "mean", "use one of "),
         ("grpo.kl_estimator", "k4", "use one of "),
         ("grpo.surrogate", "gpso", "use one of ppo, gspo, cispo"),
+        ("rollout.temperature", 0.0, "config.rollout.temperature=0.0 divides the logits; use a number above 0"),
+        ("rollout.temperature", float("nan"), "use a number above 0"),
+        ("policy.param_dtype", "bfloat16", 'set param_dtype="float32"'),
         ("grpo.clip_low", -0.2, "use 0 or more"),
         ("grpo.clip_high", -0.2, "use 0 or more"),
         ("grpo.importance_cap", 0.5, "use 1 or more"),
@@ -356,6 +361,7 @@ def test_groups_are_replaced_only_where_a_step_is_a_whole(others: dict[str, Any]
         ("optimizer.decay_steps", 2),
         ("grpo.group_size", 1),
         ("checkpoint.every", 0),
+        ("policy.param_dtype", "bfloat16"),
         ("rollout.ahead", 1),
         ("data.mixture", ({**PART, "weight": 0},)),
     ],
@@ -371,6 +377,7 @@ def test_settings_that_only_training_uses_are_checked_for_training_only(key: str
     [
         ("rollout.turn_budget", 0, "decodes nothing"),
         ("rollout.room", 32, "must be below room="),
+        ("rollout.temperature", 0, "use a number above 0"),
         ("data.kind", "jsonl", '"jsonl" needs config.data.test_files'),
         ("policy.attention", "flash", "use one of auto, blocks, splash"),
     ],
@@ -390,6 +397,20 @@ def test_a_constant_length_of_zero_names_the_cure() -> None:
     config = with_value("grpo.aggregation", "constant")
     config.grpo.constant_length = 0
     assert "config.grpo.aggregation" in (text := message(config)) and "as config.rollout.room" in text
+
+
+def test_parameters_in_bfloat16_are_trained_where_updates_move_them() -> None:
+    """Whether they do is what rounding says: 1, and smaller numbers, must change both ways."""
+    config = with_value("policy.param_dtype", "bfloat16")
+    config.warm_start.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 2.0**-8
+    assert "rounds updates of config.warm_start.optimizer.learning_rate=0.0001 away" in message(config)
+    config.warm_start.steps = 0
+    rate = np.float32(parse_config(config).optimizer.learning_rate)
+    for size in (1.0, 0.02):
+        weight = jnp.asarray(size, jnp.bfloat16)
+        assert (weight + 1.01 * rate).astype(jnp.bfloat16) > weight > (weight - 1.01 * rate).astype(jnp.bfloat16)
+        assert (weight + rate / 1024).astype(jnp.bfloat16) == weight
 
 
 @pytest.mark.parametrize("surrogate", ["ppo", "gspo", "cispo"])

@@ -31,6 +31,8 @@ class PolicyConfig:
         registry (`registry/description/prompt.py`).
       freeze: what is not trained and has no optimiser state: "vision" (the tower with its mergers), "embeddings"
         (with tied embeddings, the head is the same parameter), both or nothing.
+      param_dtype: of the parameters that are trained. "bfloat16" rounds updates to the nearest, so training refuses it
+        with usual rates; evaluations take it.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
       attention: how attention of whole sequences is computed (`policy/attention/`): "blocks", "splash" (TPU), or
         "auto", which takes what suits the devices.
@@ -42,7 +44,7 @@ class PolicyConfig:
     architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokenizer: str = ""
     system_prompt: str = ""
-    param_dtype: Dtype = "float32"  # master weights: bf16 would round updates of 1e-6 away
+    param_dtype: Dtype = "float32"  # bf16 would round updates of 1e-6 away
     compute_dtype: Dtype = "bfloat16"
     freeze: tuple[Literal["vision", "embeddings"], ...] = ()
     remat: bool = True

@@ -21,6 +21,7 @@ class RolloutConfig:
       prefill_groups: groups prefilled per program call; 0: all of them.
       parked_tokens: room for keys and values of trajectories without a lane, in the memory of each batch shard.
       parked_on_host: the same in the memory of each host, in bytes. Without any room, lanes are held.
+      temperature: divides the logits when episodes are sampled; above 0.
       deadline: seconds an episode may wait for experts, over all its calls.
       ahead: batches of tasks that are under way besides a step's own; 0 is on-policy.
       staleness: a group is trained at most so many updates after its episodes began; at least `ahead`.
