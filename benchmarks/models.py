@@ -32,7 +32,6 @@ from maestro_jax.policy.prompts import collate_prompts
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
-from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Lane, RolloutSizes
 
 _LM_HEAD = "lm_head.weight"  # tied with the embedding
@@ -230,7 +229,7 @@ class OurLanes:
 @functools.lru_cache(maxsize=1)
 def _programs(graph: nnx.GraphDef, sizes: RolloutSizes, turn: int) -> RolloutPrograms:
     """The last programs again where the same are asked for: they compile for seconds."""
-    return rollout_programs(graph, sizes, DecodeConfig(turn, SamplingConfig()))
+    return rollout_programs(graph, sizes, DecodeConfig(turn, temperature=1.0))
 
 
 class OurGeneration:

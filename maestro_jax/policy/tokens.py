@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from maestro_jax.errors import ConfigError
 
 END_OF_TURN = "<|im_end|>"
@@ -186,11 +184,3 @@ def train_tokens(texts: Iterable[str], vocab_size: int, directory: str | Path) -
     )
     tokenizer.save_pretrained(str(directory))
     return load_tokens(directory)
-
-
-def pad_ids(rows: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads rows of ids to int32 `[rows, width]`; also their lengths int32 `[rows]`."""
-    ids = np.zeros((len(rows), width), np.int32)
-    for at, row in enumerate(rows):
-        ids[at, : len(row)] = row
-    return ids, np.array([len(row) for row in rows], np.int32)

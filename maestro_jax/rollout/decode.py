@@ -14,7 +14,7 @@ from maestro_jax.policy.attention.cascade import Assignment, LaneKV, Shared, Vie
 from maestro_jax.policy.model import DecodingPolicy, Policy, PrefixBatch
 from maestro_jax.policy.text import Context, LayerKV
 from maestro_jax.policy.vision import Leaf
-from maestro_jax.rollout.sampling import SamplingConfig, sample
+from maestro_jax.rollout.sampling import sample
 from maestro_jax.rollout.state import Groups, Lane, Lanes, RolloutSizes, empty_groups
 from maestro_jax.types import StopReason
 
@@ -26,7 +26,7 @@ class DecodeConfig:
     """Static settings of the decode program."""
 
     chunk: int  # tokens per program call
-    sampling: SamplingConfig
+    temperature: float
 
 
 @jax.tree_util.register_dataclass
@@ -120,7 +120,7 @@ def decode_chunk(
 
     def body(carry: tuple[Array, Lanes, LaneKV]) -> tuple[Array, Lanes, LaneKV]:
         step, now, fresh = carry
-        token, now = _next_token(decoder, now, tables, noise, room, config.sampling)
+        token, now = _next_token(decoder, now, tables, noise, room, config.temperature)
         seen = jnp.broadcast_to(jnp.arange(config.chunk) <= step, (*token.shape, 1, config.chunk))
         steps = (lanes.length + step)[..., None]
         hidden, fresh = decoder.extend(token[..., None], steps, view, fresh, step, seen)
@@ -140,11 +140,11 @@ def decode_chunk(
 
 
 def _next_token(
-    decoder: DecodingPolicy, now: Lanes, tables: StopTables, noise: Array, room: Array, sampling: SamplingConfig
+    decoder: DecodingPolicy, now: Lanes, tables: StopTables, noise: Array, room: Array, temperature: float
 ) -> tuple[Array, Lanes]:
     """Draws a token in every decoding lane and says whether the turn ends with it; the others stand still."""
     active = now.status == Lane.DECODING
-    token, logprob = sample(decoder.logits(now.hidden), now.keys, now.turn, now.written, noise, sampling)
+    token, logprob = sample(decoder.logits(now.hidden), now.keys, now.turn, now.written, noise, temperature)
     here = active[..., None] & (jnp.arange(now.tokens.shape[-1]) == now.written[..., None])
     automaton = jnp.where(active, tables.transitions[now.automaton, token], now.automaton)
     written = now.written + active

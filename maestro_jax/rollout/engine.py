@@ -25,7 +25,6 @@ from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.exchange import Exchange, make_exchange_program
 from maestro_jax.rollout.outages import Marks, Outages
 from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
-from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.scheduler import Capacity
 from maestro_jax.rollout.session import Compiled, Session
 from maestro_jax.rollout.state import RolloutSizes
@@ -60,7 +59,7 @@ class EngineConfig:
 
     @property
     def decoding(self) -> DecodeConfig:
-        return DecodeConfig(self.decode_chunk, SamplingConfig(temperature=self.temperature))
+        return DecodeConfig(self.decode_chunk, self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)

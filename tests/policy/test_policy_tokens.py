@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maestro_jax.errors import ConfigError
-from maestro_jax.policy.tokens import END_OF_TURN, IMAGE, SPECIAL_TOKENS, Tokens, load_tokens, pad_ids
+from maestro_jax.policy.tokens import END_OF_TURN, IMAGE, SPECIAL_TOKENS, Tokens, load_tokens
 
 HOSTILE = st.lists(
     st.one_of(
@@ -109,11 +109,6 @@ def test_a_tokenizer_without_image_token_is_refused(tokens_directory: Path, tmp_
         (tmp_path / name).write_text(text.replace(IMAGE, "<|picture|>"))
     with pytest.raises(ConfigError, match=r"lacks the special token <\|image_pad\|>; use a Qwen3-VL tokenizer"):
         load_tokens(tmp_path)
-
-
-def test_rows_are_padded_on_the_right() -> None:
-    ids, length = pad_ids([[5, 6], [], [7]], 3)
-    assert ids.tolist() == [[5, 6, 0], [0, 0, 0], [7, 0, 0]] and length.tolist() == [2, 0, 1]
 
 
 def test_an_added_word_that_is_not_special_stays_visible(tokens_directory: Path, tmp_path: Path) -> None:

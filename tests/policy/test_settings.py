@@ -21,7 +21,6 @@ from maestro_jax.policy.preprocess import block_order
 from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables, decode_chunk, open_groups, prefill
 from maestro_jax.rollout.moves import LaneStarts, assign_lanes
-from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import RolloutSizes, empty_lanes
 from tests.policy import reference
 from tests.policy.reference import CONFIG, ROOT, Config, assert_near
@@ -279,7 +278,7 @@ def test_greedy_tokens_with_the_cache(pair: Pair) -> None:
     def decode(policy: Policy, batch: PrefixBatch) -> jax.Array:
         groups = prefill(policy, open_groups(policy, batch.root, sizes), batch, member_slot)
         lanes = assign_lanes(groups, empty_lanes(sizes, policy.architecture.text, jnp.float32), start, sizes)
-        config = DecodeConfig(NEW, SamplingConfig())
+        config = DecodeConfig(NEW, temperature=1.0)
         device_tables = jax.tree.map(jnp.asarray, tables)
         return decode_chunk(policy.for_decoding(), groups, lanes, device_tables, jnp.zeros(()), sizes, config).tokens[0]
 

@@ -19,7 +19,6 @@ from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, Weights, rollout_programs
-from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Groups, Lane, Lanes, RolloutSizes
 from maestro_jax.types import StopReason
 from tests.rollout import toy
@@ -65,7 +64,7 @@ def sizes(groups: int = GROUPS, shards: int = 1, pages: int = 0) -> RolloutSizes
 
 @functools.cache
 def programs(sizes: RolloutSizes, chunk: int) -> RolloutPrograms:
-    return rollout_programs(GRAPH, sizes, DecodeConfig(chunk, SamplingConfig(TEMPERATURE)))
+    return rollout_programs(GRAPH, sizes, DecodeConfig(chunk, TEMPERATURE))
 
 
 @dataclasses.dataclass
@@ -362,7 +361,7 @@ def test_empty_lanes_never_decode() -> None:
 def test_fresh_lanes_are_spread_over_the_mesh_and_decoded_by_one_program(caplog: pytest.LogCaptureFixture) -> None:
     """Zeros depend on nothing sharded: left alone, every device would hold every lane, and decoding compile twice."""
     mesh = make_mesh(MeshConfig(1, 2, 1), jax.devices()[:2])
-    run = rollout_programs(GRAPH, sizes(1, shards=2, pages=2), DecodeConfig(CHUNK, SamplingConfig(TEMPERATURE)))
+    run = rollout_programs(GRAPH, sizes(1, shards=2, pages=2), DecodeConfig(CHUNK, TEMPERATURE))
     prompts, everyone = toy.prompts((0, 1)), np.ones((2, MEMBERS), np.int32)
     start = starts(everyone, status=everyone, keys=toy.lanes((2, MEMBERS)))
     start = dataclasses.replace(start, member_slot=np.tile(np.arange(MEMBERS), (2, 1)))

@@ -102,7 +102,7 @@ def test_what_is_marked_is_out_of_baseline_and_loss(silence: Silence, talker: ep
     np.testing.assert_array_equal(scored.valid, valid)
     root, prefix = silence.rollout.prompts.root, silence.rollout.prompts.tokens.shape[1]
     planner = Planner(talker.policy.architecture, len(root), MEMBERS, GROUPS, 1, 1, (prefix,), (EPISODE.room,))
-    (part,), _, _ = make_microbatches(silence.rollout, scored, "none", False, planner, episodes.one_device())
+    (part,), _, _, _ = make_microbatches(silence.rollout, scored, "none", False, planner, episodes.one_device())
     mask, advantages = jax.device_get((part.mask, part.advantages))
     assert (~valid).any() and mask[valid].any() and not mask[~valid].any()
     kept = [scored.rewards[g][valid[g]] for g in range(GROUPS)]

@@ -11,7 +11,6 @@ from maestro_jax.policy.attention.cascade import LaneKV
 from maestro_jax.rollout.decode import DecodeConfig
 from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, rollout_programs
-from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import Groups, Lane, Lanes, RolloutSizes, empty_groups, empty_lanes, empty_pages
 from tests.rollout import toy
 
@@ -43,7 +42,7 @@ TABLE = np.array(
 @pytest.fixture(scope="module")
 def run() -> RolloutPrograms:
     graph, _ = nnx.split(toy.policy(), nnx.Param)
-    return rollout_programs(graph, SIZES, DecodeConfig(4, SamplingConfig()))
+    return rollout_programs(graph, SIZES, DecodeConfig(4, temperature=1.0))
 
 
 def filled(make: Any, seed: int) -> Any:

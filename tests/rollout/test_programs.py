@@ -19,7 +19,6 @@ from maestro_jax.rollout.automaton import build_automaton
 from maestro_jax.rollout.decode import DecodeConfig, StopTables
 from maestro_jax.rollout.moves import LaneStarts
 from maestro_jax.rollout.programs import RolloutPrograms, Weights, decoding_weights, rollout_programs
-from maestro_jax.rollout.sampling import SamplingConfig
 from maestro_jax.rollout.state import RolloutSizes
 from tests.rollout import toy
 
@@ -36,7 +35,7 @@ SIZES = RolloutSizes(
     append_rows=3,
     prefill_groups=3,
 )
-CONFIG = DecodeConfig(4, SamplingConfig())
+CONFIG = DecodeConfig(4, temperature=1.0)
 TABLES = StopTables(*build_automaton([b"y"] * toy.VOCABULARY), np.int32(-1))  # nothing stops
 
 
