@@ -1,8 +1,9 @@
 """How every command starts and ends: flags in, one-line errors and exit codes out.
 
 Exit codes: 0 done, 75 told to stop by SIGTERM or SIGINT, or experts are out (start the same command again), 78
-something the user has to change (do not restart), 70 a fault of ours, 69 another process of the run never came or is
-gone (restart all); where JAX is the first to notice that, it ends the process with SIGABRT (134).
+something the user has to change (do not restart), 70 a fault of ours or numbers that are not finite, 69 another process
+of the run never came or is gone (restart all); where JAX is the first to notice that, it ends the process with SIGABRT
+(134).
 """
 
 import atexit
@@ -20,7 +21,15 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from maestro_jax import failpoints
-from maestro_jax.errors import EXIT_CONFIG, EXIT_INTERNAL, EXIT_LOST, EXIT_PREEMPTED, ConfigError, UserError
+from maestro_jax.errors import (
+    EXIT_CONFIG,
+    EXIT_INTERNAL,
+    EXIT_LOST,
+    EXIT_PREEMPTED,
+    ConfigError,
+    NonFiniteError,
+    UserError,
+)
 from maestro_jax.parallel import preemption
 from maestro_jax.settings import flatten, read_config
 
@@ -50,6 +59,9 @@ def run(
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         _leave(EXIT_CONFIG, together=error.agreed)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _leave(EXIT_INTERNAL, together=True)
     except preemption.Preempted as stop:
         saved = f": {stop.saved}" if stop.saved else ""
         why = stop.reason or f"by {preemption.heard()}"

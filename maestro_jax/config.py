@@ -306,6 +306,10 @@ def _check_evaluate(evaluate: EvaluateConfig) -> None:
 
 def _check_optimizer(where: str, optimizer: OptimizerConfig, steps_key: str, steps: int) -> None:
     """A rate that has fallen to 0 teaches nothing: the schedule must last as long as the steps."""
+    if optimizer.max_skipped < 1:
+        raise ConfigError(f"{where}.max_skipped={optimizer.max_skipped} skips no update; use 1 or more (3 is usual)")
+    if not optimizer.eps > 0:
+        raise ConfigError(f"{where}.eps={optimizer.eps} divides 0 by 0 where there is no gradient; use 1e-8")
     decay = optimizer.decay_steps
     if decay and decay <= optimizer.warmup_steps:
         raise ConfigError(f"{where}.decay_steps={decay} must exceed warmup_steps={optimizer.warmup_steps}, or be 0")

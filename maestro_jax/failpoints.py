@@ -1,8 +1,8 @@
-"""Places in a run at which a test can have it killed or stopped: `MAESTRO_FAILPOINT=after_rollout:3:KILL`.
+"""Places in a run at which a test can have it killed, stopped or spoiled: `MAESTRO_FAILPOINT=after_rollout:3:KILL`.
 
-NAME:COUNT:ACTION does ACTION when this process reaches the place for the COUNTth time. It counts anew in every process,
-so a run that goes on under the same variable gets COUNT - 1 passes further each time. Unset, a place costs one
-comparison (docs/reliability.md).
+NAME:COUNT:ACTION does ACTION when this process reaches the place for the COUNTth time; several stand with commas
+between them. It counts anew in every process, so a run that goes on under the same variable gets COUNT - 1 passes
+further each time. Unset, a place costs one comparison (docs/reliability.md).
 """
 
 import os
@@ -19,6 +19,7 @@ NAMES: Mapping[str, str] = {
     "in_warm_start": "after a step of the warm start",
     "in_baselines": "calls of the demonstrations or of the baselines are under way",
     "after_pull": "a batch of tasks was taken from the data, and nothing was done with it",
+    "before_update": "a step of reinforcement begins; NAN has its loss be none",
     "in_rollout": "a round of a training rollout in which calls are under way",
     "after_rollout": "all groups of a step are over and scored, the update is not made",
     "after_update": "the parameters are new, and nothing was written",
@@ -44,36 +45,41 @@ ACTIONS: Mapping[str, Callable[[str], None]] = {
     "TERM": lambda place: os.kill(os.getpid(), signal.SIGTERM),
     "INT": lambda place: os.kill(os.getpid(), signal.SIGINT),
     "RAISE": _raise,
+    "NAN": lambda place: None,  # done by who reached the place
 }
+SPOILED = "before_update"  # where NAN is done
 
 
 @dataclass
 class _Armed:
     place: str
     left: int  # times that the place is to be reached
-    action: Callable[[str], None]
+    action: str
 
 
-_armed: _Armed | None = None
+_armed: list[_Armed] = []
 
 
 def arm(setting: str) -> None:
     """Takes the value of the variable; an empty one disarms.
 
     Raises:
-      ConfigError: it is not NAME:COUNT:ACTION.
+      ConfigError: it is not NAME:COUNT:ACTION, or several with commas between them.
     """
     global _armed
-    _armed = _parsed(setting) if setting else None
+    _armed = [_parsed(each) for each in setting.split(",")] if setting else []
 
 
-def reach(place: str) -> None:
-    """Does what was asked for at this place."""
-    if _armed is None or _armed.place != place:
-        return
-    _armed.left -= 1
-    if _armed.left == 0:
-        _armed.action(place)
+def reach(place: str) -> bool:
+    """Does what was asked for at this place; whether numbers are to be spoiled here."""
+    spoils = False
+    for armed in _armed:
+        if armed.place == place:
+            armed.left -= 1
+            if armed.left == 0:
+                ACTIONS[armed.action](place)
+                spoils |= armed.action == "NAN"
+    return spoils
 
 
 def _parsed(setting: str) -> _Armed:
@@ -87,4 +93,6 @@ def _parsed(setting: str) -> _Armed:
         raise ConfigError(f"{wrong}: there is no place {place!r}; use one of {', '.join(NAMES)}")
     if action not in ACTIONS:
         raise ConfigError(f"{wrong}: there is no action {action!r}; use one of {', '.join(ACTIONS)}")
-    return _Armed(place, int(count), ACTIONS[action])
+    if action == "NAN" and place != SPOILED:
+        raise ConfigError(f"{wrong}: nothing is spoiled at {place}; use {SPOILED}:{count}:NAN")
+    return _Armed(place, int(count), action)

@@ -28,6 +28,13 @@ def test_the_place_is_counted() -> None:
     failpoints.reach("after_update")  # it is behind us
 
 
+def test_several_places_are_counted_each_for_itself() -> None:
+    failpoints.arm("before_update:2:NAN,before_update:3:NAN,after_update:1:RAISE")
+    assert [failpoints.reach("before_update") for _ in range(4)] == [False, True, True, False]
+    with pytest.raises(failpoints.FailPointError):
+        failpoints.reach("after_update")
+
+
 def test_nothing_happens_unless_asked_for() -> None:
     failpoints.arm("")
     for place in failpoints.NAMES:
@@ -49,6 +56,7 @@ def test_actions_end_a_process(action: str, code: int) -> None:
         ("after_rollout:0:KILL", "is not NAME:COUNT:ACTION"),
         ("after_rollout:x:KILL", "is not NAME:COUNT:ACTION"),
         ("after_rollout:1:KILL:2", "is not NAME:COUNT:ACTION"),
+        ("after_rollout:1:NAN", "nothing is spoiled at after_rollout; use before_update:1:NAN"),
         ("after_rollot:1:KILL", "there is no place 'after_rollot'; use one of "),
         ("after_rollout:1:STOP", "there is no action 'STOP'; use one of KILL, TERM, INT, RAISE"),
     ],

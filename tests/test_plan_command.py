@@ -44,20 +44,20 @@ def test_a_small_run_for_four_chips(tmp_path: Path) -> None:
     assert chip["limit"] == int(15.75 * GIB)
     assert 0 < chip["total"] == chip["arguments"] + chip["temporaries"] + chip["beside"] < GIB
     assert found["flops_per_chip"] > 1e9
-    assert set(found["programs"]) == {"update", "weights", "open", "prefill", "append", "decode"}
-    assert found["programs"]["update"]["splash_attention"] and found["programs"]["prefill"]["splash_attention"]
+    assert set(found["programs"]) == {"accumulate", "apply", "weights", "open", "prefill", "append", "decode"}
+    assert found["programs"]["accumulate"]["splash_attention"] and found["programs"]["prefill"]["splash_attention"]
     assert not found["programs"]["decode"]["splash_attention"]
-    assert found["collectives"] == found["programs"]["update"]["collectives"]
+    assert found["collectives"] == found["programs"]["accumulate"]["collectives"]
     assert found["collectives"]["all-gather"]["count"] >= 7  # the linear layers of one decoder layer
     # The largest thing gathered is the table of 768 x 128 in fp32; the stack of a projection would be larger.
-    assert found["programs"]["update"]["largest_all_gather"] == 768 * 128 * 4
+    assert found["programs"]["accumulate"]["largest_all_gather"] == 768 * 128 * 4
 
 
 def test_one_that_is_refused_is_told_what_fits(tmp_path: Path) -> None:
     much = ["--config.grpo.groups=512", "--config.grpo.group_size=32", "--config.rollout.member_buckets=(128,1024)"]
     arguments = ["--config=configs/quickstart.py", "--topology=v5e:2x2", "--programs=update", *LENGTHS, *much]
     found, printed = run(tmp_path / "plan.json", *arguments, "--config.rollout.room=1024")
-    assert not found["fits"] and found["programs"]["update"]["refused"]
+    assert not found["fits"] and found["programs"]["accumulate"]["refused"]
     assert found["per_chip"]["total"] > found["per_chip"]["limit"]
     assert found["nearest"] == {"grpo.microbatches": 128}
     assert '--config.grpo.microbatches="128"' in printed
@@ -135,7 +135,7 @@ def test_the_4b_policy_fits(topology: str, tmp_path: Path) -> None:
     found, _ = run(tmp_path / "plan.json", "--config=configs/qwen3_vl_4b.py", f"--topology={topology}", *sizes)
     assert found["chips"] == chips
     assert found["fits"], found["per_chip"]
-    update = found["programs"]["update" if chips == 64 else "accumulate"]
+    update = found["programs"]["accumulate"]
     assert update["splash_attention"]
     # The table in bfloat16; the smallest stack of a large projection has 33 x 2560 x 1024 x 2 bytes a shard of heads.
     assert update["largest_all_gather"] <= 151_936 * 2560 * 2

@@ -436,6 +436,52 @@ def test_own_demonstrations_and_replaced_groups_survive_kills(machine: Machine, 
     assert sum(measured[step]["refilled"] for step in range(1, OWN_STEPS + 1)) > 0
 
 
+# ---- numbers that are not finite ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # four starts
+def test_updates_that_are_not_finite_are_skipped_and_stop_a_run_that_has_no_others(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """Every step has a checkpoint: after a skipped update it is that of the step before, to the last bit."""
+    settings = {"checkpoint.every": 1, "evaluate.every": STEPS, "evaluate.baselines": False, "warm_start.steps": 10}
+
+    def train(name: str, failpoint: str = "") -> Life:
+        own = [f"--config.{key}={value}" for key, value in settings.items()]
+        own += ["--config.checkpoint.keep=0", f"--workdir={tmp_path / name}"]
+        return machine.run("maestro_jax.train", [*machine.flags(), *own], failpoint)
+
+    def state(name: str, step: int) -> dict[str, np.ndarray]:
+        found = Committed(epath.Path(tmp_path / name / "checkpoints"), step)
+        return {leaf: found.read_array(leaf) for leaf in found.leaves}
+
+    def same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
+        return one.keys() == two.keys() and all(one[leaf].tobytes() == two[leaf].tobytes() for leaf in one)
+
+    assert (life := train("once", "before_update:5:NAN")).code == 0, life.text
+    rows = read_metrics(tmp_path / "once/metrics.jsonl")
+    assert [row["step"] for row in rows if row.get("skipped")] == [5] and rows[-1]["step"] == STEPS
+    assert json.loads((tmp_path / "once/summary.json").read_text())["skipped_updates"] == 1
+    assert (
+        f"1 of {STEPS} updates were skipped" in life.text and "the update of step 5 is skipped: loss nan" in life.text
+    )
+    (told,) = [row["skipped"] for row in read_metrics(tmp_path / "once/trained.jsonl") if "skipped" in row]
+    assert told["tasks"]["count"] and told["tensors"]["count"] > len(told["tensors"]["first"])
+    assert same(state("once", 5), state("once", 4)) and not same(state("once", 4), state("once", 3))
+    assert all(np.isfinite(leaf).all() for leaf in state("once", STEPS).values())
+
+    life = train("thrice", "before_update:5:NAN,before_update:6:NAN,before_update:7:NAN")
+    assert life.code == EXIT_INTERNAL and "Traceback" not in life.text, life.text
+    assert "error: 3 updates in a row were skipped, up to step 7: " in life.text
+    assert newest_checkpoint(tmp_path / "thrice") == 6 and same(state("thrice", 6), state("once", 4))
+    assert read_metrics(tmp_path / "thrice/metrics.jsonl")[-1]["skipped"] == 1.0
+    # It counts the two before its checkpoint.
+    life = train("thrice", "before_update:1:NAN")
+    assert life.code == EXIT_INTERNAL and life.resumed_from == 6, life.text
+    assert (life := train("thrice")).code == 0, life.text
+    assert json.loads((tmp_path / "thrice/summary.json").read_text())["skipped_updates"] == 2
+
+
 # ---- two processes -----------------------------------------------------------------------------------------
 
 # How each of the two is ended; the other has to notice.

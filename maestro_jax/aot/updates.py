@@ -16,7 +16,7 @@ from maestro_jax.session.policy import update_config
 
 
 def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
-    """The train step: one program, or with microbatches one for a microbatch and one that applies the sum."""
+    """The train step: the gradients of a microbatch, and what applies their sum."""
     config = run.config
     step = make_train_step(
         run.graph,
@@ -33,13 +33,11 @@ def update_programs(run: Run, rollouts: Rollouts) -> list[Program]:
     root = root_flops(run.architecture, run.sizes.root).total / run.mesh.shape["tensor"]  # on every device
     forward = run.group_flops(run.sizes.microbatch, run.sizes.members) + root
     flops = (4 if config.policy.remat else 3) * forward
-    if config.grpo.microbatches == 1:
-        return [run.compile("update", step.whole, (run.state, batch, none), held, flops)]
-    microbatch = (run.params, run.gradients, batch)
+    microbatch = (run.params, run.gradients if config.grpo.microbatches > 1 else None, batch)
     meanwhile = [run.state.opt_state, *held, *((rollouts.weights, *rollouts.episodes) if run.streams else ())]
     accumulate = run.compile("accumulate", step.accumulate, microbatch, meanwhile, flops)
     with jax.set_mesh(run.mesh):
-        _, sums = jax.eval_shape(step.accumulate, *microbatch)
+        _, sums, _ = jax.eval_shape(step.accumulate, *microbatch)
     last = (run.state, run.gradients, run.spread(sums, run.everywhere), none)
     return [accumulate, run.compile("apply", step.apply, last, held)]
 

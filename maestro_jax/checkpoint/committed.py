@@ -29,8 +29,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from maestro_jax import __version__
-from maestro_jax.checkpoint.fingerprint import combined, fingerprint_of, fingerprints
-from maestro_jax.errors import ConfigError, UserError
+from maestro_jax.checkpoint.fingerprint import combined, fingerprint_of, fingerprints, read_through
+from maestro_jax.errors import ConfigError, NonFiniteError, UserError
 
 FORMAT = 2  # 1 had neither manifest nor fingerprints
 STATE, RUN, MANIFEST = "state", "run", "MANIFEST"
@@ -67,8 +67,19 @@ class Saved:
 
 
 def contents(step: int, state: Mapping[str, jax.Array], run: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON of a checkpoint of `state`, arrays by name; computes their fingerprints."""
-    found = fingerprints(state)
+    """The JSON of a checkpoint of `state`, arrays by name; computes their fingerprints.
+
+    Raises:
+      NonFiniteError: an array has a number that is not finite.
+    """
+    read = read_through(state)
+    if spoiled := [name for name, (_, count) in read.items() if count]:
+        raise NonFiniteError(
+            f"the state of step {step} has numbers that are not finite in {len(spoiled)} of {len(read)} arrays (first "
+            f"{', '.join(spoiled[:3])}) and is not saved; the checkpoints before it stay: start from the newest with "
+            "other settings, in a new --workdir"
+        )
+    found = {name: fingerprint for name, (fingerprint, _) in read.items()}
     described = {
         name: {"shape": leaf.shape, "dtype": str(leaf.dtype), "fingerprint": found[name]}
         for name, leaf in state.items()

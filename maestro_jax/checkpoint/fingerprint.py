@@ -6,7 +6,8 @@ over devices, and a changed word changes it for certain. That two elements were 
 goes unnoticed by chance only: two sums of different mixtures make 64 bits.
 
 Each device sums its own shard; the host adds up. So no program has a collective, and there is one program for all
-arrays of a shape and sharding: a parameter and its two moments share it.
+arrays of a shape and sharding: a parameter and its two moments share it. The same pass counts numbers that are not
+finite.
 """
 
 import functools
@@ -29,7 +30,12 @@ PIECE_BYTES = 2**28  # of an array in this process's memory that are copied at a
 
 
 def fingerprints(leaves: Mapping[str, Array]) -> dict[str, str]:
-    """Name → 16 hexadecimal digits, the same on every process.
+    """Name → 16 hexadecimal digits, the same on every process."""
+    return {name: fingerprint for name, (fingerprint, _) in read_through(leaves).items()}
+
+
+def read_through(leaves: Mapping[str, Array]) -> dict[str, tuple[str, int]]:
+    """Name → fingerprint, and how many elements are not finite; the same on every process.
 
     One pass on the devices, without copies. Arrays in the host's memory are brought to the devices one at a time.
     """
@@ -38,17 +44,17 @@ def fingerprints(leaves: Mapping[str, Array]) -> dict[str, str]:
     if any(elsewhere):
         everywhere = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
         sums = np.where(np.array(elsewhere)[:, None], everywhere, sums)
-    return {name: _spelled(*pair) for name, pair in zip(leaves, sums.tolist(), strict=True)}
+    return {name: (_spelled(*pair), count) for name, (*pair, count) in zip(leaves, sums.tolist(), strict=True)}
 
 
 def fingerprint_of(array: np.ndarray) -> str:
     """The fingerprint of an array of this process, computed on its CPU, where rows are copied to, some at a time."""
     cpu, array = jax.local_devices(backend="cpu")[0], np.atleast_1d(array)
     each = max(1, PIECE_BYTES // max(1, array[:1].nbytes))
-    total = np.zeros(2, np.uint32)
+    total = np.zeros(3, np.uint32)
     for start in range(0, len(array), each):
         total += np.asarray(_sums_of_rows(jax.device_put(array[start : start + each], cpu), start))
-    return _spelled(*total.tolist())
+    return _spelled(*total[:2].tolist())
 
 
 def combined(each: Mapping[str, str]) -> str:
@@ -67,7 +73,7 @@ def _sums_of_rows(rows: Array, start: int) -> Array:
 
 
 def _sums_of(leaf: Array) -> Array:
-    """uint32 `[devices, 2]`, what the shard of each device adds to the sums."""
+    """uint32 `[devices, 3]`, what the shard of each device adds to the sums."""
     if leaf.sharding.memory_kind != HOST_MEMORY:
         return _program(leaf.sharding)(leaf)
     moved = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
@@ -77,11 +83,11 @@ def _sums_of(leaf: Array) -> Array:
 
 
 def _added_up(sums: Sequence[Array]) -> np.ndarray:
-    """uint32 `[arrays, 2]`: over the devices of this process."""
+    """uint32 `[arrays, 3]`: over the devices of this process."""
     for each in sums:
         each.copy_to_host_async()
     shards = [[np.asarray(shard.data) for shard in each.addressable_shards] for each in sums]
-    return np.array([np.concatenate(each).sum(axis=0, dtype=np.uint32) for each in shards], np.uint32).reshape(-1, 2)
+    return np.array([np.concatenate(each).sum(axis=0, dtype=np.uint32) for each in shards], np.uint32).reshape(-1, 3)
 
 
 @functools.cache
@@ -115,7 +121,7 @@ def _place(axes: Sequence[str], sizes: Mapping[str, int]) -> Array:
 
 
 def _sums(shard: Array, starts: Sequence[Array | int]) -> Array:
-    """uint32 `[2]`; `starts`: index of the shard's first element along each axis."""
+    """uint32 `[3]`: two of the fingerprint, a count; `starts`: index of the shard's first element along each axis."""
     words = _words(shard)
     index = jnp.zeros(words.shape, jnp.uint32)
     for axis, start in enumerate((*starts, *[0] * (words.ndim - len(starts)))):
@@ -127,7 +133,10 @@ def _sums(shard: Array, starts: Sequence[Array | int]) -> Array:
     sums = jax.lax.reduce(
         (first, second), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), tuple(range(words.ndim))
     )
-    return jnp.stack(sums)
+    spoiled = zero
+    if jnp.issubdtype(shard.dtype, jnp.floating):
+        spoiled = jnp.sum(~jnp.isfinite(shard), dtype=jnp.uint32)
+    return jnp.stack([*sums, spoiled])
 
 
 def _words(leaf: Array) -> Array:

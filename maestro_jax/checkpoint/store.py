@@ -113,6 +113,7 @@ class CheckpointStore:
 
         Raises:
           CheckpointError: this save or an earlier one failed.
+          NonFiniteError: `state` is not finite; nothing was written.
         """
         named = named_leaves(state)
         described = contents(step, named, run)

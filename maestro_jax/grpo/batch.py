@@ -77,7 +77,7 @@ def turns(trajectory: Trajectory, decode: Callable[[Sequence[int]], str]) -> tup
 
 def make_microbatches(
     rollout: Rollout, scored: Scored, advantage: str, contrast_only: bool, planner: Planner, mesh: Mesh
-) -> tuple[list[GroupBatch], LossCount, dict[str, float]]:
+) -> tuple[list[GroupBatch], list[list[str]], LossCount, dict[str, float]]:
     """The microbatches of the update's batch on the mesh: in each, as many groups of each process.
 
     Args:
@@ -86,8 +86,8 @@ def make_microbatches(
       contrast_only: leaves out groups without contrast; right where the loss is nothing but advantages.
 
     Returns:
-      The microbatches, the count of the groups that are in none of them but in what the loss is divided by, and what is
-      worth logging.
+      The microbatches; the tasks of this process's groups in each, in the order of their rows; the count of the groups
+      that are in none of them but in what the loss is divided by; and what is worth logging.
     """
     advantages, contrast = group_advantages(scored.rewards, scored.valid, advantage)
     mask = rollout.authored & scored.valid[..., None]
@@ -100,12 +100,13 @@ def make_microbatches(
     prefixes, rooms, tokens = (largest_by_rank(x, kept) for x in (facts.prefix, facts.room, facts.loss_tokens))
     plan = planner.plan(prefixes, rooms)
     own = kept[jax.process_index()]
-    microbatches = []
+    microbatches, whose = [], []
     for microbatch in plan:
         groups = np.sort(own[[rank for rank in microbatch.groups if rank < len(own)]])
         most = max(tokens[rank] for rank in microbatch.groups)
         own_rows = take_microbatch(rollout, mask, advantages, groups, microbatch, most)
         microbatches.append(from_processes(own_rows, batch_shardings(mesh)))
+        whose.append([group[0].task.id for n in groups for group in rollout.trajectories[n : n + 1]])
     left_out = LossCount(int(facts.loss_tokens[~wanted].sum()), int(facts.loss_members[~wanted].sum()))
     real = facts.real
     members = real.sum() * rollout.length.shape[1]
@@ -119,7 +120,7 @@ def make_microbatches(
     }
     if rollout.replaced is not None:
         metrics |= {"tasks": float(tasks), "refilled": float(facts.refilled.sum())}
-    return microbatches, left_out, metrics
+    return microbatches, whose, left_out, metrics
 
 
 def ranked(planner: Planner, wanted: np.ndarray, prefixes: np.ndarray, rooms: np.ndarray) -> np.ndarray:

@@ -53,6 +53,8 @@ class OptimizerConfig:
     `moments`: how each of the two moments is kept, "float32" (4 bytes a parameter), "bfloat16" (2) or "int8" (1, and
     4 a row of the parameter's last axis; `quantise`).
     `offload`: whether the moments stay in the host's memory between updates (`update.py: init_train_state`).
+    `max_skipped`: an update whose loss or gradient norm is not finite is skipped; after so many in a row the run stops
+    with exit code 70 (docs/reliability.md).
     """
 
     learning_rate: float = 1e-6
@@ -65,3 +67,4 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     moments: Moments = "float32"
     offload: bool = False
+    max_skipped: int = 3

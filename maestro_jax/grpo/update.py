@@ -1,8 +1,8 @@
 """The train step: group-shaped batches in, new parameters out, in jitted programs with explicit shardings.
 
 The prefix of a group is computed once and its members on top of it, so a group of eight costs little more than its own
-tokens. A batch that comes as one microbatch is one program. In several, each of its own static shape, gradients
-are added up in fp32 as they arrive, and applied once: the policy is the same for all of them. The same step serves
+tokens. Gradients of microbatches, each of its own static shape, are added up in fp32 as they arrive, and applied once:
+the policy is the same for all of them. An update that would not be finite changes nothing. The same step serves
 supervised warm start (`nll_loss`) and GRPO.
 """
 
@@ -104,15 +104,17 @@ class Sums:
         return means | {"loss": self.loss}
 
 
-Loss = Callable[[Array, Array, GroupBatch, LossConfig, Array | float], tuple[Array, Metrics]]
+Loss = Callable[[Array, Array, GroupBatch, LossConfig], tuple[Array, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Total:
     """Gradients of the microbatches so far, of the loss before it is divided, with what else adds up."""
 
-    gradients: nnx.State  # float32, in the shards of the parameters
+    gradients: nnx.State | None  # float32, in the shards of the parameters; None: all of the batch are still to come
     sums: Sums | None = None
+    # bool [B] of each microbatch: groups with a log-probability, or a slope of the loss, that is not finite
+    spoiled: tuple[Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ class TrainStep:
 
     ```
     state, metrics = step(state, microbatches, left_out)  # at hand
-    total = step.begin()  # or one by one
+    total = step.begin(alone=False)  # or one by one
     for microbatch in arriving:
         total = step.add(state.params, total, microbatch)
     state, metrics = step.finish(state, total, left_out)
@@ -131,15 +133,17 @@ class TrainStep:
     microbatches and of the groups that were left out. There must be at least one. On their order it depends by fp32
     rounding only; callers that promise the same bits again feed the same ones in the same order.
 
+    An update whose loss or gradient norm is not finite changes nothing: parameters, moments and the step stay, and the
+    metric "skipped" is 1. Every device decides it by the same two numbers.
+
     Attributes:
-      whole: `(state, batch, left_out) → (state, metrics)`, one program; the state is donated.
       zeros: `() → gradients`.
-      accumulate: `(params, gradients, microbatch) → (gradients, sums)`; the gradients are donated.
+      accumulate: `(params, gradients, microbatch) → (gradients, sums, spoiled)`; the gradients are donated, and None
+        where there are none before the microbatch.
       apply: `(state, gradients, sums, left_out) → (state, metrics)`; the state is donated.
       home: shardings of the optimiser's state between updates, in the host's memory or on the devices.
     """
 
-    whole: Any
     zeros: Any
     accumulate: Any
     apply: Any
@@ -149,19 +153,18 @@ class TrainStep:
         self, state: TrainState, microbatches: Sequence[GroupBatch], left_out: LossCount = NOTHING
     ) -> tuple[TrainState, Metrics]:
         """One update; `left_out` counts groups that have no gradient and are in no microbatch."""
-        if len(microbatches) == 1 and not self.offloads:
-            return self.whole(state, microbatches[0], left_out)
-        total = self.begin()
+        total = self.begin(alone=len(microbatches) == 1)
         for microbatch in microbatches:
             total = self.add(state.params, total, microbatch)
         return self.finish(state, total, left_out)
 
-    def begin(self) -> Total:
-        return Total(self.zeros())
+    def begin(self, alone: bool) -> Total:
+        """Nothing yet. A microbatch that comes `alone` needs no room for a sum besides its own gradients."""
+        return Total(None if alone else self.zeros())
 
     def add(self, params: nnx.State, total: Total, microbatch: GroupBatch) -> Total:
-        gradients, sums = self.accumulate(params, total.gradients, microbatch)
-        return Total(gradients, sums if total.sums is None else total.sums + sums)
+        gradients, sums, spoiled = self.accumulate(params, total.gradients, microbatch)
+        return Total(gradients, sums if total.sums is None else total.sums + sums, (*total.spoiled, spoiled))
 
     def finish(self, state: TrainState, total: Total, left_out: LossCount) -> tuple[TrainState, Metrics]:
         if not self.offloads:
@@ -204,20 +207,16 @@ def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk
     return logprobs, entropy
 
 
-def nll_loss(
-    logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig, denominator: Array | float
-) -> tuple[Array, Metrics]:
-    """Negative log-likelihood of the tokens in the loss, aggregated as `config` says."""
+def nll_loss(logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
+    """Negative log-likelihood of the tokens in the loss, aggregated as `config` says, not yet divided."""
     del entropy
-    return aggregate(-logprobs, batch.mask, config, denominator), {}
+    return aggregate(-logprobs, batch.mask, config, 1.0), {}
 
 
-def grpo_loss(
-    logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig, denominator: Array | float
-) -> tuple[Array, Metrics]:
-    """The policy loss of `losses.py`."""
+def grpo_loss(logprobs: Array, entropy: Array, batch: GroupBatch, config: LossConfig) -> tuple[Array, Metrics]:
+    """The policy loss of `losses.py`, not yet divided."""
     arrays = (batch.old_logprobs, batch.reference_logprobs, batch.advantages, batch.mask)
-    return policy_loss(LossInputs(logprobs, entropy, *arrays), config, denominator)
+    return policy_loss(LossInputs(logprobs, entropy, *arrays), config, 1.0)
 
 
 def make_train_step(
@@ -236,45 +235,46 @@ def make_train_step(
     gradient = _gradient(graph, loss, config)
     groups, everywhere = batch_shardings(mesh), replicated(mesh)
 
-    def updated(state: TrainState, gradients: nnx.State) -> tuple[TrainState, Metrics]:
-        trained, frozen = split_frozen(state.params, config.freeze)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        params = nnx.merge_state(optax.apply_updates(trained, updates), frozen)
-        norms = {"grad_norm": optax.tree.norm(gradients), "update_norm": optax.tree.norm(updates)}
-        return TrainState(params, opt_state, state.step + 1), norms
-
-    def whole(state: TrainState, batch: GroupBatch, left_out: LossCount) -> tuple[TrainState, Metrics]:
-        denominator = loss_denominator(count_loss(batch.mask) + left_out, config.loss)
-        gradients, sums = gradient(state.params, batch, denominator)
-        state, norms = updated(state, gradients)
-        return state, sums.finish() | norms
-
-    def accumulate(params: nnx.State, total: nnx.State, microbatch: GroupBatch) -> tuple[nnx.State, Sums]:
-        gradients, sums = gradient(params, microbatch, 1.0)
-        return jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, gradients), sums
+    def accumulate(params: nnx.State, total: nnx.State | None, microbatch: GroupBatch) -> tuple[nnx.State, Sums, Array]:
+        gradients, sums, spoiled = gradient(params, microbatch)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+        return gradients if total is None else jax.tree.map(jnp.add, total, gradients), sums, spoiled
 
     def apply(state: TrainState, total: nnx.State, sums: Sums, left_out: LossCount) -> tuple[TrainState, Metrics]:
         denominator = loss_denominator(sums.count + left_out, config.loss)
-        state, norms = updated(state, jax.tree.map(lambda t: t / denominator, total))
-        return state, dataclasses.replace(sums, loss=sums.loss / denominator).finish() | norms
+        gradients, loss = jax.tree.map(lambda t: t / denominator, total), sums.loss / denominator
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        trained, frozen = split_frozen(state.params, config.freeze)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        # Chosen element by element by what is known before any of them is computed: so all stay in place.
+        trained, opt_state, step = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (optax.apply_updates(trained, updates), opt_state, state.step + 1),
+            (trained, state.opt_state, state.step),
+        )
+        metrics = dataclasses.replace(sums, loss=loss).finish() | {
+            "grad_norm": norm,
+            "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
+            "skipped": 1.0 - finite,
+        }
+        return TrainState(nnx.merge_state(trained, frozen), opt_state, step), metrics
 
     def zeros() -> nnx.State:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained_shapes)
 
-    out = (shardings, everywhere)
     return TrainStep(
-        whole=jax.jit(whole, in_shardings=(shardings, groups, everywhere), out_shardings=out, donate_argnums=0),
         zeros=jax.jit(zeros, out_shardings=trained_shardings),
         accumulate=jax.jit(
             accumulate,
-            in_shardings=(shardings.params, trained_shardings, groups),
-            out_shardings=(trained_shardings, everywhere),
+            in_shardings=(shardings.params, None, groups),
+            out_shardings=(trained_shardings, everywhere, over_groups(mesh)),
             donate_argnums=1,
         ),
         apply=jax.jit(
             apply,
             in_shardings=(shardings, trained_shardings, everywhere, everywhere),
-            out_shardings=out,
+            out_shardings=(shardings, everywhere),
             donate_argnums=0,
         ),
         home=home,
@@ -283,20 +283,27 @@ def make_train_step(
 
 def _gradient(
     graph: nnx.GraphDef, loss: Loss, config: UpdateConfig
-) -> Callable[[nnx.State, GroupBatch, Array | float], tuple[nnx.State, Sums]]:
-    """`(params, batch, denominator) →` gradients of the trained parameters, and the sums."""
+) -> Callable[[nnx.State, GroupBatch], tuple[nnx.State, Sums, Array]]:
+    """`(params, batch) →` gradients of the trained parameters (of the undivided loss), sums, `Total.spoiled`."""
 
-    def objective(trained: nnx.State, frozen: nnx.State, batch: GroupBatch, denominator: Array | float) -> Any:
-        policy = nnx.merge(graph, trained, frozen)
-        logprobs, entropy = member_logprobs(policy, batch, config.temperature, config.chunk)
-        value, metrics = loss(logprobs, entropy, batch, config.loss, denominator)
-        metrics["entropy"] = masked_mean(entropy, batch.mask)
-        count = count_loss(batch.mask)
-        sums = {name: x if name in PEAKS else x * count.tokens for name, x in metrics.items()}
-        return value, Sums(value, count, sums)
+    def gradient(params: nnx.State, batch: GroupBatch) -> tuple[nnx.State, Sums, Array]:
+        trained, frozen = split_frozen(params, config.freeze)
 
-    def gradient(params: nnx.State, batch: GroupBatch, denominator: Array | float) -> tuple[nnx.State, Sums]:
-        return jax.grad(objective, has_aux=True)(*split_frozen(params, config.freeze), batch, denominator)
+        def outputs(trained: nnx.State) -> tuple[Array, Array]:
+            return member_logprobs(nnx.merge(graph, trained, frozen), batch, config.temperature, config.chunk)
+
+        def summed(logprobs: Array, entropy: Array) -> tuple[Array, Sums]:
+            value, metrics = loss(logprobs, entropy, batch, config.loss)
+            metrics["entropy"] = masked_mean(entropy, batch.mask)
+            count = count_loss(batch.mask)
+            return value, Sums(value, count, {n: x if n in PEAKS else x * count.tokens for n, x in metrics.items()})
+
+        # In two steps, since between them every number belongs to a group.
+        found, backward = jax.vjp(outputs, trained)
+        slopes, sums = jax.grad(summed, argnums=(0, 1), has_aux=True)(*found)
+        spoiled = ~jnp.isfinite(jnp.stack([*found, *slopes])).all(axis=(0, 2, 3))
+        (gradients,) = backward(slopes)
+        return gradients, sums, spoiled
 
     return gradient
 

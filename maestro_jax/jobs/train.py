@@ -53,6 +53,7 @@ FREE_KEYS = (
     "rollout.patience",
     "grpo.steps",
     "optimizer.decay_steps",
+    "optimizer.max_skipped",
     "evaluate.every",
     "evaluate.batch",
     "evaluate.baselines",
@@ -60,6 +61,7 @@ FREE_KEYS = (
     "checkpoint.keep",
     "checkpoint.keep_every",
     "warm_start.checkpoint_every",
+    "warm_start.optimizer.max_skipped",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",
@@ -90,6 +92,7 @@ def train(
 
     Raises:
       UserError: something that the user has to change; one line that says what.
+      NonFiniteError: loss or gradients were not finite for several updates in a row; one line that says what to do.
       Preempted: experts did not come back, or the process was told to stop; the same call resumes.
     """
     began = time.monotonic()

@@ -22,7 +22,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
     Args:
       summary: `accuracy` {row: share}, `accuracy_by_domain` {row: {domain: share}} (may be
-        missing), `steps`, `wall_seconds`, `seed`, and `held_out_tasks`, `missing` and `marked` (may be missing).
+        missing), `steps`, `wall_seconds`, `seed`, and `held_out_tasks`, `missing`, `skipped_updates` and `marked`
+        (may be missing).
 
     Returns:
       A Markdown table in lines of at most 100 columns; domains that do not fit continue in a further one.
@@ -90,6 +91,8 @@ def gaps(summary: Mapping[str, Any]) -> list[str]:
     ]
     if missing.get("baselines"):
         lines.append(f"baselines: {missing['baselines']} calls not answered; accuracy over the others")
+    if skipped := summary.get("skipped_updates"):
+        lines.append(f"{skipped} of {summary['steps']} updates were skipped: their loss or gradient was not finite")
     for expert, share in summary.get("marked", {}).items():
         lines.append(f"{expert} failed {_percent(share)} % of the training episodes at first")
     return lines

@@ -12,10 +12,12 @@ from flax import nnx
 from maestro_jax import failpoints
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config
+from maestro_jax.errors import NonFiniteError
 from maestro_jax.evaluation.policy import Evaluation
 from maestro_jax.grpo.batch import Scored, rewards_of
 from maestro_jax.grpo.learner import Learner
 from maestro_jax.grpo.ledger import trained_row
+from maestro_jax.grpo.skipped import Skipped, Skips
 from maestro_jax.grpo.update import TrainState
 from maestro_jax.observe.metrics import MetricsWriter
 from maestro_jax.observe.progress import Progress
@@ -75,6 +77,7 @@ class Training:
         self.last: Evaluation | None = None
         self._config, self._learner, self._supply, self._calls, self._record = config, learner, supply, calls, record
         self._evaluate, self._progress = evaluate, progress
+        self._skips = Skips(config.optimizer.max_skipped, "config.optimizer", progress.note)
         self._seconds_before = 0.0  # of earlier processes
         self._evaluated: Evaluation | None = None  # the policy as it is now
         self._row: dict[str, Any] | None = None  # metrics of the last update, while what is due after it is not done
@@ -121,6 +124,7 @@ class Training:
         self._supply.set_state(run["supply"])
         self._behind = {"supply": run["supply"], "journal": run["journal"]}
         self._row, self._seconds_before, self._saved = run["row"], run["seconds"], self.step
+        self._skips.in_a_row = run.get("skipped", 0)
         if run["evaluated"] is not None:
             self.last = self._evaluated = Evaluation.from_json(run["evaluated"])
         self._progress.note(f"resumed from the checkpoint of step {self.step}")
@@ -130,6 +134,7 @@ class Training:
 
         Raises:
           Preempted: the run was told to stop, or experts did not come back; its last update is saved.
+          NonFiniteError: several updates in a row were not finite; checkpoints are those before them.
         """
         self._progress.phase("train", self._config.grpo.steps, done=self.step)
         try:
@@ -156,15 +161,22 @@ class Training:
         step, began = self.step + 1, time.monotonic()
         self._calls.journal.begin(f"step {step}")
         rollouts = Stopwatch(until_committed(self._supply.step(self.state.params, step), self._record.store))
-        self.state, seen, metrics = self._learner(self.state, rollouts)
+        skipped: list[Skipped] = []
+        self.state, seen, metrics = self._learner(self.state, rollouts, skipped.append)
         self.step, self._evaluated, self._behind = step, None, self._position()
         failpoints.reach("after_update")
-        self._record.ledger.write(trained_row(step, seen))
+        self._record.ledger.write(trained_row(step, seen, *skipped))
         times = {"rollout_seconds": rollouts.seconds, "seconds": time.monotonic() - began}
         marked = {f"marked/{expert}": share for expert, share in self._supply.marked.items()}
         self._row = {"step": step, **episode_metrics(seen, step), **metrics, **marked, **times}
         shown = ("reward", "accuracy", "calls", *marked, "seconds")
         self._progress.update(step, {name: self._row[name] for name in shown})
+        try:
+            self._skips.after(f"step {step}", skipped[0] if skipped else None)
+        except NonFiniteError:
+            self._end_wait()
+            self._record.metrics.write(self._row)
+            raise
 
     def _conclude(self) -> None:
         """Does what is due after the last update: evaluation, the line of metrics, the checkpoint."""
@@ -211,6 +223,7 @@ class Training:
             "evaluated": self._evaluated.to_json() if self._evaluated and not self._evaluated.missing else None,
             "row": self._row,
             "seconds": self.seconds,
+            "skipped": self._skips.in_a_row,
         }
         self._record.store.save(self.step, self.state, facts)
         self._saved = self.step

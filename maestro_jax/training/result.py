@@ -29,6 +29,7 @@ class TrainResult:
       accuracy_by_domain: the same, by row and source of tasks.
       reward, calls: means over held-out episodes of "trained" and "warm_start".
       missing: what has no answer, of the tasks and of the baselines' calls; it counts neither as right nor as wrong.
+      skipped_updates: of reinforcement, since their loss or gradient norm was not finite.
       marked: expert -> share of all training episodes that it failed, those that were run again among them.
       seconds: that the run has taken, with all its processes one after the other.
     """
@@ -43,6 +44,7 @@ class TrainResult:
     reward: Mapping[str, float]
     calls: Mapping[str, float]
     missing: Mapping[str, int]
+    skipped_updates: int
     marked: Mapping[str, float]
     warm_start_sampled: float | None
     best_single_pair: str
@@ -86,6 +88,9 @@ class TrainResult:
             reward={name: found.reward for name, found in policies.items()},
             calls={name: found.calls for name, found in policies.items()},
             missing=missing,
+            skipped_updates=cluster.from_main(
+                lambda: sum(row.get("skipped") == 1.0 for row in read_metrics(workdir / "metrics.jsonl"))
+            ),
             marked=cluster.from_main(lambda: marked_by_expert(read_metrics(workdir / "metrics.jsonl"))),
             warm_start_sampled=sampled.accuracy if sampled else None,
             best_single_pair="@@".join(baselines.single_pair) if baselines else "",

@@ -11,9 +11,18 @@ from maestro_jax import failpoints
 from maestro_jax.checkpoint.store import CheckpointStore
 from maestro_jax.config import Config
 from maestro_jax.data.source import OnDemand, TaskSource, TaskView, remembering
-from maestro_jax.errors import ConfigError
+from maestro_jax.errors import ConfigError, NonFiniteError
 from maestro_jax.grpo.optimizer import make_optimizer
-from maestro_jax.grpo.update import GroupBatch, Metrics, TrainState, init_train_state, make_train_step, nll_loss
+from maestro_jax.grpo.skipped import Skipped, Skips
+from maestro_jax.grpo.update import (
+    NOTHING,
+    GroupBatch,
+    Metrics,
+    TrainState,
+    init_train_state,
+    make_train_step,
+    nll_loss,
+)
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel import cluster, preemption
 from maestro_jax.policy.tokens import Tokens, load_tokens, train_tokens
@@ -68,9 +77,10 @@ def warm_start(
     # One to fall back on.
     directory, anew = workdir / "warm_start", "delete them: the warm start is made again, and comes out the same"
     store = CheckpointStore(directory, keep=2, note=progress.note, anew=anew)
-    done, before = 0, dict[str, Any]()
+    done, before, skipped = 0, dict[str, Any](), 0
     if (restored := store.restore_newest(state)) is not None:
         state, done, before = restored.state, restored.run["steps"], restored.run.get("demonstrations", {})
+        skipped = restored.run.get("skipped", 0)
     if done == settings.steps:
         store.close()
         return state.params
@@ -98,21 +108,39 @@ def warm_start(
     update = dataclasses.replace(update, loss=dataclasses.replace(update.loss, aggregation="token"))
     train = make_train_step(rollouts.graph, optimizer, nll_loss, update, mesh, state)
     shapes: set[tuple[Any, ...]] = set()
+    skips = Skips(settings.optimizer.max_skipped, "config.warm_start.optimizer", progress.note, skipped)
+    given: list[Sequence[str]] = []  # tasks of every batch of this start
 
     def step(state: TrainState, microbatches: Sequence[GroupBatch]) -> tuple[TrainState, Metrics]:
-        for microbatch in microbatches:
-            note_shape(microbatch, shapes, progress, "the warm start's update")
-        return train(state, microbatches)
+        (batch,) = microbatches
+        note_shape(batch, shapes, progress, "the warm start's update")
+        total = train.add(state.params, train.begin(alone=True), batch)
+        state, metrics = train.finish(state, total, NOTHING)
+        named = Skipped.named(metrics, total, given[-1:]) if metrics["skipped"] else None
+        skips.after(f"step {done + 1} of the warm start", named)
+        return state, metrics
 
     progress.phase("warm start", settings.steps, done)
     buckets = config.rollout.member_buckets
     tuned = finetune(
-        step, state, groups, most, settings.groups, settings.steps, prompts, buckets, mesh, config.seed, done
+        step,
+        state,
+        groups,
+        most,
+        settings.groups,
+        settings.steps,
+        prompts,
+        buckets,
+        mesh,
+        config.seed,
+        done,
+        given.append,
     )
 
     def save(done: int, state: TrainState) -> None:
         calls.journal.sync()
-        store.save(done, state, {"steps": done} | ({"demonstrations": now} if now else {}))
+        row = {"steps": done, "skipped": skips.in_a_row}
+        store.save(done, state, row | ({"demonstrations": now} if now else {}))
 
     saved = done
     try:
@@ -127,6 +155,9 @@ def warm_start(
                 saved = done
             failpoints.reach("in_warm_start")
             preemption.check()
+    except NonFiniteError:
+        store.close()
+        raise
     except preemption.Preempted as stop:
         if done > saved:
             save(done, state)

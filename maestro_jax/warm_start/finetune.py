@@ -27,6 +27,7 @@ def finetune(
     mesh: Mesh,
     seed: int,
     done: int = 0,
+    note_tasks: Callable[[Sequence[str]], None] = lambda tasks: None,
 ) -> Iterator[tuple[int, TrainState, dict[str, float]]]:
     """Trains for `steps` batches of `groups` groups; gives after each: steps done, the new state, metrics.
 
@@ -34,6 +35,7 @@ def finetune(
       demonstrations: groups of demonstrations of one task each; shuffled anew in every pass.
       most: tokens in the loss of the group that has most, as of `collate`.
       done: batches that `state` was trained on by an earlier start.
+      note_tasks: hears the tasks of each batch, group by group, before it is trained on.
     """
     rng = np.random.default_rng(seed)
     order: list[int] = []
@@ -43,7 +45,9 @@ def finetune(
         chosen, order = order[:groups], order[groups:]
         if number <= done:
             continue
-        batch = collate([demonstrations[i] for i in chosen], prompts, buckets, mesh, most)
+        given = [list(demonstrations[i]) for i in chosen]  # once: each may be read from disk whenever it is asked for
+        batch = collate(given, prompts, buckets, mesh, most)
+        note_tasks([group[0].task.id for group in given])
         with jax.set_mesh(mesh):
             state, metrics = step(state, [batch])
         yield number, state, {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
@@ -57,7 +61,6 @@ def collate(
     Args:
       most: tokens in the loss of the group that has most in any batch, so that all are compiled for the same.
     """
-    groups = [list(group) for group in groups]  # once: each may be read from disk whenever it is asked for
     longest = max(len(member.ids) for group in groups for member in group)
     cure = "set config.rollout.room=0, which is computed, or raise turn_budget: an answer quotes a whole observation"
     width = bucket(longest, buckets, "a demonstration", cure)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maestro_jax.checkpoint import fingerprint
-from maestro_jax.checkpoint.fingerprint import combined, fingerprint_of, fingerprints
+from maestro_jax.checkpoint.fingerprint import combined, fingerprint_of, fingerprints, read_through
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "bool")
@@ -92,6 +92,17 @@ def test_it_depends_on_no_mesh_no_sharding_and_no_memory() -> None:
             placed["float32"] = on_mesh(arrays["float32"], mesh, spec, "pinned_host")
             assert fingerprints(placed) == expected
             assert not placed["float32"].is_deleted() and placed["float32"].sharding.memory_kind == "pinned_host"
+
+
+def test_numbers_that_are_not_finite_are_counted_once_on_any_mesh() -> None:
+    array = np.zeros((8, 16), np.float32)
+    array[0, 0], array[3, 5], array[7, 15] = np.nan, np.inf, -np.inf
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    for spec in (PartitionSpec(), PartitionSpec("fsdp", "tensor")):
+        placed = {"a": on_mesh(array, mesh, spec), "b": on_mesh(np.full((8, 16), 127, np.int8), mesh, spec)}
+        found = read_through(placed)
+        assert {name: count for name, (_, count) in found.items()} == {"a": 3, "b": 0}
+        assert found["a"][0] == fingerprint_of(array)
 
 
 def test_keys_of_random_numbers_have_one() -> None:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from maestro_jax.checkpoint.committed import write_manifest
 from maestro_jax.checkpoint.store import CheckpointStore, Restored, named_leaves
-from maestro_jax.errors import ConfigError
+from maestro_jax.errors import ConfigError, NonFiniteError
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
 from maestro_jax.grpo.update import TrainState, init_train_state
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
@@ -85,6 +85,19 @@ def test_a_new_process_gets_every_bit_back_on_any_mesh(axes: tuple[int, int, int
     for (name, leaf), place in zip(named_leaves(found).items(), jax.tree.leaves(target), strict=True):
         assert np.asarray(leaf).tobytes() == np.asarray(wanted[name]).tobytes(), name
         assert leaf.dtype == wanted[name].dtype and leaf.sharding == place.sharding, name
+
+
+@pytest.mark.parametrize("where", ["params", "opt_state"])
+def test_a_state_that_is_not_finite_is_not_saved(where: str, tmp_path: Path) -> None:
+    good = make_state((1, 2, 1))
+    save(tmp_path, good, 3)
+    spoiled = {name: leaf for name, leaf in named_leaves(getattr(good, where)).items() if leaf.ndim == 2}
+    leaves, structure = jax.tree.flatten(good)
+    bad = [leaf.at[0, 0].set(jnp.nan) if leaf is next(iter(spoiled.values())) else leaf for leaf in leaves]
+    with pytest.raises(NonFiniteError, match=rf"^the state of step 4 .* in 1 of \d+ arrays \(first {where}/") as told:
+        save(tmp_path, jax.tree.unflatten(structure, bad), 4)
+    assert "\n" not in str(told.value) and "new --workdir" in str(told.value)
+    assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["3"]
 
 
 def test_files_of_a_user_who_has_no_name_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

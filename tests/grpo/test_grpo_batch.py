@@ -56,7 +56,10 @@ def microbatches_of(
 ) -> Parts:
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     planner = Planner(reference.architecture(), 2, G, 3, microbatches, 1, (2, 4), buckets)
-    return make_microbatches(rollout, score_rollout(rollout, Scorer()), "std", contrast_only, planner, mesh)
+    scored = score_rollout(rollout, Scorer())
+    parts, tasks, left_out, metrics = make_microbatches(rollout, scored, "std", contrast_only, planner, mesh)
+    assert len(tasks) == len(parts)
+    return parts, left_out, metrics
 
 
 def batch_of(rollout: Rollout, buckets: tuple[int, ...] = (12, 16)) -> tuple[GroupBatch, dict[str, float]]:

@@ -1,6 +1,7 @@
 """One step of learning: the same update from a step's groups as a whole and as they come, in several rollouts."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maestro_jax.errors import ConfigError
+from maestro_jax import failpoints
+from maestro_jax.checkpoint.store import named_leaves
+from maestro_jax.errors import ConfigError, NonFiniteError
 from maestro_jax.grpo.batch import Scored
 from maestro_jax.grpo.learner import Learner
 from maestro_jax.grpo.ledger import trained_row
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.microbatches import Planner
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
-from maestro_jax.grpo.update import NOTHING, TrainState, UpdateConfig, grpo_loss, init_train_state, make_train_step
+from maestro_jax.grpo.skipped import NAMED, Skipped, Skips
+from maestro_jax.grpo.update import (
+    NOTHING,
+    GroupBatch,
+    TrainState,
+    UpdateConfig,
+    grpo_loss,
+    init_train_state,
+    make_train_step,
+)
 from maestro_jax.parallel.sharding import replicated
 from maestro_jax.policy.prompts import take_prompts
 from maestro_jax.policy.tokens import Tokens
@@ -65,7 +77,7 @@ def test_groups_that_were_replaced_count_among_those_without_a_verdict(monkeypat
     left_out = [[SimpleNamespace(reward=lost), SimpleNamespace(reward=lost)]]
     scored = Scored([[fine, fine]], np.ones((1, 2)), np.ones((1, 2), bool))
     monkeypatch.setattr("maestro_jax.grpo.learner.score_rollout", lambda *_: scored)
-    monkeypatch.setattr("maestro_jax.grpo.learner.make_microbatches", lambda *_: ([], NOTHING, {}))
+    monkeypatch.setattr("maestro_jax.grpo.learner.make_microbatches", lambda *_: ([], [], NOTHING, {}))
     plan: Any = SimpleNamespace(microbatches=1)
     made: Any = Learner(None, plan, Judged(), "grpo", True, 1, None, one_device())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="judged judged Referee Referee"):
@@ -85,17 +97,20 @@ def learner(runner: Runner, rollouts: int) -> tuple[Learner, TrainState]:
 
 
 def test_few_groups_with_contrast_need_no_program_of_their_own(runner: Runner, rollout: Rollout) -> None:
-    """A microbatch holds them all, so there is one; compiling the undivided update for it would take as long."""
+    """A microbatch holds them all, so there is one; a program for those that come alone would take as long."""
     made, state = learner(runner, rollouts=1)
+    given: list[bool] = []
 
-    def refused(*_: object) -> None:
-        raise AssertionError("the undivided update was compiled")
+    def accumulate(params: Any, total: Any, microbatch: GroupBatch) -> Any:
+        given.append(total is not None)
+        return made.step.accumulate(params, total, microbatch)
 
     planner = dataclasses.replace(made.planner, microbatches=2)
-    apart = dataclasses.replace(made, planner=planner, step=dataclasses.replace(made.step, whole=refused))
+    apart = dataclasses.replace(made, planner=planner, step=dataclasses.replace(made.step, accumulate=accumulate))
     same = dataclasses.replace(rollout, trajectories=[rollout.trajectories[0], *[rollout.trajectories[2]] * 3])
     after, _, found = apart(state, [same])
     assert found["parts"] == 1.0 and found["groups_without_contrast"] == 0.75 and int(after.step) == 1
+    assert given == [True]
     _, state = learner(runner, rollouts=1)
     _, _, wanted = made(state, [same])
     np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5, atol=1e-7)
@@ -120,6 +135,72 @@ def test_groups_that_come_in_parts_make_the_same_update(runner: Runner, rollout:
     for name in ("loss", "grad_norm", "entropy", "member_tokens", "groups_without_contrast"):
         # fp32 sums over the same tokens in another order.
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_a_run_goes_on_as_if_an_update_that_is_not_finite_had_not_come(
+    rollouts: int, runner: Runner, rollout: Rollout
+) -> None:
+    """A NaN at step 5 of ten, in groups that come as a whole and in parts."""
+
+    def run(steps: Sequence[int], failpoint: str = "") -> tuple[TrainState, dict[int, Skipped], list[float]]:
+        made, state = learner(runner, rollouts)
+        failpoints.arm(failpoint)
+        skipped: dict[int, Skipped] = {}
+        metrics = []
+        for step in steps:
+            given = halves(rollout) if rollouts == 2 else [rollout]
+            state, _, found = made(state, given, functools.partial(skipped.__setitem__, step))
+            metrics.append(found["skipped"])
+        failpoints.arm("")
+        return state, skipped, metrics
+
+    state, skipped, metrics = run(range(1, 11), "before_update:5:NAN")
+    wanted, none, _ = run([step for step in range(1, 11) if step != 5])
+    assert metrics == [0.0] * 4 + [1.0] + [0.0] * 5 and not none and list(skipped) == [5]
+    assert int(state.step) == 9
+    for name, leaf in named_leaves(wanted).items():
+        np.testing.assert_array_equal(named_leaves(state)[name], leaf, err_msg=name)
+    seen = skipped[5]
+    assert len(seen.tensors) == seen.of == len(named_leaves(state.params))
+    assert seen.tensors[0] == "language_model/norm/scale"
+    assert seen.tasks == [toy.task(n).id for n in (0, 1, 3)]  # the third has no contrast
+
+
+def test_the_task_that_spoils_an_update_is_named(runner: Runner, rollout: Rollout) -> None:
+    made, state = learner(runner, rollouts=1)
+    logprobs = rollout.logprobs.copy()
+    logprobs[1, 0, int(rollout.authored[1, 0].argmax())] = -np.inf
+    skipped: list[Skipped] = []
+    before = {name: np.array(leaf) for name, leaf in named_leaves(state).items()}
+    state, seen, found = made(state, [dataclasses.replace(rollout, logprobs=logprobs)], skipped.append)
+    assert found["skipped"] == 1.0 and found["update_norm"] == 0.0 and not np.isfinite(found["grad_norm"])
+    for name, leaf in named_leaves(state).items():
+        np.testing.assert_array_equal(leaf, before[name], err_msg=name)
+    (one,) = skipped
+    assert one.tasks == [toy.task(1).id]
+    row = trained_row(1, seen, one)["skipped"]
+    assert row["tasks"] == {"count": 1, "first": [toy.task(1).id]} and row["tensors"]["count"] == one.of
+    assert len(row["tensors"]["first"]) == NAMED and not row["grad_norm_is_finite"]
+
+
+def test_a_run_stops_after_several_skipped_updates_in_a_row() -> None:
+    told: list[str] = []
+    skips = Skips(3, "config.optimizer", told.append)
+    one = Skipped(np.nan, np.inf, ["a/kernel"], 4, ["t/1", "t/2", "t/3", "t/4"])
+    for step, skipped in enumerate([one, one, None, one, one]):
+        skips.after(f"step {step}", skipped)
+    assert len(told) == 4 and skips.in_a_row == 2
+    assert told[0] == (
+        "the update of step 0 is skipped: loss nan, gradient norm inf; not finite: 1 of 4 gradients (first a/kernel), "
+        "the loss of t/1, t/2, t/3, ..."
+    )
+    with pytest.raises(NonFiniteError, match=r"^3 updates in a row were skipped, up to step 5: .*max_skipped") as error:
+        skips.after("step 5", dataclasses.replace(one, tasks=[]))
+    assert "no task's own loss" in str(error.value) and "\n" not in str(error.value)
+    again = Skips(3, "config.optimizer", told.append, in_a_row=2)  # of an earlier start
+    with pytest.raises(NonFiniteError):
+        again.after("step 6", one)
 
 
 def test_the_ledger_has_every_task_that_was_run_once(runner: Runner, rollout: Rollout) -> None:

@@ -251,6 +251,43 @@ def test_moments_of_a_byte_lie_in_the_shards_of_their_parameters(offload: bool) 
         assert parameter.sharding.memory_kind == "device"
 
 
+@pytest.mark.parametrize("spoiled", ["a gradient", "the loss"])
+@pytest.mark.parametrize(("moments", "offload"), [("float32", False), ("bfloat16", False), ("int8", True)])
+def test_an_update_that_is_not_finite_changes_nothing(moments: str, offload: bool, spoiled: str) -> None:
+    """One number, on one of eight devices: the run goes on as one that never came to that update."""
+    config = dataclasses.replace(OPTIMIZER, moments=moments, offload=offload)
+    mesh = make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])
+    settings = UpdateConfig(LossConfig(0.2, 0.2, "token", 1), 1.0, 1)
+
+    def run(spoil: bool) -> tuple[TrainState, list[dict[str, float]]]:
+        graph, state = make_state(config, mesh)
+        step = make_train_step(graph, make_optimizer(config), grpo_loss, settings, mesh, state)
+        rng, found = np.random.default_rng(0), []
+        with jax.set_mesh(mesh):
+            for number in range(3):
+                leaves, structure = jax.tree.flatten(step.zeros())
+                given = [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
+                loss = np.float32(1.0)
+                if number == 1:
+                    if not spoil:
+                        continue
+                    given[-1].flat[-1] = np.nan if spoiled == "a gradient" else 1.0
+                    loss = np.float32(np.inf if spoiled == "the loss" else 1.0)
+                placed = [jax.device_put(x, leaf.sharding) for x, leaf in zip(given, leaves, strict=True)]
+                sums = Sums(jnp.asarray(loss), LossCount(8, 2), {})
+                total = Total(jax.tree.unflatten(structure, placed), sums)
+                state, metrics = step.finish(state, total, NOTHING)
+                found.append({name: float(value) for name, value in metrics.items()})
+        return state, found
+
+    (state, metrics), (wanted, _) = run(spoil=True), run(spoil=False)
+    assert [each["skipped"] for each in metrics] == [0.0, 1.0, 0.0]
+    assert metrics[1]["update_norm"] == 0.0 and all(each["update_norm"] > 0 for each in metrics[::2])
+    assert int(state.step) == 2
+    for name, leaf in named_leaves(wanted).items():
+        np.testing.assert_array_equal(named_leaves(state)[name], leaf, err_msg=name)
+
+
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])
 def test_rounding_depends_neither_on_the_mesh_nor_on_where_moments_are_kept(moments: str) -> None:
     config = dataclasses.replace(OPTIMIZER, moments=moments)

@@ -273,5 +273,5 @@ def test_nll_is_the_mean_over_tokens_in_the_loss() -> None:
     logprobs = np.random.default_rng(1).uniform(-5, 0, (B, G, R)).astype(np.float32)
     config = dataclasses.replace(LOSS, aggregation="token")
     denominator = loss_denominator(count_loss(batch.mask), config)
-    found, _ = nll_loss(jnp.asarray(logprobs), jnp.zeros((B, G, R)), batch, config, denominator)
-    np.testing.assert_allclose(found, -logprobs[batch.mask].mean(), rtol=1e-6)
+    found, _ = nll_loss(jnp.asarray(logprobs), jnp.zeros((B, G, R)), batch, config)
+    np.testing.assert_allclose(found / denominator, -logprobs[batch.mask].mean(), rtol=1e-6)
