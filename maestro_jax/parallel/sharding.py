@@ -91,6 +91,26 @@ def keep_over_groups(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
+def keep_over_features(x: jax.Array) -> jax.Array:
+    """Holds an activation's last axis on `fsdp` and its leading one, the groups, on `data` alone.
+
+    For a sum over tokens that goes into a parameter whose last axis is on `fsdp`: tokens travel (an all-to-all), every
+    device sums its own columns, and no device holds the sum as a whole. Outside `jax.set_mesh` nothing is done.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1 or x.shape[-1] % mesh.shape["fsdp"]:
+        return x
+    groups = None if x.shape[0] % mesh.shape["data"] else "data"
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(groups, *[None] * (x.ndim - 2), "fsdp"))
+
+
+def keep_param_shards(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Holds an array in the shards of a parameter with these logical axes. Outside `jax.set_mesh` nothing is done."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, ShardingRules().spec(axes))
+
+
 def keep_over_heads(x: jax.Array, axis: int) -> jax.Array:
     """Holds keys or values with their heads, axis `axis`, on `tensor`, and the axis of shards D before them, if any.
 

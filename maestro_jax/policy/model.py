@@ -78,7 +78,7 @@ class Policy(nnx.Module):
 
     def encode_root(self, root: Array) -> Context:
         """What every group attends to of the root's tokens `[P0]`: keys and values `[P0, K, H]` per layer."""
-        return self.language_model.encode_root(self._embed(root)[None])
+        return self.language_model.encode_root(*self._embed(root[None]))
 
     def encode_prompts(self, batch: PrefixBatch, root: Context) -> tuple[Context, Array]:
         """Encodes images and prefixes behind an encoded root, for members that will be decoded.
@@ -87,7 +87,8 @@ class Policy(nnx.Module):
           What members attend to of the prefixes, `[B, P, K, H]` per layer, and the final hidden state of each
           prefix's last token `[B, D]`, from which every member's first token is predicted.
         """
-        hidden, prefix = self.language_model.encode_rows(root, self._prompt_rows(batch))
+        rows = self._prompt_rows(batch, *self._embed(batch.tokens))
+        hidden, prefix = self.language_model.encode_rows(root, rows)
         return prefix, _last(hidden, batch)
 
     def encode_groups(self, batch: PrefixBatch, members: Array, length: Array) -> tuple[Array, Array]:
@@ -99,17 +100,18 @@ class Policy(nnx.Module):
         Returns:
           The final hidden state of each prefix's last token `[B, D]`, and those of the members `[B, G, R, D]`.
         """
-        prompts = self._prompt_rows(batch)
+        root, tokens, of_members = self._embed(batch.root[None], batch.tokens, members)
+        prompts = self._prompt_rows(batch, tokens)
         layout = GroupLayout(prompts.layout.prefix, *members.shape[1:])
         steps = jnp.broadcast_to(jnp.arange(layout.room), members.shape)
         rows = GroupRows(
             layout,
-            keep_over_groups(layout.join(prompts.x, self._embed(members))),
+            keep_over_groups(layout.join(prompts.x, of_members)),
             layout.join(prompts.positions, member_positions(batch.next_position, steps)),
             layout.join(prompts.real, steps < length[..., None]),
             prompts.deepstack,
         )
-        hidden = self.language_model(self._embed(batch.root)[None], rows)
+        hidden = self.language_model(root, rows)
         return _last(hidden, batch), layout.of_members(hidden)
 
     def for_decoding(self) -> "DecodingPolicy":
@@ -127,18 +129,19 @@ class Policy(nnx.Module):
         """The table `[V, D]` that gives logits, in the compute dtype."""
         return self._table(self.language_model.embed_tokens if self.lm_head is None else self.lm_head)
 
-    def _embed(self, tokens: Array) -> Array:
-        return keep_over_groups(self._table(self.language_model.embed_tokens)[tokens])
+    def _embed(self, *tokens: Array) -> tuple[Array, ...]:
+        """Embedded tokens `[groups, ..., D]` of each array `[groups, ...]`."""
+        return tuple(map(keep_over_groups, self.language_model.embed_tokens.lookups(tokens, self.compute_dtype)))
 
     def _table(self, embedding: Embedding) -> Array:
         return embedding.table(self.compute_dtype)
 
-    def _prompt_rows(self, batch: PrefixBatch) -> GroupRows:
-        """Rows of the prefixes with their images."""
-        x, deepstack = self._with_images(batch)
+    def _prompt_rows(self, batch: PrefixBatch, embedded: Array) -> GroupRows:
+        """Rows of the prefixes, embedded tokens `[B, P, D]`, with their images."""
+        x, deepstack = self._with_images(batch, embedded)
         return GroupRows(causal(x.shape[1]), x, batch.positions, batch.mask, tuple(deepstack))
 
-    def _with_images(self, batch: PrefixBatch) -> tuple[Array, list[Array]]:
+    def _with_images(self, batch: PrefixBatch, embedded: Array) -> tuple[Array, list[Array]]:
         """Embedded prefixes `[B, P, D]` with image tokens in place, and DeepStack additions like them."""
         groups = batch.tokens.shape[0]
         image_tokens, taps = self.visual(batch.images)
@@ -149,7 +152,7 @@ class Policy(nnx.Module):
             index = jnp.maximum(batch.image_index, 0)[..., None]
             return keep_over_groups(jnp.take_along_axis(features, index, axis=1).astype(self.compute_dtype))
 
-        x = jnp.where(is_image, place(image_tokens), self._embed(batch.tokens))
+        x = jnp.where(is_image, place(image_tokens), embedded)
         return x, [jnp.where(is_image, place(tap), 0) for tap in taps]
 
 

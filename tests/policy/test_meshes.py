@@ -13,9 +13,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from maestro_jax.aot.hlo import collectives
 from maestro_jax.checkpoint.store import named_leaves
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import ShardingRules, gather_over_fsdp, init_params, over_groups
+from maestro_jax.parallel.sharding import (
+    ShardingRules,
+    gather_over_fsdp,
+    init_params,
+    keep_over_groups,
+    over_groups,
+    replicated,
+)
 from maestro_jax.policy.attention.interface import AttentionConfig
 from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.policy.layers import Embedding
 from maestro_jax.policy.model import Policy, prompt_shardings
 from tests.policy import reference
 from tests.policy.reference import ROOT, assert_near
@@ -111,3 +119,25 @@ def test_weights_are_gathered_a_layer_at_a_time() -> None:
     gathered = [c for c in collectives(text) if c.kind == "all-gather"]
     assert gathered and all(c.times % 3 == 0 for c in gathered)  # inside the loop
     assert {shape for c in gathered for shape in c.shapes} <= {("bf16", (64, 112)), ("f32", (64, 112))}
+
+
+def test_the_gradient_of_a_table_is_an_exact_sum_that_no_device_holds_whole() -> None:
+    """In bf16 a sum of ones stops growing at 256; a dense fp32 table would be 1.6 GB of the 4B on every device."""
+    mesh, tokens = make_mesh(MeshConfig(1, 8, 1), jax.devices()[:8]), 300
+    graph, table = nnx.split(Embedding(40, 16, ("vocab", "embed"), jnp.float32, nnx.Rngs(0)))
+    shards, groups = NamedSharding(mesh, PartitionSpec("tensor", "fsdp")), over_groups(mesh)
+
+    def value(table: nnx.State, root: jax.Array, ids: jax.Array) -> jax.Array:
+        found = nnx.merge(graph, table).lookups((root, ids), jnp.bfloat16)
+        return sum(jnp.sum(keep_over_groups(x).astype(jnp.float32)) for x in found)
+
+    program = jax.jit(jax.grad(value), in_shardings=(shards, replicated(mesh), groups), out_shardings=shards)
+    given = table, jnp.full((1, 5), 3), jnp.full((8, tokens), 7)
+    with jax.set_mesh(mesh):
+        text = program.lower(*given).compile().as_text()
+        found = np.asarray(jax.tree.leaves(program(*given))[0])
+    wanted = np.zeros((40, 16))
+    wanted[3], wanted[7] = 5, 8 * tokens
+    np.testing.assert_array_equal(found, wanted)
+    assert "f32[40,2]" in text  # a device's columns
+    assert "[40,16]" not in text

@@ -95,4 +95,5 @@ def _in_parts(
 
 
 def _for_every_row(root: Array, rows: Array) -> Array:
-    return jnp.broadcast_to(root[None], (rows.shape[0], *root.shape))
+    """The root before every row; in fp32, because its gradient is a sum over rows."""
+    return jnp.broadcast_to(root[None].astype(jnp.float32), (rows.shape[0], *root.shape)).astype(root.dtype)
