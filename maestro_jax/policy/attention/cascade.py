@@ -4,6 +4,9 @@ What lanes attend to stands in four places: the root (once for all), prefixes (o
 cache, and the fresh tokens of the running program. The members of a group are rows of one matmul over their prefix
 (cascade attention). Each place is a part of the softmax (`merge.py`). Nothing here is differentiated.
 
+Slots that nobody sees hold what an earlier trajectory left behind. Its values are selected away before they are
+multiplied (`_seen`): their weights are zero, but zero times NaN is NaN. Its scores are replaced (`merge.masked`).
+
 Letters: d shards, s lanes, x groups, c columns of a group, k KV heads, q queries of a KV head, h head size.
 """
 
@@ -165,9 +168,9 @@ def attend_cached(
     rows = jnp.moveaxis(q.reshape(d, s, t, kv, repeats, h) * scale, 3, 2).reshape(d, s, kv, t * repeats, h)
     keys, values, mask = own
     parts = [_over_root(rows, *root), _over_prefix(rows, *prefix, assignment)]
-    parts.append(_over_lanes(rows, keys, values, mask[:, :, None, None, :]))
+    parts.append(_over_lanes(rows, keys, values, mask[:, :, None]))
     keys, values, mask = fresh
-    parts.append(_over_lanes(rows, keys, values, jnp.repeat(mask, repeats, axis=2)[:, :, None]))
+    parts.append(_over_lanes(rows, keys, values, jnp.repeat(mask, repeats, axis=2)))
     merged = merge(parts)[0].reshape(d, s, kv, t, repeats, h)
     return jnp.moveaxis(merged, 2, 3).reshape(d, s, t, n, h).astype(q.dtype)
 
@@ -191,12 +194,19 @@ def _over_prefix(rows: Array, keys: Array, values: Array, mask: Array, assignmen
         a = jnp.moveaxis(a.reshape(d, x, k, c, q, *a.shape[4:]), 2, 3)
         return a[:, :, 0] if assignment is None else assignment.to_lanes(a)
 
-    out, lse = softmaxed(scores, values)
+    out, lse = softmaxed(scores, _seen(values, mask))
     return back(out), back(lse)
 
 
 def _over_lanes(rows: Array, keys: Array, values: Array, mask: Array) -> Pair:
-    return softmaxed(masked(_scores("dskqh,dskph->dskqp", rows, keys), mask), values)
+    """Over slots of the lane's own; `mask [D, S, 1 or queries, slots]`."""
+    scores = masked(_scores("dskqh,dskph->dskqp", rows, keys), mask[:, :, None])
+    return softmaxed(scores, _seen(values, jnp.any(mask, axis=2)))
+
+
+def _seen(values: Array, mask: Array) -> Array:
+    """`values [D, ., K, slots, H]` with zeros in slots that nobody sees, by `mask [D, ., slots]`."""
+    return jnp.where(mask[:, :, None, :, None], values, 0)
 
 
 def _scores(letters: str, rows: Array, keys: Array) -> Array:

@@ -63,12 +63,13 @@ def attend_groups(
       q: `[B, T, N, H]`, T as in `layout`.
       k, v: `[B, T, K, H]`.
       root: keys and values `[P0, K, H]` that stand before every row, None if there are none.
-      real: bool `[B, T]`; other tokens are padding, which no real token sees.
+      real: bool `[B, T]`; other tokens are padding, which no real token sees, whatever stands there (NaN too).
       scale: multiplies the logits, 1 / sqrt(H).
 
     Returns:
       `[B, T, N, H]` in the dtype of the queries; rows of padding hold something finite.
     """
+    q, k, v = _only_real(real, q, k, v)
     before = 0 if root is None else root[0].shape[0]
     if root is not None:
         k, v = (jnp.concatenate([_for_every_row(x, k), y], axis=1) for x, y in zip(root, (k, v), strict=True))
@@ -79,10 +80,16 @@ def attend_groups(
 
 def attend_images(q: Array, k: Array, v: Array, real: Array, scale: float, config: AttentionConfig) -> Array:
     """Every patch over all real patches of its image: `q, k, v [I, T, N, H]`, `real [I, T]` → `[I, T, N, H]`."""
+    q, k, v = _only_real(real, q, k, v)
     patches = q.shape[1]
     if config.backend in KERNELS:
         return _in_parts(q, k, v, real, (merge.Part((0, patches), (0, patches)),), scale, config)
     return splash(q, k, v, real, WholeMask(patches), scale, config.block, config.backend == "splash_interpret")
+
+
+def _only_real(real: Array, *arrays: Array) -> tuple[Array, ...]:
+    """Arrays `[B, T, ...]` with zeros on padding: a weight of zero times NaN is NaN, forwards and backwards."""
+    return tuple(jnp.where(real[..., None, None], x, 0) for x in arrays)
 
 
 def _in_parts(

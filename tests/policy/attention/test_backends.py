@@ -124,6 +124,27 @@ def test_a_row_of_nothing_but_padding_stays_finite(config: AttentionConfig) -> N
     assert bool(jnp.isfinite(out).all())
 
 
+@pytest.mark.parametrize("left_behind", [np.nan, np.inf])
+@pytest.mark.parametrize("config", [OTHERS["blocks of 64"], OTHERS["splash, interpreted"]], ids=["blocks", "splash"])
+def test_nothing_on_padding_is_multiplied(config: AttentionConfig, left_behind: float) -> None:
+    """Neither forwards nor backwards: a weight of zero, or a gradient of zero, times NaN is NaN."""
+    x, real = arrays(LAYOUT, 2), ragged(LAYOUT, 2)
+    assert not real.all()
+    spoilt = {name: jnp.where(real[..., None, None], x[name], left_behind) for name in ("q", "k", "v")}
+    found, wanted = (value_and_gradients(given, real, LAYOUT, config) for given in (x | spoilt, x))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+    @jax.jit
+    @jax.grad
+    def of_images(qkv: list[jax.Array]) -> jax.Array:
+        return jnp.sum(attend_images(*qkv, real, H**-0.5, config) * x["weights"] * real[..., None, None])
+
+    k, v = (x[name].repeat(N // K, axis=2) for name in ("k", "v"))
+    clean = [x["q"], k, v]
+    dirty = [jnp.where(real[..., None, None], each, left_behind) for each in clean]
+    jax.tree.map(np.testing.assert_array_equal, of_images(dirty), of_images(clean))
+
+
 def test_blocks_sum_gradients_of_shared_keys_in_float32() -> None:
     """512 queries weigh one key alike: in bfloat16 a sum of ones over blocks stops growing at 256."""
     layout = causal(512)

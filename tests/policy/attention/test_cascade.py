@@ -80,6 +80,12 @@ def by_slot(x: Inputs, member_slot: jax.Array) -> jax.Array:
     return attend_cached(x.q, x.root, x.prefix, Assignment.of(member_slot, X, C), x.own, x.fresh, SCALE)
 
 
+@jax.jit
+def by_lane(x: Inputs) -> jax.Array:
+    prefix = tuple(take(a, GROUP) for a in x.prefix)
+    return attend_cached(x.q, x.root, prefix, None, x.own, x.fresh, SCALE)
+
+
 HELD = MEMBER_SLOT < FREE
 GROUP = np.where(HELD, MEMBER_SLOT // C, 0)
 
@@ -105,13 +111,8 @@ def test_bfloat16_is_rounded_and_nothing_else() -> None:
 def test_lanes_with_a_prefix_each() -> None:
     """What appending observations does: no assignment, lane s has prefix s."""
 
-    @jax.jit
-    def one_by_one(x: Inputs) -> jax.Array:
-        prefix = tuple(take(a, GROUP) for a in x.prefix)
-        return attend_cached(x.q, x.root, prefix, None, x.own, x.fresh, SCALE)
-
     x = inputs()
-    assert_near(one_by_one(x), plain(x, GROUP), TOLERANCE)
+    assert_near(by_lane(x), plain(x, GROUP), TOLERANCE)
 
 
 def test_a_lane_depends_on_no_other_and_on_no_place() -> None:
@@ -123,6 +124,34 @@ def test_a_lane_depends_on_no_other_and_on_no_place() -> None:
     moved = Inputs(x.q[:, order], x.root, x.prefix, *(tuple(a[:, order] for a in part) for part in (x.own, x.fresh)))
     member_slot = np.where(order == 4, MEMBER_SLOT[:, order], FREE)  # alone
     np.testing.assert_array_equal(by_slot(moved, member_slot)[:, order == 4], wanted[:, 4:5])
+
+
+@pytest.mark.parametrize("left_behind", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["prefixes are shared", "a prefix each"])
+def test_nothing_that_masks_hide_is_multiplied(one_by_one: bool, left_behind: float) -> None:
+    """Slots of padding, of an earlier trajectory, and lanes that have none: a weight of zero times NaN is NaN."""
+    x = inputs()
+    keys, values, mask = x.fresh
+    x = dataclasses.replace(x, fresh=(keys, values, mask.at[..., -1].set(False)))
+
+    def spoilt(values: jax.Array, seen: Any) -> jax.Array:
+        return jnp.where(seen, values, left_behind)
+
+    def spoilt_slots(part: Any, seen: jax.Array) -> Any:
+        return *(spoilt(a, seen[:, :, None, :, None]) for a in part[:2]), part[2]
+
+    keys, values, mask = x.prefix
+    of_prefix = spoilt(keys, mask[:, :, None, None]), spoilt(values, mask[:, :, None, :, None]), mask
+    left = Inputs(
+        spoilt(x.q, HELD[:, :, None, None, None]),
+        x.root,
+        of_prefix,
+        spoilt_slots(x.own, x.own[2]),
+        spoilt_slots(x.fresh, x.fresh[2].any(2)),
+    )
+    assert all(not np.isfinite(a).all() for a in (left.q, *left.prefix[:2], *left.own[:2], *left.fresh[:2]))
+    found, wanted = (np.asarray(by_lane(given) if one_by_one else by_slot(given, MEMBER_SLOT)) for given in (left, x))
+    np.testing.assert_array_equal(found[HELD], wanted[HELD])
 
 
 # ---- who sits where ----------------------------------------------------------------------------------------
