@@ -36,8 +36,12 @@ def vision_rope(positions: Array, head_dim: int) -> tuple[Array, Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates heads `[..., heads, H]` by angles `[..., H / 2]`; halves are paired, not neighbours."""
+def rotate(x: Array, cos: Array, sin: Array, scale: float = 1.0) -> Array:
+    """Rotates heads `[..., heads, H]` by angles `[..., H / 2]`; halves are paired, not neighbours.
+
+    `scale`, for queries the softmax's 1 / sqrt(H), multiplies what is fp32 here: in bf16 it would be one more rounding.
+    """
     cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return (scale * turned).astype(x.dtype)

@@ -95,7 +95,7 @@ class DecoderLayer(nnx.Module):
         self.down_proj.kernel[...] = 0.1 * self.down_proj.kernel[...]
 
     def qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """Normed, rotated queries `[..., T, N, H]`, keys and values `[..., T, K, H]` of `x [..., T, D]`."""
+        """Normed, rotated and scaled queries `[..., T, N, H]`, keys and values `[..., T, K, H]` of `x [..., T, D]`."""
         return self.rotated(*self.project(x), cos, sin)
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
@@ -104,13 +104,10 @@ class DecoderLayer(nnx.Module):
         return self.q_proj(h), self.k_proj(h), self.v_proj(h)
 
     def rotated(self, q: Array, k: Array, v: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
-        """What `project` gives as `[..., T, heads, H]`; queries and keys normed and rotated."""
+        """What `project` gives as `[..., T, heads, H]`; queries and keys normed and rotated, queries scaled."""
         q, k, v = (each.reshape(*each.shape[:-1], -1, self.config.head_dim) for each in (q, k, v))
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
-
-    @property
-    def scale(self) -> float:
-        return self.config.head_dim**-0.5
+        scale = self.config.head_dim**-0.5
+        return rotate(self.q_norm(q), cos, sin, scale), rotate(self.k_norm(k), cos, sin), v
 
     def finish(self, x: Array, mixed: Array) -> Array:
         """Adds the projection of attention `mixed [..., T, N, H]`, then the MLP, to the residual `x [..., T, D]`."""
@@ -209,7 +206,7 @@ class TextModel(nnx.Module):
 
         def step(layer: DecoderLayer, x: Array) -> tuple[Array, KV]:
             q, k, v = layer.qkv(x, *angles)
-            x = layer.finish(x, attend_groups(q, k, v, None, whole, causal(length), layer.scale, config))
+            x = layer.finish(x, attend_groups(q, k, v, None, whole, causal(length), config))
             return x, (k[0], v[0])
 
         return step
@@ -220,7 +217,7 @@ class TextModel(nnx.Module):
 
         def step(layer: DecoderLayer, x: Array, before: KV) -> tuple[Array, KV]:
             q, k, v = layer.qkv(x, *angles)
-            mixed = attend_groups(q, k, v, before, groups.real, groups.layout, layer.scale, self.attention)
+            mixed = attend_groups(q, k, v, before, groups.real, groups.layout, self.attention)
             return layer.finish(x, mixed), (k, v)
 
         return step
@@ -285,7 +282,7 @@ def extend(
         q, k, v = layer.rotated(q, k, v, cos, sin)
         keys.append(_join(fresh.keys[index], k, at))
         values.append(_join(fresh.values[index], v, at))
-        mixed = view.attend(index, q, (keys[-1], values[-1], mask), layer.scale)
+        mixed = view.attend(index, q, (keys[-1], values[-1], mask))
         x = layer.finish(x, mixed)
     return x, LaneKV(keys, values)
 

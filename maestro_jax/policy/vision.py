@@ -54,8 +54,8 @@ class VisionBlock(nnx.Module):
         """x `[I, N, width]`, angles `[I, N, head / 2]`, mask `[I, N]`."""
         images, patches, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(images, patches, 3, self.heads, width // self.heads)
-        q, k = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin)
-        mixed = attend_images(q, k, qkv[:, :, 2], mask, (width // self.heads) ** -0.5, self.attention)
+        q = rotate(qkv[:, :, 0], cos, sin, (width // self.heads) ** -0.5)
+        mixed = attend_images(q, rotate(qkv[:, :, 1], cos, sin), qkv[:, :, 2], mask, self.attention)
         x = keep_over_groups(x + self.proj(mixed.reshape(images, patches, width)))
         return keep_over_groups(x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True)))
 

@@ -116,7 +116,7 @@ class View:
         """Position of the first member token of each lane `[D, S]`."""
         return take(self.shared.next_position, self.group)
 
-    def attend(self, layer: int, q: Array, fresh: tuple[Array, Array, Array], scale: float) -> Array:
+    def attend(self, layer: int, q: Array, fresh: tuple[Array, Array, Array]) -> Array:
         """`attend_cached` over what layer number `layer` has kept."""
         shared = self.shared
         root = shared.root_keys[layer], shared.root_values[layer]
@@ -126,7 +126,7 @@ class View:
             prefix = take(prefix[0], self.group), take(prefix[1], self.group), take(prefix[2], self.group)
             own = take(own[0], self.lanes), take(own[1], self.lanes)
         mask = jnp.arange(own[0].shape[3]) < self.length[..., None]
-        return attend_cached(q, root, prefix, self.assignment, (*own, mask), fresh, scale)
+        return attend_cached(q, root, prefix, self.assignment, (*own, mask), fresh)
 
 
 def take(x: Array, at: Array) -> Array:
@@ -146,18 +146,16 @@ def attend_cached(
     assignment: Assignment | None,
     own: tuple[Array, Array, Array],
     fresh: tuple[Array, Array, Array],
-    scale: float,
 ) -> Array:
     """Softmax attention of new tokens over root, prefix, own cache and fresh tokens, for one layer.
 
     Args:
-      q: `[D, S, T, N, H]`.
+      q: `[D, S, T, N, H]`, scaled.
       root: keys `[K, H, P0]` and values `[K, P0, H]`.
       prefix: keys `[D, X, K, H, P]`, values `[D, X, K, P, H]`, mask `[D, X, P]`.
       assignment: which lanes share a prefix; None where lane s has the prefix x = s to itself.
       own: keys and values `[D, S, K, R, H]`, mask `[D, S, R]`.
       fresh: keys and values `[D, S, K, W, H]`, mask `[D, S, T, W]`.
-      scale: multiplies the logits, 1 / sqrt(H).
 
     Returns:
       `[D, S, T, N, H]` in the dtype of the queries; softmax in fp32.
@@ -165,7 +163,7 @@ def attend_cached(
     d, s, t, n, h = q.shape
     kv = own[0].shape[2]
     repeats = n // kv
-    rows = jnp.moveaxis(q.reshape(d, s, t, kv, repeats, h) * scale, 3, 2).reshape(d, s, kv, t * repeats, h)
+    rows = jnp.moveaxis(q.reshape(d, s, t, kv, repeats, h), 3, 2).reshape(d, s, kv, t * repeats, h)
     keys, values, mask = own
     parts = [_over_root(rows, *root), _over_prefix(rows, *prefix, assignment)]
     parts.append(_over_lanes(rows, keys, values, mask[:, :, None]))

@@ -54,17 +54,15 @@ def attend_groups(
     root: tuple[Array, Array] | None,
     real: Array,
     layout: GroupLayout,
-    scale: float,
     config: AttentionConfig,
 ) -> Array:
     """Every group's tokens over the root and over what they may see of their own row.
 
     Args:
-      q: `[B, T, N, H]`, T as in `layout`.
+      q: `[B, T, N, H]`, scaled by 1 / sqrt(H) where they were fp32 (`rope.rotate`); T as in `layout`.
       k, v: `[B, T, K, H]`.
       root: keys and values `[P0, K, H]` that stand before every row, None if there are none.
       real: bool `[B, T]`; other tokens are padding, which no real token sees, whatever stands there (NaN too).
-      scale: multiplies the logits, 1 / sqrt(H).
 
     Returns:
       `[B, T, N, H]` in the dtype of the queries; rows of padding hold something finite.
@@ -74,17 +72,20 @@ def attend_groups(
     if root is not None:
         k, v = (jnp.concatenate([_for_every_row(x, k), y], axis=1) for x, y in zip(root, (k, v), strict=True))
     if config.backend in KERNELS:
-        return _in_parts(q, k, v, real, layout.parts(before), scale, config)
-    return splash(q, k, v, real, GroupMask(layout, before), scale, config.block, config.backend == "splash_interpret")
+        return _in_parts(q, k, v, real, layout.parts(before), config)
+    return splash(q, k, v, real, GroupMask(layout, before), config.block, config.backend == "splash_interpret")
 
 
-def attend_images(q: Array, k: Array, v: Array, real: Array, scale: float, config: AttentionConfig) -> Array:
-    """Every patch over all real patches of its image: `q, k, v [I, T, N, H]`, `real [I, T]` → `[I, T, N, H]`."""
+def attend_images(q: Array, k: Array, v: Array, real: Array, config: AttentionConfig) -> Array:
+    """Every patch over all real patches of its image: `q, k, v [I, T, N, H]`, `real [I, T]` → `[I, T, N, H]`.
+
+    Queries come scaled, as in `attend_groups`.
+    """
     q, k, v = _only_real(real, q, k, v)
     patches = q.shape[1]
     if config.backend in KERNELS:
-        return _in_parts(q, k, v, real, (merge.Part((0, patches), (0, patches)),), scale, config)
-    return splash(q, k, v, real, WholeMask(patches), scale, config.block, config.backend == "splash_interpret")
+        return _in_parts(q, k, v, real, (merge.Part((0, patches), (0, patches)),), config)
+    return splash(q, k, v, real, WholeMask(patches), config.block, config.backend == "splash_interpret")
 
 
 def _only_real(real: Array, *arrays: Array) -> tuple[Array, ...]:
@@ -93,11 +94,11 @@ def _only_real(real: Array, *arrays: Array) -> tuple[Array, ...]:
 
 
 def _in_parts(
-    q: Array, k: Array, v: Array, real: Array, parts: tuple[merge.Part, ...], scale: float, config: AttentionConfig
+    q: Array, k: Array, v: Array, real: Array, parts: tuple[merge.Part, ...], config: AttentionConfig
 ) -> Array:
     """`q [B, T, N, H]`, `k, v [B, before + T, K, H]`, `real [B, T]`: those before are real."""
     seen = jnp.pad(real, ((0, 0), (k.shape[1] - q.shape[1], 0)), constant_values=True)
-    q, k, v = (x.swapaxes(1, 2) for x in (q * scale, k, v))
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return merge.attend(q, k, v, seen, parts, KERNELS[config.backend](config.block)).swapaxes(1, 2)
 
 

@@ -76,14 +76,13 @@ def splash(
     v: Array,
     real: Array,
     mask: GroupMask | WholeMask,
-    scale: float,
     block: int,
     interpret: bool,
 ) -> Array:
     """Attention under `mask` and `real`, on every device for its own rows and heads.
 
     Args:
-      q: `[B, T, N, H]`.
+      q: `[B, T, N, H]`, scaled.
       k, v: `[B, before + T, K, H]`.
       real: bool `[B, T]`.
       block: upper bound of a tile's sides.
@@ -105,7 +104,7 @@ def splash(
     k, v = (jnp.concatenate([x[:, : mask.before], _zeros(x, gap), x[:, mask.before :]], axis=1) for x in (k, v))
     ids = real.astype(jnp.int32)
     ids_of_keys = jnp.pad(ids, ((0, 0), (mask.filled, 0)), constant_values=1)
-    q, k, v = ((x.swapaxes(1, 2)) for x in (q * scale, k, v))
+    q, k, v = ((x.swapaxes(1, 2)) for x in (q, k, v))
     run = functools.partial(_local, mask=mask, block=block, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:  # XLA cannot split a kernel: every device is told to run it on its own part

@@ -59,7 +59,7 @@ def value_and_gradients(
 
     def value(x: dict[str, jax.Array]) -> jax.Array:
         root = (x["root_k"], x["root_v"])
-        given = x["q"], x["k"], x["v"], root, real, layout, H**-0.5
+        given = x["q"] * H**-0.5, x["k"], x["v"], root, real, layout
         out = plain.attend_groups(*given) if config is PLAIN else attend_groups(*given, config)
         return jnp.sum(out * x["weights"] * real[..., None, None])
 
@@ -105,9 +105,9 @@ def test_images(config: AttentionConfig) -> None:
     def outputs(config: AttentionConfig | None) -> Any:
         def value(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             if config is PLAIN:
-                out = plain.attend(q, k, v, jnp.broadcast_to(real[:, None], (3, 128, 128)), H**-0.5)
+                out = plain.attend(q, k, v, jnp.broadcast_to(real[:, None], (3, 128, 128)))
             else:
-                out = attend_images(q, k, v, real, H**-0.5, config)
+                out = attend_images(q, k, v, real, config)
             return jnp.sum(out * x["weights"] * real[..., None, None])
 
         return jax.jit(jax.grad(value, argnums=(0, 1, 2)))(x["q"], k, v)
@@ -120,7 +120,7 @@ def test_images(config: AttentionConfig) -> None:
 def test_a_row_of_nothing_but_padding_stays_finite(config: AttentionConfig) -> None:
     x = arrays(LAYOUT, 1)
     real = jnp.zeros((1, LAYOUT.length), bool)
-    out = attend_groups(x["q"], x["k"], x["v"], None, real, LAYOUT, 1.0, config)
+    out = attend_groups(x["q"], x["k"], x["v"], None, real, LAYOUT, config)
     assert bool(jnp.isfinite(out).all())
 
 
@@ -137,7 +137,7 @@ def test_nothing_on_padding_is_multiplied(config: AttentionConfig, left_behind: 
     @jax.jit
     @jax.grad
     def of_images(qkv: list[jax.Array]) -> jax.Array:
-        return jnp.sum(attend_images(*qkv, real, H**-0.5, config) * x["weights"] * real[..., None, None])
+        return jnp.sum(attend_images(*qkv, real, config) * x["weights"] * real[..., None, None])
 
     k, v = (x[name].repeat(N // K, axis=2) for name in ("k", "v"))
     clean = [x["q"], k, v]
@@ -152,7 +152,7 @@ def test_blocks_sum_gradients_of_shared_keys_in_float32() -> None:
     nothing = jnp.zeros_like(ones)
 
     def value(v: jax.Array) -> jax.Array:
-        out = attend_images(nothing, nothing, v, jnp.ones((1, 512), bool), 1.0, AttentionConfig("blocks", 1))
+        out = attend_images(nothing, nothing, v, jnp.ones((1, 512), bool), AttentionConfig("blocks", 1))
         return out.astype(jnp.float32).sum()
 
     gradient = jax.jit(jax.grad(value))(ones).astype(jnp.float32)

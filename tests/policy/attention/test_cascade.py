@@ -14,7 +14,6 @@ from tests.policy.reference import assert_near
 D, X, C = 2, 3, 4  # shards, groups, members of a group
 S, T, N, K, H = 7, 3, 6, 2, 8  # lanes, new tokens, query heads, KV heads, head size
 P0, P, R, W = 5, 6, 9, 4  # tokens of the root, prefixes, lanes, and fresh ones
-SCALE = H**-0.5
 FREE = X * C
 # The members of a group stand apart. In the first shard two lanes are empty, and the second group has nobody.
 MEMBER_SLOT = np.array([[11, FREE, 2, 8, 0, FREE, 3], [1, 4, 0, 3, 7, 2, 6]], np.int32)
@@ -46,7 +45,7 @@ def inputs(dtype: Any = jnp.float32, sharp: float = 1.0) -> Inputs:
     length[0, 2], length[1, 0] = 0, R  # nothing of its own yet, and a full cache
     causal = np.broadcast_to(np.tril(np.ones((T, W), bool), k=1), (D, S, T, W))
     return Inputs(
-        q=normal(D, S, T, N, H) * sharp,
+        q=normal(D, S, T, N, H) * sharp * H**-0.5,
         root=(normal(K, H, P0), normal(K, P0, H)),
         prefix=(normal(D, X, K, H, P), normal(D, X, K, P, H), jnp.asarray(prefix_mask)),
         own=(normal(D, S, K, R, H), normal(D, S, K, R, H), jnp.asarray(np.arange(R) < length[..., None])),
@@ -69,7 +68,7 @@ def plain(x: Inputs, group: np.ndarray) -> np.ndarray:
             seen = mask[t] if mask.ndim == 2 else mask
             keys.append((more_keys[k].T if turned else more_keys[k])[seen])
             values.append(more_values[k][seen])
-        logits = np.concatenate(keys) @ given["q"][d, s, t, n] * SCALE
+        logits = np.concatenate(keys) @ given["q"][d, s, t, n]
         weights = np.exp(logits - logits.max())
         found[d, s, t, n] = weights @ np.concatenate(values) / weights.sum()
     return found
@@ -77,13 +76,13 @@ def plain(x: Inputs, group: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def by_slot(x: Inputs, member_slot: jax.Array) -> jax.Array:
-    return attend_cached(x.q, x.root, x.prefix, Assignment.of(member_slot, X, C), x.own, x.fresh, SCALE)
+    return attend_cached(x.q, x.root, x.prefix, Assignment.of(member_slot, X, C), x.own, x.fresh)
 
 
 @jax.jit
 def by_lane(x: Inputs) -> jax.Array:
     prefix = tuple(take(a, GROUP) for a in x.prefix)
-    return attend_cached(x.q, x.root, prefix, None, x.own, x.fresh, SCALE)
+    return attend_cached(x.q, x.root, prefix, None, x.own, x.fresh)
 
 
 HELD = MEMBER_SLOT < FREE
@@ -195,9 +194,9 @@ def views(x: Inputs) -> tuple[jax.Array, ...]:
     cache, assignment = LaneKV([empty, x.own[0]], [empty, x.own[1]]), Assignment.of(jnp.asarray(MEMBER_SLOT), X, C)
     everyone = View.of_all(shared, cache, length, assignment)
     few = View.of_few(shared, cache, length, assignment, jnp.asarray(FEW))
-    found = everyone.attend(1, x.q, x.fresh, SCALE), everyone.next_position(), everyone.length
+    found = everyone.attend(1, x.q, x.fresh), everyone.next_position(), everyone.length
     fresh = tuple(take(a, FEW) for a in x.fresh)
-    return *found, few.attend(1, take(x.q, FEW), fresh, SCALE), few.next_position(), few.length
+    return *found, few.attend(1, take(x.q, FEW), fresh), few.next_position(), few.length
 
 
 def test_a_few_lanes_see_what_they_see_among_all() -> None:

@@ -86,7 +86,7 @@ def test_value_and_gradient_of_one_softmax(kernel: merge.Kernel, size: float) ->
         return jnp.sum(weights * merge.attend(q, k, v, seen, PARTS, kernel))
 
     def at_once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = plain.attend(*(x.swapaxes(1, 2) for x in (q, k, v)), seen[:, None] & MASK, 1.0)
+        out = plain.attend(*(x.swapaxes(1, 2) for x in (q, k, v)), seen[:, None] & MASK)
         return jnp.sum(weights * out.swapaxes(1, 2))
 
     found, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (in_parts, at_once))
