@@ -167,6 +167,9 @@ def test_a_config_is_what_it_was_when_it_had_no_defaults(name: str) -> None:
     before: dict[str, str] = json.loads((ROOT / "tests/settings_before_defaults.json").read_text())[name]
     now = flatten(complete(importlib.import_module(f"configs.{name}").get_config()).to_dict())
     other = {key for key, value in before.items() if now.get(key) != value}
+    if name == "qwen3_vl_4b":  # samples in bf16 with another kernel than it trains with
+        assert now["grpo.importance_cap"] == "2.0"
+        other.discard("grpo.importance_cap")
     if now["warm_start.steps"] == "0":  # the 4B had those of the quickstart's, which would have ruined it
         other = {key for key in other if not key.startswith("warm_start.")}
     assert not other and len(before) > 50

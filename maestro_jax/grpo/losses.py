@@ -20,6 +20,9 @@ Array = jax.Array
 # How these statistics of a batch come from those of its microbatches; all others are means over the tokens in the loss.
 PEAKS = {"ratio_max": jnp.maximum, "ratio_min": jnp.minimum, "logprob_gap": jnp.maximum}
 
+# `logprob_gap_above_...` is the share of tokens beyond each of these, in nats. How to read them: docs/method.md.
+GAPS = (0.02, 0.1, 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -98,7 +101,10 @@ def policy_loss(
     anchor = proximal(inputs, config)
     log_ratio = jnp.where(inputs.mask, inputs.logprobs - anchor, 0.0)
     token_loss, metrics = surrogate_loss(log_ratio, inputs, config)
-    metrics["logprob_gap"] = jnp.max(jnp.abs(jnp.where(inputs.mask, inputs.logprobs - inputs.old_logprobs, 0.0)))
+    gap = jnp.abs(jnp.where(inputs.mask, inputs.logprobs - inputs.old_logprobs, 0.0))
+    metrics["logprob_gap"] = jnp.max(gap)
+    for bound in GAPS:
+        metrics[f"logprob_gap_above_{bound:g}"] = masked_mean((gap > bound).astype(jnp.float32), inputs.mask)
     if config.importance_cap:
         weights, statistics = importance_weights(anchor, inputs.old_logprobs, inputs.mask, config.importance_cap)
         token_loss, metrics = weights * token_loss, metrics | statistics

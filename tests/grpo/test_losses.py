@@ -189,6 +189,16 @@ def test_statistics(inputs: LossInputs) -> None:
     np.testing.assert_allclose(metrics["logprob_gap"], np.abs(gap).max(), rtol=1e-6)
 
 
+def test_shares_of_tokens_whose_gap_is_beyond_a_bound() -> None:
+    """Ten tokens in the loss, gaps of either sign; one that is not in it has the largest."""
+    gaps = [0.0, 0.01, -0.01, 0.03, -0.05, 0.09, -0.2, 0.5, 1.5, -3.0]
+    zeros, mask = jnp.zeros((1, 1, 11)), jnp.asarray([[[True] * 10 + [False]]])
+    logprobs = jnp.asarray(gaps + [9.0]).reshape(1, 1, 11)
+    metrics = policy_loss(LossInputs(logprobs, zeros, zeros, zeros, jnp.ones((1, 1)), mask), GRPO)[1]
+    for bound, share in (("0.02", 0.7), ("0.1", 0.4), ("1", 0.2)):
+        np.testing.assert_allclose(metrics[f"logprob_gap_above_{bound}"], share, rtol=1e-6)
+
+
 @pytest.mark.parametrize("config", [GRPO, DAPO, DR_GRPO], ids=["grpo", "dapo", "dr_grpo"])
 def test_an_empty_mask_gives_zero(inputs: LossInputs, config: LossConfig) -> None:
     empty = dataclasses.replace(inputs, mask=jnp.zeros((B, G, R), bool))
