@@ -140,6 +140,11 @@ def _check(config: Config, trains: bool) -> None:
     rollout, grpo = config.rollout, config.grpo
     if not config.policy.init_from and not config.policy.architecture:
         raise ConfigError("config.policy.architecture is empty; fill it in, or set config.policy.init_from")
+    if config.policy.matmul_precision == "highest" and config.policy.compute_dtype != "float32":
+        raise ConfigError(
+            f'config.policy.matmul_precision="highest" is of products in float32, and config.policy.compute_dtype is '
+            f'"{config.policy.compute_dtype}"; set compute_dtype="float32", or matmul_precision="auto"'
+        )
     _check_data(config.data, trains)
     Scorer(config.reward, Graders(config.graders, config.registry))  # what they name is there
     if min(rollout.member_buckets, default=1) < 1:

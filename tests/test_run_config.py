@@ -320,6 +320,7 @@ PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", 
         ("policy.architecture", {}, "set config.policy.init_from"),
         ("policy.freeze", ("tower",), "freeze[0] 'tower' is unknown; use one of vision, embeddings"),
         ("policy.compute_dtype", "bf16", "use one of float32, bfloat16"),
+        ("policy.matmul_precision", "high", "use one of auto, default, highest"),
         ("grpo.aggregation", "mean", "use one of "),
         ("grpo.kl_estimator", "k4", "use one of "),
         ("grpo.surrogate", "gpso", "use one of ppo, gspo, cispo"),
@@ -342,6 +343,13 @@ PART = {"kind": "verl", "files": ("a.parquet",), "split": "", "image_root": "", 
 def test_a_contradiction_names_the_cure(key: str, value: Any, says: str) -> None:
     text = message(with_value(key, value))
     assert says in text and f"config.{key.split('.')[0]}." in text
+
+
+def test_products_of_bfloat16_have_one_precision() -> None:
+    raw = with_value("policy.matmul_precision", "highest")  # the quickstart computes in float32
+    parse_config(raw)
+    raw.policy.compute_dtype = "bfloat16"
+    assert 'set compute_dtype="float32", or matmul_precision="auto"' in message(raw)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Rollouts:
         layers, norm = jax.tree.map(one, (shapes.layers, shapes.norm), is_leaf=lambda x: isinstance(x, nnx.Variable))
         tables = (shapes.embedding, shapes.head)
         embedding, head = jax.tree.map(lambda x: self._placed(x, gathered_spec(("vocab", "embed"))), tables)
-        return Weights.of(DecodingPolicy(embedding, layers, norm, head))
+        return Weights.of(DecodingPolicy(embedding, layers, norm, head, shapes.precision))
 
     @property
     def weights_are_parameters(self) -> bool:

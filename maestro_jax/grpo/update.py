@@ -31,7 +31,7 @@ from maestro_jax.grpo.losses import (
 )
 from maestro_jax.grpo.optimizer import Quantised
 from maestro_jax.parallel.sharding import HOST_MEMORY, over_groups, replicated
-from maestro_jax.policy.model import Policy, PrefixBatch, prompt_shardings
+from maestro_jax.policy.model import Policy, PrefixBatch, at_precision, prompt_shardings
 from maestro_jax.policy.vision import Leaf
 
 Array = jax.Array
@@ -202,7 +202,8 @@ def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk
     """
     last, hidden = policy.encode_groups(batch.prompts, batch.tokens, batch.length)
     states, targets = states_before(last, hidden, batch.loss_rows), take_rows(batch.tokens, batch.loss_rows)
-    found = token_logprobs(states, policy.head(), targets, temperature, chunk)
+    with at_precision(policy.precision):
+        found = token_logprobs(states, policy.head(), targets, temperature, chunk)
     logprobs, entropy = (put_rows(values, batch.loss_rows, *batch.tokens.shape[1:]) for values in found)
     return logprobs, entropy
 
@@ -302,7 +303,8 @@ def _gradient(
         found, backward = jax.vjp(outputs, trained)
         slopes, sums = jax.grad(summed, argnums=(0, 1), has_aux=True)(*found)
         spoiled = ~jnp.isfinite(jnp.stack([*found, *slopes])).all(axis=(0, 2, 3))
-        (gradients,) = backward(slopes)
+        with at_precision(nnx.merge(graph, params).precision):
+            (gradients,) = backward(slopes)
         return gradients, sums, spoiled
 
     return gradient

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from maestro_jax.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "default", "highest"]
 PIXELS_PER_TOKEN = 32 * 32  # patch 16, merged 2 x 2
 
 
@@ -33,6 +34,9 @@ class PolicyConfig:
         (with tied embeddings, the head is the same parameter), both or nothing.
       param_dtype: of the parameters that are trained. "bfloat16" rounds updates to the nearest, so training refuses it
         with usual rates; evaluations take it.
+      matmul_precision: how products of fp32 arrays are computed: "default" is what devices are quick at (TF32 on GPUs,
+        one pass in bf16 on TPUs), "highest" is fp32 (on TPUs by six passes in bf16). "auto" is "highest" where
+        compute_dtype is float32, else "default"; products of bf16 arrays are exact and summed in fp32 either way.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
       attention: how attention of whole sequences is computed (`policy/attention/`): "blocks", "splash" (TPU), or
         "auto", which takes what suits the devices.
@@ -46,6 +50,7 @@ class PolicyConfig:
     system_prompt: str = ""
     param_dtype: Dtype = "float32"  # bf16 would round updates of 1e-6 away
     compute_dtype: Dtype = "bfloat16"
+    matmul_precision: Precision = "auto"
     freeze: tuple[Literal["vision", "embeddings"], ...] = ()
     remat: bool = True
     attention: Literal["auto", "blocks", "splash", "splash_interpret"] = "auto"

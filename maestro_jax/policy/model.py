@@ -5,7 +5,11 @@ system prompt that every group of a run shares; a *prefix* is one task's images 
 members of a group continue that prefix. Each part is computed once, whatever continues it.
 """
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +21,13 @@ from maestro_jax.parallel.sharding import keep_over_groups, over_groups, replica
 from maestro_jax.policy.attention.cascade import LaneKV, View
 from maestro_jax.policy.attention.groups import GroupLayout, causal
 from maestro_jax.policy.attention.interface import AttentionConfig
-from maestro_jax.policy.config import PolicyArchitecture
+from maestro_jax.policy.config import PolicyArchitecture, Precision
 from maestro_jax.policy.layers import Embedding, RMSNorm, cast
 from maestro_jax.policy.text import Context, DecoderLayer, GroupRows, TextModel, extend
 from maestro_jax.policy.vision import Leaf, VisionModel
 
 Array = jax.Array
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +51,25 @@ def prompt_shardings(mesh: Mesh) -> PrefixBatch:
     return PrefixBatch(replicated(mesh), *[groups] * 7)
 
 
+def _at_own_precision(method: F) -> F:
+    """A method whose products are traced at the precision of its object."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any) -> Any:
+        with at_precision(self.precision):
+            return method(self, *args)
+
+    return run  # type: ignore[return-value]
+
+
+def at_precision(precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Products traced under it have this precision; the methods of a policy see to it themselves.
+
+    A gradient needs it around the whole: backward passes of our own are traced when a method has long returned.
+    """
+    return jax.default_matmul_precision(precision)
+
+
 class Policy(nnx.Module):
     """Qwen3-VL: a vision tower and a decoder, whose head may be tied to the embeddings.
 
@@ -54,6 +78,7 @@ class Policy(nnx.Module):
       compute_dtype: of activations; norms, softmax and logits are fp32 whatever it is.
       remat: whether the backward pass recomputes each layer instead of keeping its activations.
       attention: how attention of whole sequences is computed, the same numbers by other means.
+      precision: of products of fp32 arrays, as `PolicyConfig.matmul_precision`.
     """
 
     def __init__(
@@ -64,10 +89,13 @@ class Policy(nnx.Module):
         compute_dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         attention: AttentionConfig = AttentionConfig(),  # noqa: B008, frozen
+        precision: Precision = "auto",
     ):
         text, vision = architecture.text, architecture.vision
         self.architecture = architecture
         stored, self.compute_dtype = jnp.dtype(param_dtype), jnp.dtype(compute_dtype)
+        exact = self.compute_dtype == jnp.float32
+        self.precision = ("highest" if exact else "default") if precision == "auto" else precision
         self.visual = VisionModel(vision, stored, self.compute_dtype, remat, attention, rngs)
         taps = len(vision.deepstack_visual_indexes)
         self.language_model = TextModel(text, taps, stored, remat, attention, rngs)
@@ -76,10 +104,12 @@ class Policy(nnx.Module):
         else:
             self.lm_head = Embedding(text.vocab_size, text.hidden_size, ("vocab", "embed"), stored, rngs)
 
+    @_at_own_precision
     def encode_root(self, root: Array) -> Context:
         """What every group attends to of the root's tokens `[P0]`: keys and values `[P0, K, H]` per layer."""
         return self.language_model.encode_root(*self._embed(root[None]))
 
+    @_at_own_precision
     def encode_prompts(self, batch: PrefixBatch, root: Context) -> tuple[Context, Array]:
         """Encodes images and prefixes behind an encoded root, for members that will be decoded.
 
@@ -91,6 +121,7 @@ class Policy(nnx.Module):
         hidden, prefix = self.language_model.encode_rows(root, rows)
         return prefix, _last(hidden, batch)
 
+    @_at_own_precision
     def encode_groups(self, batch: PrefixBatch, members: Array, length: Array) -> tuple[Array, Array]:
         """Runs whole groups at once, to be differentiated: every prefix once, its members on top of it.
 
@@ -119,8 +150,9 @@ class Policy(nnx.Module):
         text = self.language_model
         layers, norm = text.layer_list(self.compute_dtype), cast(text.norm, self.compute_dtype)
         head = None if self.lm_head is None else self._table(self.lm_head)
-        return DecodingPolicy(self._table(text.embed_tokens), layers, norm, head)
+        return DecodingPolicy(self._table(text.embed_tokens), layers, norm, head, self.precision)
 
+    @_at_own_precision
     def logits(self, hidden: Array) -> Array:
         """fp32 logits `[..., V]` of final hidden states `[..., D]`."""
         return _logits(hidden, self.head())
@@ -165,7 +197,9 @@ class DecodingPolicy:
     layers: list[DecoderLayer]
     norm: RMSNorm
     head: Array | None  # [V, D]; None where the head is tied to the embedding
+    precision: str = dataclasses.field(metadata={"static": True})
 
+    @_at_own_precision
     def extend(
         self, tokens: Array, steps: Array, view: View, fresh: LaneKV, at: Array | int, mask: Array
     ) -> tuple[Array, LaneKV]:
@@ -187,6 +221,7 @@ class DecodingPolicy:
         x, fresh = extend(self.layers, x, positions, view, fresh, at, mask)
         return self.norm(x), fresh
 
+    @_at_own_precision
     def logits(self, hidden: Array) -> Array:
         """fp32 logits `[..., V]` of final hidden states `[..., D]`."""
         return _logits(hidden, self.embedding if self.head is None else self.head)

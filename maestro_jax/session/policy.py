@@ -40,7 +40,8 @@ def policy_factory(config: Config, architecture: PolicyArchitecture, platform: s
     if attention.backend == "splash" and platform != "tpu":
         raise ConfigError(f'config.policy.attention="splash" needs a TPU, found {platform}; use "auto"')
     dtypes = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
-    return lambda: Policy(architecture, nnx.Rngs(config.seed), *dtypes, policy.remat, attention)
+    how = policy.remat, attention, policy.matmul_precision
+    return lambda: Policy(architecture, nnx.Rngs(config.seed), *dtypes, *how)
 
 
 def known_architecture(config: Config) -> PolicyArchitecture:

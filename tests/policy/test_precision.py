@@ -11,7 +11,7 @@ from flax import nnx
 
 from maestro_jax.grpo.losses import LossConfig
 from maestro_jax.grpo.optimizer import OptimizerConfig, make_optimizer
-from maestro_jax.grpo.update import NOTHING, UpdateConfig, grpo_loss, init_train_state, make_train_step
+from maestro_jax.grpo.update import UpdateConfig, grpo_loss, init_train_state, make_train_step
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.parallel.sharding import ShardingRules, param_shardings
 from maestro_jax.policy.config import Precision
@@ -46,8 +46,7 @@ def of_an_update(policy: Policy) -> Iterator[Any]:
     config = UpdateConfig(LossConfig(0.2, 0.2, "token", 4), temperature=1.0, chunk=64)
     step = make_train_step(graph, optimizer, grpo_loss, config, mesh, state)
     with jax.set_mesh(mesh):
-        yield step.whole.lower(state, host_batch(), NOTHING)
-        yield step.accumulate.lower(params, step.zeros(), host_batch())
+        yield step.accumulate.lower(params, None, host_batch())
 
 
 def of_a_rollout(policy: Policy) -> Iterator[Any]:
