@@ -77,7 +77,9 @@ def prefill(policy: Policy, groups: Groups, prompts: PrefixBatch, slots: Array) 
         return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
     keys = [pad(jnp.transpose(by_shard(x), (0, 1, 3, 4, 2)), 4) for x in prefix.kv.keys]
-    values = [pad(jnp.swapaxes(by_shard(x), 2, 3), 3) for x in prefix.kv.values]
+    # Nobody sees the values of padding, but they are multiplied by weights of zero: nothing may stand there.
+    real = by_shard(prefix.mask)[:, :, None, :, None]
+    values = [pad(jnp.where(real, jnp.swapaxes(by_shard(x), 2, 3), 0), 3) for x in prefix.kv.values]
     return Groups(
         Shared(
             shared.root_keys,
@@ -135,7 +137,7 @@ def decode_chunk(
     _, end, fresh = jax.lax.while_loop(go_on, body, (jnp.zeros((), jnp.int32), start, fresh))
     added = end.written - lanes.written
     everywhere = jnp.broadcast_to(jnp.arange(sizes.lanes), lanes.member_slot.shape)
-    cache = write(lanes.cache, everywhere, fresh, lanes.length, added)
+    cache = write(view.cache, everywhere, fresh, lanes.length, added)
     return dataclasses.replace(end, length=lanes.length + added, cache=cache)
 
 

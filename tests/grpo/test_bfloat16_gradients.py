@@ -21,8 +21,8 @@ from maestro_jax.policy.model import Policy
 from tests.policy import reference
 from tests.policy.reference import ROOT
 
-B, G, R = 2, 4, 256
-OFTEN = 7  # this token stands nearly everywhere
+B, G, R = 4, 4, 128
+OFTEN = 7  # seven tokens in ten
 TOLERANCE = 0.02  # norm of the difference over norm
 
 
@@ -30,7 +30,7 @@ def batch() -> GroupBatch:
     rng = np.random.default_rng(0)
 
     def text(*shape: int) -> np.ndarray:
-        return np.where(rng.random(shape) < 0.9, OFTEN, rng.integers(0, reference.TEXT_IDS, shape)).astype(np.int32)
+        return np.where(rng.random(shape) < 0.7, OFTEN, rng.integers(0, reference.TEXT_IDS, shape)).astype(np.int32)
 
     rows = [reference.row(*text(30).tolist(), reference.noise_image(96, 128, i), *text(30).tolist()) for i in range(B)]
     prompts = reference.collate(ROOT, rows, width=80, per_group=1, patches=48)
@@ -59,7 +59,7 @@ def gradients(given: GroupBatch, compute_dtype: jnp.dtype) -> dict[str, np.ndarr
 
 def test_no_gradient_is_summed_in_bfloat16() -> None:
     given = batch()
-    assert (given.tokens == OFTEN).sum() > 1800
+    assert (given.tokens == OFTEN).sum() > 1400
     exact, rough = gradients(given, jnp.float32), gradients(given, jnp.bfloat16)
     norms = {name: np.linalg.norm(gradient) for name, gradient in exact.items()}
     assert min(norms.values()) > 1e-3, "a parameter that takes no part"

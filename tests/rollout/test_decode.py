@@ -109,10 +109,15 @@ def device_episodes(
     chunk: int = CHUNK,
     tables: StopTables | None = None,
     patience: Callable[[int, int], int] = lambda number, turn: 0,
+    left_behind: float = 0.0,
 ) -> list[list[Episode]]:
-    """Decodes as a session does; episode `numbers [B, G]` is told something `patience` rounds after its turn."""
+    """Decodes as a session does; episode `numbers [B, G]` is told something `patience` rounds after its turn.
+
+    `left_behind` stands in every lane's cache before the episodes begin.
+    """
     run, tables = programs(sizes(len(keys)), chunk), tables or stop_tables()
     groups, lanes = assigned(run, prompts, keys)
+    lanes = dataclasses.replace(lanes, cache=jax.tree.map(lambda x: x + left_behind, lanes.cache))
     episodes = [Episode(int(number)) for number in numbers.ravel()]  # by lane
     told: dict[int, tuple[int, list[int]]] = {}  # by lane: how many rounds from now, and what
     while not all(episode.done for episode in episodes):
@@ -288,6 +293,33 @@ def test_neighbours_change_nothing(sampled: list[list[Episode]]) -> None:
         if (b, g) not in others:
             assert_same(found[b][g], sampled[b][g], tolerance=0)
     assert found[0][1].tokens != sampled[0][1].tokens
+
+
+def test_what_an_earlier_trajectory_left_in_a_lane_changes_nothing(sampled: list[list[Episode]]) -> None:
+    found = device_episodes(toy.prompts(), KEYS, NUMBERS, 1.0, left_behind=np.nan)
+    assert_all_same(found, sampled, tolerance=0)
+
+
+def test_what_stands_on_padding_of_a_prompt_is_not_stored() -> None:
+    """Neither its numbers, which are NaN here, nor what they would make of the tokens beside them."""
+    run, prompts = programs(sizes(), CHUNK), toy.prompts()
+    spare = toy.VOCABULARY - 1
+    tokens = jnp.where(prompts.mask, prompts.tokens, spare)
+    assert not prompts.mask.all() and not (prompts.tokens == spare).any()
+
+    def prefilled(row: float) -> Groups:
+        params = jax.tree.map(lambda x: x, PARAMS)
+        table = params["language_model"]["embed_tokens"]["embedding"]
+        params["language_model"]["embed_tokens"]["embedding"] = table.replace(table[...].at[spare].set(row))
+        groups, _, _ = run.open(params, prompts.root)
+        return run.prefill(params, groups, dataclasses.replace(prompts, tokens=tokens), np.arange(GROUPS)[None])
+
+    found, wanted = prefilled(np.nan), prefilled(1.0)
+    np.testing.assert_array_equal(found.hidden, wanted.hidden)
+    assert np.isfinite(found.hidden).all()
+    for mine, theirs in zip(found.shared.values, wanted.shared.values, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+        assert not np.asarray(mine)[~np.broadcast_to(found.shared.mask[:, :, None, :, None], mine.shape)].any()
 
 
 SWAPPED = [[(2, m) for m in (3, 0, 1, 2)], [(2, m) for m in (0, 2, 1, 3)], [(0, m) for m in (1, 3, 2, 0)]]

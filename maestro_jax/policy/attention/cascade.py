@@ -4,8 +4,10 @@ What lanes attend to stands in four places: the root (once for all), prefixes (o
 cache, and the fresh tokens of the running program. The members of a group are rows of one matmul over their prefix
 (cascade attention). Each place is a part of the softmax (`merge.py`). Nothing here is differentiated.
 
-Slots that nobody sees hold what an earlier trajectory left behind. Its values are selected away before they are
-multiplied (`_seen`): their weights are zero, but zero times NaN is NaN. Its scores are replaced (`merge.masked`).
+Slots that nobody sees may hold what an earlier trajectory left behind. Scores of its keys are replaced
+(`merge.masked`), but its values would be multiplied by weights of zero, and zero times NaN is NaN. So values are
+selected first (`_seen`): prefixes' when they are stored (`rollout/decode.py: prefill`), lanes' own when a program
+begins (a token at a time it would copy the cache), fresh ones where they are used.
 
 Letters: d shards, s lanes, x groups, c columns of a group, k KV heads, q queries of a KV head, h head size.
 """
@@ -91,6 +93,7 @@ class View:
     """What the lanes of a program see, layer by layer: all lanes, or a few of them taken out.
 
     Attributes:
+      cache: with zeros for values that no lane sees, where it is about all lanes; write to this one.
       assignment: who shares a prefix; None where each lane's prefix is taken out for it.
       lanes: int32 `[D, A]`, which lanes the program is about; None for all of them.
       length: int32 `[D, S]`, tokens in each lane's cache.
@@ -105,6 +108,8 @@ class View:
 
     @classmethod
     def of_all(cls, shared: Shared, cache: LaneKV, length: Array, assignment: Assignment) -> "View":
+        seen = jnp.arange(cache.values[0].shape[3]) < length[..., None]
+        cache = LaneKV(cache.keys, [_seen(values, seen) for values in cache.values])
         return cls(shared, cache, length, assignment, None, assignment.group())
 
     @classmethod
@@ -122,10 +127,10 @@ class View:
         root = shared.root_keys[layer], shared.root_values[layer]
         prefix = shared.keys[layer], shared.values[layer], shared.mask
         own = self.cache.keys[layer], self.cache.values[layer]
+        mask = jnp.arange(own[0].shape[3]) < self.length[..., None]
         if self.lanes is not None:
             prefix = take(prefix[0], self.group), take(prefix[1], self.group), take(prefix[2], self.group)
-            own = take(own[0], self.lanes), take(own[1], self.lanes)
-        mask = jnp.arange(own[0].shape[3]) < self.length[..., None]
+            own = take(own[0], self.lanes), _seen(take(own[1], self.lanes), mask)
         return attend_cached(q, root, prefix, self.assignment, (*own, mask), fresh)
 
 
@@ -152,10 +157,10 @@ def attend_cached(
     Args:
       q: `[D, S, T, N, H]`, scaled.
       root: keys `[K, H, P0]` and values `[K, P0, H]`.
-      prefix: keys `[D, X, K, H, P]`, values `[D, X, K, P, H]`, mask `[D, X, P]`.
+      prefix: keys `[D, X, K, H, P]`, values `[D, X, K, P, H]` (finite where nobody sees them), mask `[D, X, P]`.
       assignment: which lanes share a prefix; None where lane s has the prefix x = s to itself.
-      own: keys and values `[D, S, K, R, H]`, mask `[D, S, R]`.
-      fresh: keys and values `[D, S, K, W, H]`, mask `[D, S, T, W]`.
+      own: keys and values `[D, S, K, R, H]` (likewise), mask `[D, S, R]`.
+      fresh: keys and values `[D, S, K, W, H]` (anything where no token of the lane sees them), mask `[D, S, T, W]`.
 
     Returns:
       `[D, S, T, N, H]` in the dtype of the queries; softmax in fp32.
@@ -168,7 +173,7 @@ def attend_cached(
     parts = [_over_root(rows, *root), _over_prefix(rows, *prefix, assignment)]
     parts.append(_over_lanes(rows, keys, values, mask[:, :, None]))
     keys, values, mask = fresh
-    parts.append(_over_lanes(rows, keys, values, jnp.repeat(mask, repeats, axis=2)))
+    parts.append(_over_lanes(rows, keys, _seen(values, jnp.any(mask, axis=2)), jnp.repeat(mask, repeats, axis=2)))
     merged = merge(parts)[0].reshape(d, s, kv, t, repeats, h)
     return jnp.moveaxis(merged, 2, 3).reshape(d, s, t, n, h).astype(q.dtype)
 
@@ -192,14 +197,13 @@ def _over_prefix(rows: Array, keys: Array, values: Array, mask: Array, assignmen
         a = jnp.moveaxis(a.reshape(d, x, k, c, q, *a.shape[4:]), 2, 3)
         return a[:, :, 0] if assignment is None else assignment.to_lanes(a)
 
-    out, lse = softmaxed(scores, _seen(values, mask))
+    out, lse = softmaxed(scores, values)
     return back(out), back(lse)
 
 
 def _over_lanes(rows: Array, keys: Array, values: Array, mask: Array) -> Pair:
     """Over slots of the lane's own; `mask [D, S, 1 or queries, slots]`."""
-    scores = masked(_scores("dskqh,dskph->dskqp", rows, keys), mask[:, :, None])
-    return softmaxed(scores, _seen(values, jnp.any(mask, axis=2)))
+    return softmaxed(masked(_scores("dskqh,dskph->dskqp", rows, keys), mask[:, :, None]), values)
 
 
 def _seen(values: Array, mask: Array) -> Array:

@@ -125,34 +125,6 @@ def test_a_lane_depends_on_no_other_and_on_no_place() -> None:
     np.testing.assert_array_equal(by_slot(moved, member_slot)[:, order == 4], wanted[:, 4:5])
 
 
-@pytest.mark.parametrize("left_behind", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("one_by_one", [False, True], ids=["prefixes are shared", "a prefix each"])
-def test_nothing_that_masks_hide_is_multiplied(one_by_one: bool, left_behind: float) -> None:
-    """Slots of padding, of an earlier trajectory, and lanes that have none: a weight of zero times NaN is NaN."""
-    x = inputs()
-    keys, values, mask = x.fresh
-    x = dataclasses.replace(x, fresh=(keys, values, mask.at[..., -1].set(False)))
-
-    def spoilt(values: jax.Array, seen: Any) -> jax.Array:
-        return jnp.where(seen, values, left_behind)
-
-    def spoilt_slots(part: Any, seen: jax.Array) -> Any:
-        return *(spoilt(a, seen[:, :, None, :, None]) for a in part[:2]), part[2]
-
-    keys, values, mask = x.prefix
-    of_prefix = spoilt(keys, mask[:, :, None, None]), spoilt(values, mask[:, :, None, :, None]), mask
-    left = Inputs(
-        spoilt(x.q, HELD[:, :, None, None, None]),
-        x.root,
-        of_prefix,
-        spoilt_slots(x.own, x.own[2]),
-        spoilt_slots(x.fresh, x.fresh[2].any(2)),
-    )
-    assert all(not np.isfinite(a).all() for a in (left.q, *left.prefix[:2], *left.own[:2], *left.fresh[:2]))
-    found, wanted = (np.asarray(by_lane(given) if one_by_one else by_slot(given, MEMBER_SLOT)) for given in (left, x))
-    np.testing.assert_array_equal(found[HELD], wanted[HELD])
-
-
 # ---- who sits where ----------------------------------------------------------------------------------------
 
 
@@ -187,7 +159,7 @@ POSITIONS = 10 + np.arange(D * X).reshape(D, X)
 @jax.jit
 def views(x: Inputs) -> tuple[jax.Array, ...]:
     """Attention of all lanes and of a few, each with the positions and lengths that it goes by; layer 1 of two."""
-    empty, length = jnp.zeros(0), jnp.sum(x.own[2], axis=-1)
+    empty, length = jnp.zeros((D, S, K, R, H)), jnp.sum(x.own[2], axis=-1)
     shared = Shared(
         *([empty, leaf] for leaf in (*x.root, *x.prefix[:2])), mask=x.prefix[2], next_position=jnp.asarray(POSITIONS)
     )
@@ -208,3 +180,27 @@ def test_a_few_lanes_see_what_they_see_among_all() -> None:
     assert_near(of_few[0], attended[at], TOLERANCE)
     np.testing.assert_array_equal(of_few[1], positions[at])
     np.testing.assert_array_equal(of_few[2], length[at])
+
+
+@pytest.mark.parametrize("left_behind", [np.nan, np.inf])
+def test_nothing_that_masks_hide_is_multiplied(left_behind: float) -> None:
+    """Slots behind a lane's length, of padding, of lanes without a trajectory: a weight of zero times NaN is NaN."""
+    x = inputs()
+    keys, values, mask = x.fresh
+    x = dataclasses.replace(x, fresh=(keys, values, mask.at[..., -1].set(False)))
+
+    def spoilt(part: Any, seen: Any) -> Any:
+        return *(jnp.where(seen[:, :, None, :, None], a, left_behind) for a in part[:2]), part[2]
+
+    keys, values, mask = x.prefix
+    left = Inputs(
+        q=jnp.where(HELD[:, :, None, None, None], x.q, left_behind),
+        root=x.root,
+        prefix=(jnp.where(mask[:, :, None, None], keys, left_behind), values, mask),  # values: rollout/test_decode.py
+        own=spoilt(x.own, x.own[2]),
+        fresh=spoilt(x.fresh, x.fresh[2].any(2)),
+    )
+    assert all(not np.isfinite(a).all() for a in (left.q, left.prefix[0], *left.own[:2], *left.fresh[:2]))
+    held = HELD, np.take_along_axis(HELD, np.minimum(FEW, S - 1), axis=1)
+    for found, wanted, lanes in zip(views(left)[::3], views(x)[::3], held, strict=True):
+        np.testing.assert_array_equal(np.asarray(found)[lanes], np.asarray(wanted)[lanes])
