@@ -40,8 +40,9 @@ def policy_factory(config: Config, architecture: PolicyArchitecture, platform: s
     if attention.backend == "splash" and platform != "tpu":
         raise ConfigError(f'config.policy.attention="splash" needs a TPU, found {platform}; use "auto"')
     dtypes = jnp.dtype(policy.param_dtype), jnp.dtype(policy.compute_dtype)
-    how = policy.remat, attention, policy.matmul_precision
-    return lambda: Policy(architecture, nnx.Rngs(config.seed), *dtypes, *how)
+    return lambda: Policy(
+        architecture, nnx.Rngs(config.seed), *dtypes, policy.remat, attention, policy.matmul_precision
+    )
 
 
 def known_architecture(config: Config) -> PolicyArchitecture:
