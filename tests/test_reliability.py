@@ -55,6 +55,17 @@ SETTINGS = TINY | {
 
 # How the run is ended, one start after another. A place is counted from the start of its process.
 ENDS = (
+    "in_warm_start:8:KILL",
+    "in_warm_start:14:TERM",
+    "in_rollout:1:KILL",
+    "after_rollout:1:TERM",  # in the update
+    "after_update:2:KILL",
+    "in_truncate:1:KILL",
+    "in_evaluation:1:KILL",
+    "in_commit:1:KILL",
+    "in_baselines:2:KILL",  # behind the last update
+)
+ALL_ENDS = (
     "in_baselines:1:KILL",  # in the demonstrations
     "in_warm_start:8:KILL",
     "in_warm_start:14:TERM",
@@ -276,10 +287,11 @@ def ended(machine: Machine, workdir: Path, ends: Iterable[str | Told]) -> list[i
     return updates[:-1]
 
 
+@pytest.mark.parametrize("ends", [ENDS, pytest.param(ALL_ENDS, marks=pytest.mark.slow)], ids=["some", "all"])
 def test_a_run_killed_and_stopped_wherever_it_can_be_equals_an_unbroken_one(
-    machine: Machine, unbroken: Path, tmp_path: Path
+    ends: tuple[str, ...], machine: Machine, unbroken: Path, tmp_path: Path
 ) -> None:
-    ended(machine, tmp_path, ENDS)
+    ended(machine, tmp_path, ends)
     assert_same_run(tmp_path, unbroken)
 
 

@@ -486,18 +486,21 @@ def test_the_published_rows_train(job: Job, interrupted: Interrupted, tmp_path: 
 # ---- rollouts that outlive their step ----------------------------------------------------------------------
 
 
-def test_streamed_and_ahead_runs_train(job: Job, tmp_path: Path) -> None:
+STREAMED = {"grpo.microbatches": 2, "grpo.stream": True}
+AHEAD = {"rollout.ahead": 1, "rollout.staleness": 1, "grpo.importance_cap": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("taken", "parts"), [(STREAMED, 2), pytest.param(AHEAD, 1, marks=pytest.mark.slow)], ids=["streamed", "ahead"]
+)
+def test_rollouts_that_outlive_their_step_train(taken: dict[str, Any], parts: int, job: Job, tmp_path: Path) -> None:
     """Fewer lanes than trajectories, parked on the device, in both ways of taking groups as they finish."""
     parked = {"rollout.lanes": 8, "rollout.parked_tokens": 800, "grpo.steps": 3, "warm_start.steps": 2}
-    streamed = parked | {"grpo.microbatches": 2, "grpo.stream": True}
-    ahead = parked | {"rollout.ahead": 1, "rollout.staleness": 1, "grpo.importance_cap": 2.0}
-    for name, settings in (("streamed", streamed), ("ahead", ahead)):
-        workdir = tmp_path / name
-        result = job.run(workdir, **settings)
-        assert result.returncode == 0, result.stderr
-        rows = [row for row in read_metrics(workdir / "metrics.jsonl") if row["step"]]
-        assert [row["step"] for row in rows] == [1, 2, 3]
-        assert {row["parts"] for row in rows} == ({2.0} if name == "streamed" else {1.0})
+    result = job.run(tmp_path, **parked | taken)
+    assert result.returncode == 0, result.stderr
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["step"]]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {row["parts"] for row in rows} == {parts}
 
 
 # ---- evaluation of what was trained --------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from tests.policy import reference
 from tests.policy.reference import ROOT
 
 B, G, R = 8, 2, 4
-MESHES = {"data 2, fsdp 2, tensor 2": (2, 2, 2), "fsdp 4, tensor 2": (1, 4, 2), "fsdp 8": (1, 8, 1)}
+MESHES = [(2, 2, 2), *(pytest.param(axes, marks=pytest.mark.slow) for axes in ((1, 4, 2), (1, 8, 1)))]
 LOSS = LossConfig(clip_low=0.2, clip_high=0.2, aggregation="sequence", constant_length=R)
 # A large epsilon keeps Adam's first update a smooth function of the gradient: with 1e-8 it is the sign, and
 # the rounding of a gradient near zero would decide whether a parameter goes up or down.
@@ -143,13 +143,23 @@ def run(axes: tuple[int, int, int], cuts: list[Cut] | None = None, **options: An
 
 
 @pytest.fixture(scope="module")
-def alone() -> Run:
-    return run((1, 1, 1))
+def told() -> list[str]:
+    """What was warned of in the update on one device."""
+    return []
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module")
+def alone(told: list[str]) -> Run:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = run((1, 1, 1))
+    told += [str(each.message) for each in caught]
+    return found
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=str)
 def sharded(request: pytest.FixtureRequest) -> Run:
-    return run(MESHES[request.param])
+    return run(request.param)
 
 
 def test_a_mesh_computes_what_one_device_does(alone: Run, sharded: Run) -> None:
@@ -180,7 +190,9 @@ def assert_same_update(found: Run, wanted: Run) -> None:
     assert gap <= 2e-6 * np.sqrt(sum(np.square(leaf).sum() for leaf in theirs.values()))
 
 
-@pytest.mark.parametrize("cuts", [UNEVEN, UNEVEN[::-1]], ids=["in order", "reversed"])
+@pytest.mark.parametrize(
+    "cuts", [UNEVEN, pytest.param(UNEVEN[::-1], marks=pytest.mark.slow)], ids=["in order", "reversed"]
+)
 def test_parts_make_the_update_of_the_whole_batch(cuts: list[Cut], alone: Run) -> None:
     """Members are ragged and one is out of the loss, so a mean of the parts' means would be another update."""
     assert_same_update(run((1, 1, 1), cuts), alone)
@@ -194,7 +206,7 @@ def test_parts_on_eight_devices_make_the_update_of_the_whole_batch() -> None:
     assert all(jax.tree.leaves(kept))
 
 
-@pytest.mark.parametrize("kept", [[0, 1, 4], [0]], ids=["parts", "one part"])
+@pytest.mark.parametrize("kept", [[0, 1, 4], pytest.param([0], marks=pytest.mark.slow)], ids=["parts", "one part"])
 def test_groups_without_contrast_may_be_left_out_and_still_count(kept: list[int]) -> None:
     batch = host_batch()
     without = [group for group in range(B) if group not in kept]
@@ -206,11 +218,9 @@ def test_groups_without_contrast_may_be_left_out_and_still_count(kept: list[int]
     assert_same_update(*(dataclasses.replace(x, metrics={n: x.metrics[n] for n in same}) for x in (found, wanted)))
 
 
-def test_nothing_deprecated_is_called_of_optax() -> None:
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        run((1, 1, 1))
-    assert not [str(each.message) for each in told if "optax" in str(each.message)]
+@pytest.mark.usefixtures("alone")
+def test_nothing_deprecated_is_called_of_optax(told: list[str]) -> None:
+    assert not [message for message in told if "optax" in message]
 
 
 def test_state_is_donated_and_keeps_its_shards(sharded: Run) -> None:
@@ -236,7 +246,15 @@ def test_devices_that_cannot_address_the_host_are_refused() -> None:
     check_host_memory(jax.devices())
 
 
-@pytest.mark.parametrize("freeze", [("vision",), ("embeddings",), ("vision", "embeddings")], ids="+".join)
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        ("vision", "embeddings"),
+        pytest.param(("vision",), marks=pytest.mark.slow),
+        pytest.param(("embeddings",), marks=pytest.mark.slow),
+    ],
+    ids="+".join,
+)
 def test_what_is_frozen_stays_and_has_no_optimiser_state(freeze: tuple[str, ...]) -> None:
     result = run((1, 2, 1), freeze=freeze)
     prefixes = {"vision": "visual/", "embeddings": "language_model/embed_tokens/"}

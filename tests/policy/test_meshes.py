@@ -28,7 +28,7 @@ from maestro_jax.policy.model import Policy, prompt_shardings
 from tests.policy import reference
 from tests.policy.reference import ROOT, assert_near
 
-MESHES = {"fsdp 8": (1, 8, 1), "fsdp 4, tensor 2": (1, 4, 2), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
+WHOLE, MIXED, EVERY_AXIS = (1, 8, 1), (1, 4, 2), (2, 2, 2)
 B, G, P, R = 8, 2, 24, 4
 BLOCKS, SPLASH = AttentionConfig("blocks"), AttentionConfig("splash_interpret")
 TOLERANCE = 1e-5  # fp32: sums are split over devices; a missing collective is off by parts of one
@@ -77,8 +77,18 @@ def alone() -> Run:
     return run((1, 1, 1))
 
 
-@pytest.mark.parametrize("attention", [BLOCKS, SPLASH], ids=["blocks", "splash, interpreted"])
-@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    ("axes", "attention"),
+    [
+        (EVERY_AXIS, BLOCKS),
+        (WHOLE, SPLASH),
+        pytest.param(EVERY_AXIS, SPLASH, marks=pytest.mark.slow),
+        pytest.param(WHOLE, BLOCKS, marks=pytest.mark.slow),
+        pytest.param(MIXED, BLOCKS, marks=pytest.mark.slow),
+        pytest.param(MIXED, SPLASH, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple) else value.backend,
+)
 def test_a_mesh_computes_what_one_device_does(
     axes: tuple[int, int, int], attention: AttentionConfig, alone: Run
 ) -> None:
@@ -90,7 +100,7 @@ def test_a_mesh_computes_what_one_device_does(
         assert_near(gradients[name], wanted, TOLERANCE, name)
 
 
-@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("axes", [EVERY_AXIS, *(pytest.param(axes, marks=pytest.mark.slow) for axes in (WHOLE, MIXED))])
 def test_every_device_computes_its_own_groups_only(axes: tuple[int, int, int]) -> None:
     """Left alone, XLA keeps every group on every device and splits features instead."""
     text = lowered(axes)[0].compile().as_text()

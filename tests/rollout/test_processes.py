@@ -77,7 +77,7 @@ def wait_for_all(running: Sequence[subprocess.Popen[bytes]]) -> bool:
     return False
 
 
-@pytest.fixture(scope="module", params=["1,4,1", "1,2,2"], ids=["fsdp 4", "fsdp 2, tensor 2"])
+@pytest.fixture(scope="module", params=["1,2,2", pytest.param("1,4,1", marks=pytest.mark.slow)])
 def served(
     request: pytest.FixtureRequest, talker: episodes.Talker, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Served]:
@@ -103,7 +103,7 @@ def test_each_process_serves_its_own_groups_with_its_own_experts(served: list[Se
         assert process.asked
 
 
-@pytest.mark.parametrize("axes", [(1, 8, 1), (1, 4, 2)], ids=["fsdp 8", "fsdp 4, tensor 2"])
+@pytest.mark.parametrize("axes", [(1, 4, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow)], ids=str)
 def test_a_mesh_samples_what_one_device_does(
     axes: tuple[int, int, int], talker: episodes.Talker, alone: Served
 ) -> None:
