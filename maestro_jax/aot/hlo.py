@@ -9,7 +9,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\(")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)$")
+_NAME = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(
     r"(?:calls|condition|body|to_apply|called_computation|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
 )
@@ -25,7 +26,7 @@ class Collective:
 
     Attributes:
       times: how often it runs, loops counted.
-      shapes: of its results, as (dtype, dimensions).
+      shapes: of its results, as (dtype, dimensions); of a reduce-scatter, whose results are parts, of its operands.
     """
 
     kind: str
@@ -34,25 +35,50 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Of its results, each time."""
-        return sum(BYTES.get(dtype, 4) * math.prod(dimensions) for dtype, dimensions in self.shapes)
+        """Of all `shapes`, each time."""
+        return sum(self.bytes_by_dtype.values())
+
+    @property
+    def bytes_by_dtype(self) -> dict[str, int]:
+        """Dtype as printed ("f32", "bf16") → its part of `bytes`."""
+        found: dict[str, int] = defaultdict(int)
+        for dtype, dimensions in self.shapes:
+            found[dtype] += BYTES.get(dtype, 4) * math.prod(dimensions)
+        return dict(found)
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives of an optimised HLO module; loops of unknown length count once."""
+    """All collectives of an optimised HLO module; loops of unknown length count once.
+
+    The TPU compiler writes some reduce-scatters as a fusion of an all-reduce and a cut, named "all-reduce-scatter".
+    """
     computations, entry = parse_computations(text)
     times = _times(computations, entry)
     found = []
     for name, lines in computations.items():
-        for line in lines if times[name] else ():
-            operation = _OPERATION.match(line)
-            kind = operation[2].removesuffix("-start") if operation else ""
-            if operation and kind in KINDS:
-                shapes = [(d, tuple(int(n) for n in s.split(",") if n)) for d, s in _SHAPE.findall(operation[1])]
-                if operation[2].endswith("-start") and kind == "all-gather":
-                    shapes = shapes[len(shapes) // 2 :]  # operands stand before results
-                found.append(Collective(kind, times[name], tuple(shapes)))
+        if not times[name]:
+            continue
+        operations = [operation for operation in map(_OPERATION.match, lines) if operation]
+        results = {operation[1]: operation[2] for operation in operations}
+        for operation in operations:
+            kind = operation[3].removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            shapes = _shapes(operation[2])
+            if kind == "reduce-scatter":
+                operands = _NAME.findall(operation[4].partition(")")[0])
+                shapes = [shape for operand in operands for shape in _shapes(results[operand])]
+            elif kind in ("all-gather", "collective-permute") and operation[3].endswith("-start"):
+                arrays = [shape for shape in shapes if shape[1]]  # without the compiler's own counters
+                shapes = arrays[len(arrays) // 2 :]  # operands stand before results
+            elif kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            found.append(Collective(kind, times[name], tuple(shapes)))
     return found
+
+
+def _shapes(printed: str) -> list[tuple[str, tuple[int, ...]]]:
+    return [(dtype, tuple(int(n) for n in sizes.split(",") if n)) for dtype, sizes in _SHAPE.findall(printed)]
 
 
 def parse_computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,23 @@ QUICK: dict[str, float | str] = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind.
+
+    Attributes:
+      runs: how many run.
+      by_dtype: "f32" and the like → bytes of all runs.
+    """
+
+    runs: int
+    by_dtype: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.by_dtype.values())
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """What the compiler says of one program, a device.
 
@@ -32,7 +50,7 @@ class Program:
       beside: bytes of the run's other arrays that stay on the device meanwhile.
       refused: whether the compiler found that it does not fit; then `temporaries` is all it says it needs.
       flops: operations of matrix products by arithmetic (`policy/flops.py`); 0 where they do not count.
-      collectives: kind → (runs, bytes of results), loops counted.
+      collectives: kind → runs and bytes by dtype, loops counted; what is counted: `hlo.Collective`.
       largest_gather: bytes of the largest result of an all-gather; a stack of all layers would show.
       kernels: whether splash attention is in the program.
       seconds: it took to compile.
@@ -46,7 +64,7 @@ class Program:
     beside: int
     refused: bool
     flops: float
-    collectives: dict[str, tuple[int, int]]
+    collectives: dict[str, Traffic]
     largest_gather: int
     kernels: bool
     seconds: float
@@ -121,9 +139,16 @@ def compile_program(
     )
 
 
-def _by_kind(found: list[Collective]) -> dict[str, tuple[int, int]]:
-    of = {kind: [c for c in found if c.kind == kind] for kind in KINDS}
-    return {kind: (sum(c.times for c in cs), sum(c.times * c.bytes for c in cs)) for kind, cs in of.items() if cs}
+def _by_kind(found: list[Collective]) -> dict[str, Traffic]:
+    traffic = {}
+    for kind in KINDS:
+        if of_kind := [c for c in found if c.kind == kind]:
+            by_dtype: dict[str, int] = defaultdict(int)
+            for each in of_kind:
+                for dtype, size in each.bytes_by_dtype.items():
+                    by_dtype[dtype] += each.times * size
+            traffic[kind] = Traffic(sum(c.times for c in of_kind), dict(by_dtype))
+    return traffic
 
 
 def bytes_on_device(tree: Any) -> int:

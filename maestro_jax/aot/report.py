@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maestro_jax.aot.program import Program
+from maestro_jax.aot.program import Program, Traffic
 from maestro_jax.aot.topology import GIB, Target
 
 
@@ -11,14 +11,14 @@ def seconds_of(program: Program, target: Target) -> dict[str, float]:
     """Seconds that a program cannot go below, by what bounds it: the roofline. Empty where rates are not known.
 
     memory: every argument is read once, every temporary written and read once; where tokens are decoded, what the
-    program's text says of one. links: results of all-reduces travel
-    twice, of other collectives once.
+    program's text says of one. links: what an all-reduce sums travels twice,
+    bytes of other collectives once.
     """
     if target.rates is None:
         return {}
     rates = target.rates
     once = program.arguments + 2 * program.temporaries
-    travelled = sum(size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in program.collectives.items())
+    travelled = sum(found.bytes * (2 if kind == "all-reduce" else 1) for kind, found in program.collectives.items())
     return {
         "matmuls": program.flops / rates.flops,
         "memory": (program.token_bytes or once) / rates.memory,
@@ -51,7 +51,7 @@ def _of_a_token(program: Program) -> str:
 def _row(program: Program, target: Target) -> tuple[str, ...]:
     bounds = seconds_of(program, target)
     slowest = max(bounds, key=lambda name: bounds[name]) if bounds else ""
-    calls = ", ".join(f"{n} {kind} {size / GIB:.2f} GiB" for kind, (n, size) in program.collectives.items())
+    calls = ", ".join(f"{found.runs} {kind} {_gib(found)}" for kind, found in program.collectives.items())
     return (
         program.name,
         f"{program.arguments / GIB:.2f}",
@@ -62,6 +62,10 @@ def _row(program: Program, target: Target) -> tuple[str, ...]:
         f"{bounds[slowest]:.3g} ({slowest})" if bounds else "unknown",
         calls or "none",
     )
+
+
+def _gib(traffic: Traffic) -> str:
+    return " + ".join(f"{size / GIB:.2f} GiB {dtype}" for dtype, size in sorted(traffic.by_dtype.items()))
 
 
 def as_json(
@@ -96,8 +100,11 @@ def _memory(program: Program | None, target: Target) -> dict[str, int]:
     }
 
 
-def _collectives(program: Program) -> dict[str, dict[str, int]]:
-    return {kind: {"count": count, "bytes": size} for kind, (count, size) in program.collectives.items()}
+def _collectives(program: Program) -> dict[str, dict[str, Any]]:
+    return {
+        kind: {"count": found.runs, "bytes": found.bytes, "by_dtype": found.by_dtype}
+        for kind, found in program.collectives.items()
+    }
 
 
 def _program(program: Program, target: Target) -> dict[str, Any]:

@@ -17,11 +17,16 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from maestro_jax.parallel.mesh import BATCH_AXES
+from maestro_jax.parallel.sharding import ShardingRules, gather_over_fsdp, sum_over_batch
 
 Array = jax.Array
 C = TypeVar("C")
 Moments = tuple[Array, Array, Array]  # of logits z: the largest m, the sums of exp(z - m) and of exp(z - m) (z - m)
 
+TABLE_AXES = ("vocab", "embed")  # logical axes of the head's table
 ROW_QUARTERS = (2, 3, 4)  # M in quarters of G x R: so many programs at most, and few rows that only pad
 
 
@@ -83,13 +88,14 @@ def put_rows(values: Array, rows: Array, members: int, tokens: int) -> Array:
 def token_logprobs(hidden: Array, table: Array, targets: Array, temperature: float, chunk: int) -> tuple[Array, Array]:
     """Log-probability of each target and entropy of its distribution, softmax(hidden . table / temperature).
 
-    The products are in the dtype of `hidden` and `table`, their sums and everything after them in fp32; so are the
-    sums of the gradients, which are rounded once. The backward pass computes the logits again: four products by the
-    table where keeping the logits would take three. For a table that is not differentiated its part is not computed.
+    The products are in the dtype of `hidden`, to which the table is cast; their sums and everything after them are in
+    fp32, and so are the sums of the gradients, over devices too. The backward pass computes the logits again: four
+    products by the table where keeping the logits would take three. For a table that is not differentiated its part is
+    not computed.
 
     Args:
       hidden: `[B, M, D]`, the states from which the targets are predicted.
-      table: `[V, D]`; may be split over the mesh axis "tensor".
+      table: the parameter `[V, D]`, in its shards.
       targets: int32 `[B, M]`.
       temperature: the sampler's; both sides must divide by the same one.
       chunk: entries of the vocabulary (of each shard of it) whose logits exist at a time.
@@ -103,7 +109,8 @@ def token_logprobs(hidden: Array, table: Array, targets: Array, temperature: flo
 def _forward(
     hidden: Array, table: Array, targets: Array, temperature: float, chunk: int
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    """`token_logprobs`, and what its gradient needs: no array with an axis V but the table."""
+    """`token_logprobs`, and what its gradient needs: no array with an axis V but the table, in shards and gathered."""
+    parameter, table = table, gather_over_fsdp(table.astype(hidden.dtype), TABLE_AXES)
     shards, states = _by_shard(hidden, table)
 
     def piece(carry: Moments, start: Array | int, size: int) -> Moments:
@@ -121,7 +128,7 @@ def _forward(
     normaliser, entropy = most + jnp.log(total), jnp.log(total) - weighted / total
     normaliser, entropy = normaliser.reshape(targets.shape), entropy.reshape(targets.shape)
     chosen = jnp.einsum("bmd,bmd->bm", hidden, table[targets], preferred_element_type=jnp.float32) / temperature
-    return (chosen - normaliser, entropy), (hidden, table, targets, normaliser, entropy)
+    return (chosen - normaliser, entropy), (hidden, parameter, table, targets, normaliser, entropy)
 
 
 def _backward(
@@ -132,7 +139,7 @@ def _backward(
     With p the softmax of the logits and H its entropy, the log-probability of y has the slope 1[y] - p, and H has
     -p (log p + H).
     """
-    hidden, table, *per_row = saved
+    hidden, parameter, table, *per_row = saved
     shards, states = _by_shard(hidden, table)
     targets, normaliser, entropy, for_logprob, for_entropy = (x.reshape(-1, 1) for x in (*per_row, *slopes))
     first = jnp.arange(len(shards))[:, None, None] * shards.shape[1]
@@ -145,15 +152,22 @@ def _backward(
         slope -= jnp.exp(logprobs) * (for_logprob + for_entropy * (logprobs + entropy))
         slope = (slope / temperature).astype(hidden.dtype)
         for_states += jnp.einsum("snv,svd->snd", slope, rows, preferred_element_type=jnp.float32)
-        for_rows = jnp.einsum("snv,snd->svd", slope, states, preferred_element_type=jnp.float32)
-        for_rows = for_rows.astype(table.dtype)
+        # Summed over devices piece by piece: no device holds the gradient of the whole table.
+        for_rows = sum_over_batch(_of_rows, (slope, states), (by_rows, by_rows), of_shards).astype(parameter.dtype)
         return for_states, jax.lax.dynamic_update_slice_in_dim(for_shards, for_rows, start, axis=1)
 
-    # A sum for each shard of the vocabulary: they are added up over devices once, at the end.
-    zeros = jnp.zeros(states.shape, jnp.float32), jnp.zeros_like(shards)
+    vocab, embed = ShardingRules().spec(TABLE_AXES)
+    by_rows, of_shards = PartitionSpec(vocab, BATCH_AXES), PartitionSpec(vocab, None, embed)
+    # A sum for each shard of the vocabulary: those of states are added up over devices once, at the end.
+    zeros = jnp.zeros(states.shape, jnp.float32), jnp.zeros(shards.shape, parameter.dtype)
     for_states, for_shards = _over_pieces(piece, zeros, shards.shape[1], chunk)
     for_hidden = jnp.sum(for_states, axis=0).astype(hidden.dtype)
-    return for_hidden.reshape(hidden.shape), for_shards.reshape(table.shape), None
+    return for_hidden.reshape(hidden.shape), for_shards.reshape(parameter.shape), None
+
+
+def _of_rows(slope: Array, states: Array) -> Array:
+    """fp32 gradient `[S, v, D]` of rows of the table from `slope [S, B x M, v]`."""
+    return jnp.einsum("snv,snd->svd", slope, states, preferred_element_type=jnp.float32)
 
 
 token_logprobs.defvjp(_forward, _backward)

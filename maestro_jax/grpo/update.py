@@ -203,7 +203,7 @@ def member_logprobs(policy: Policy, batch: GroupBatch, temperature: float, chunk
     last, hidden = policy.encode_groups(batch.prompts, batch.tokens, batch.length)
     states, targets = states_before(last, hidden, batch.loss_rows), take_rows(batch.tokens, batch.loss_rows)
     with at_precision(policy.precision):
-        found = token_logprobs(states, policy.head(), targets, temperature, chunk)
+        found = token_logprobs(states, policy.head, targets, temperature, chunk)
     logprobs, entropy = (put_rows(values, batch.loss_rows, *batch.tokens.shape[1:]) for values in found)
     return logprobs, entropy
 

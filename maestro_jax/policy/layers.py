@@ -11,8 +11,16 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from maestro_jax.parallel.sharding import gather_over_fsdp, keep_over_features, keep_param_shards
+from maestro_jax.parallel.mesh import BATCH_AXES
+from maestro_jax.parallel.sharding import (
+    ShardingRules,
+    gather_over_fsdp,
+    keep_over_features,
+    keep_param_shards,
+    sum_over_batch,
+)
 
 Array = jax.Array
 M = TypeVar("M", bound=nnx.Module)
@@ -31,27 +39,51 @@ def _widened(param: nnx.Param, dtype: jnp.dtype) -> Array:
     Added or multiplied in fp32 and rounded once more, it gives the bits that the compute dtype would; but its
     gradient, a sum over all tokens, is then summed in fp32.
     """
-    return param[...].astype(dtype).astype(jnp.float32)
+    return _rounded(param[...], dtype)
 
 
-@jax.custom_vjp
-def _matmul(x: Array, kernel: Array) -> Array:
-    """`x [..., d_in] @ kernel [d_in, d_out]`; its backward pass turns round the narrower of input and gradient.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rounded(x: Array, dtype: jnp.dtype) -> Array:
+    """`x` rounded, as fp32; its gradient is not rounded. XLA would round before the sum over devices, not behind it."""
+    return x.astype(dtype).astype(jnp.float32)
 
-    JAX always turns the gradient, and XLA on CPUs computes what led to it in that order, element by element.
+
+_rounded.defvjp(
+    lambda x, dtype: (_rounded(x, dtype), jnp.zeros((), x.dtype)),
+    lambda dtype, like, gradient: (gradient.astype(like.dtype),),
+)
+
+Axes = tuple[str | None, str | None]  # logical axes of a matrix
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: Array, kernel: Array, axes: Axes) -> Array:
+    """`x [..., d_in] @ kernel [d_in, d_out]`, the kernel in its shards, cast to the dtype of `x` and gathered.
+
+    The kernel's gradient is summed over rows and devices in fp32. JAX always turns the result's gradient round, and
+    XLA on CPUs computes what led to that in that order, element by element: here the narrower of the two is turned.
     """
-    return x @ kernel
+    return x @ gather_over_fsdp(kernel.astype(x.dtype), axes)
 
 
-def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
+def _matmul_forward(x: Array, kernel: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul(x, kernel, axes), (x, kernel)
 
 
-def _matmul_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _matmul_backward(axes: Axes, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    rows, over = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    of_kernel = rows.T @ over if rows.shape[1] <= over.shape[1] else (over.T @ rows).T
-    return gradient @ kernel.T, of_kernel
+
+    def of_kernel(x: Array, gradient: Array) -> Array:
+        rows, over = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        if rows.shape[1] <= over.shape[1]:
+            return jnp.matmul(rows.T, over, preferred_element_type=jnp.float32)
+        return jnp.matmul(over.T, rows, preferred_element_type=jnp.float32).T
+
+    shards = ShardingRules().spec(axes)
+    batch = [BATCH_AXES, *[None] * (x.ndim - 2)]
+    specs = [PartitionSpec(*batch, "tensor" if axis == "tensor" else None) for axis in shards]
+    total = sum_over_batch(of_kernel, (x, gradient), specs, shards)
+    return gradient @ gather_over_fsdp(kernel.astype(x.dtype), axes).T, total.astype(kernel.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -60,14 +92,12 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 class Linear(nnx.Module):
     """y = x @ kernel (+ bias); kernel `[d_in, d_out]`, the transpose of Hugging Face's weight."""
 
-    def __init__(
-        self, d_in: int, d_out: int, axes: tuple[str | None, str | None], bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, d_in: int, d_out: int, axes: Axes, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.kernel = nnx.Param(fan_in_normal(rngs, (d_in, d_out), d_in, dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=(axes[1],)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = _matmul(x, gather_over_fsdp(self.kernel[...].astype(x.dtype), self.kernel.get_metadata("axes")))
+        y = _matmul(x, self.kernel[...], self.kernel.get_metadata("axes"))
         if self.bias is None:
             return y
         return (y.astype(jnp.float32) + _widened(self.bias, x.dtype)).astype(x.dtype)

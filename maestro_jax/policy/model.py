@@ -155,11 +155,16 @@ class Policy(nnx.Module):
     @_at_own_precision
     def logits(self, hidden: Array) -> Array:
         """fp32 logits `[..., V]` of final hidden states `[..., D]`."""
-        return _logits(hidden, self.head())
+        return _logits(hidden, self._table(self._head))
 
+    @property
     def head(self) -> Array:
-        """The table `[V, D]` that gives logits, in the compute dtype."""
-        return self._table(self.language_model.embed_tokens if self.lm_head is None else self.lm_head)
+        """The parameter `[V, D]` that gives logits."""
+        return self._head.embedding[...]
+
+    @property
+    def _head(self) -> Embedding:
+        return self.language_model.embed_tokens if self.lm_head is None else self.lm_head
 
     def _embed(self, *tokens: Array) -> tuple[Array, ...]:
         """Embedded tokens `[groups, ..., D]` of each array `[groups, ...]`."""

@@ -101,6 +101,36 @@ def test_loops_count_in_the_text_of_either_compiler(text: str) -> None:
     assert [(found.kind, found.times) for found in collectives(text)] == [("all-gather", 5)]
 
 
+# As libtpu 0.0.42 prints sums over devices of which each keeps a part, shortened.
+SCATTERED = """\
+%all-reduce-scatter.2.clone.1 (input_0.2: bf16[512,1536], input_1.2: bf16[1536,512]) -> (bf16[64,1536], bf16[192,512]) {
+  %input_0.2 = bf16[512,1536]{1,0:T(8,128)(2,1)} parameter(0)
+  %input_1.2 = bf16[1536,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %all-reduce.4 = (bf16[512,1536]{1,0:T(8,128)(2,1)}, bf16[1536,512]{1,0:T(8,128)(2,1)}) all-reduce(%input_0.2, %input_1.2), channel_id=6
+  %first = bf16[512,1536]{1,0:T(8,128)(2,1)} get-tuple-element(%all-reduce.4), index=0
+  ROOT %cut = bf16[64,1536]{1,0:T(8,128)(2,1)} dynamic-slice(%first), dynamic_slice_sizes={64,1536}
+}
+
+ENTRY %main.3 (p: bf16[512,1536], q: bf16[1536,512], r: f32[1536,512]) -> f32[192,512] {
+  %p = bf16[512,1536]{1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[1536,512]{1,0:T(8,128)(2,1)} parameter(1)
+  %r = f32[1536,512]{1,0:T(8,128)} parameter(2)
+  %fusion.95 = (bf16[64,1536]{1,0:T(8,128)(2,1)}, bf16[192,512]{1,0:T(8,128)(2,1)}) fusion(%p, %q), kind=kCustom, calls=%all-reduce-scatter.2.clone.1
+  %collective-permute-start = (f32[1536,512]{1,0:T(8,128)}, f32[1536,512]{1,0:T(8,128)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%r), channel_id=3
+  ROOT %reduce_scatter.19 = f32[192,512]{1,0:T(8,128)} reduce-scatter(%r), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%region_5.6
+}
+"""  # noqa: E501
+
+
+def test_what_is_summed_and_cut_is_a_reduce_scatter_of_all_that_is_summed() -> None:
+    size = 512 * 1536
+    assert [(found.kind, found.bytes_by_dtype) for found in collectives(SCATTERED)] == [
+        ("reduce-scatter", {"bf16": 2 * size * 2}),
+        ("collective-permute", {"f32": size * 4}),
+        ("reduce-scatter", {"f32": size * 4}),
+    ]
+
+
 def test_what_the_tpu_compiler_writes_when_it_refuses() -> None:
     message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.50G)"
     assert refusal(message + " exceeds available HBM (15.75G).") == (int(2.5 * GIB), int(15.75 * GIB))

@@ -51,7 +51,7 @@ def gradients(given: GroupBatch, compute_dtype: jnp.dtype) -> dict[str, np.ndarr
 
     def loss(params: nnx.State, given: GroupBatch) -> jax.Array:
         found = member_logprobs(nnx.merge(graph, params), given, config.temperature, config.chunk)
-        return nll_loss(*found, given, config.loss, float(given.mask.size))[0]
+        return nll_loss(*found, given, config.loss)[0] / given.mask.size
 
     found = named_leaves(jax.jit(jax.grad(loss))(params, given))
     return {name.removesuffix("/value"): np.asarray(leaf, np.float64) for name, leaf in found.items()}

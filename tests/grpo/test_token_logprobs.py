@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maestro_jax.grpo.logprobs import ROW_QUARTERS, loss_rows, put_rows, states_before, take_rows, token_logprobs
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
-from maestro_jax.parallel.sharding import gather_over_fsdp, over_groups
+from maestro_jax.parallel.sharding import over_groups
 from tests.policy.reference import assert_near
 
 B, M, D, V = 4, 6, 8, 50
@@ -165,9 +165,7 @@ def on_mesh(mesh: Mesh) -> tuple[Any, tuple[jax.Array, ...]]:
     targets, slopes = jax.device_put((rng.integers(0, v, (b, m)), rng.standard_normal((b, m))), groups)
 
     def total(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, Pair]:
-        logprobs, entropy = token_logprobs(
-            hidden, gather_over_fsdp(table, ("vocab", "embed")), targets, TEMPERATURE, 20
-        )
+        logprobs, entropy = token_logprobs(hidden, table, targets, TEMPERATURE, 20)
         return jnp.sum(slopes * (logprobs + 0.3 * entropy)), (logprobs, entropy)
 
     program = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), out_shardings=((groups, shards), (groups, groups)))
@@ -195,7 +193,10 @@ def test_only_the_table_is_gathered(axes: tuple[int, int, int]) -> None:
     shapes = {shape for result in reduced for shape in re.findall(r"\w+\[([\d,]*)\]", result)}
     rows = b // (axes[0] * axes[1]) * m  # a device's own
     sizes = {np.prod([int(n) for n in shape.split(",") if n]) for shape in shapes}
-    assert sizes <= {rows, rows * d, 20 * d, v // axes[2] % 20 * d}
+    # Of the table's gradient only shards of pieces, over data: the sum within fsdp is a reduce-scatter.
+    pieces = {20 * d // axes[1], v // axes[2] % 20 * d // axes[1]} if axes[0] > 1 else set()
+    assert sizes <= {rows, rows * d} | pieces
+    assert " reduce-scatter(" in text
 
 
 # ---- rows in the loss --------------------------------------------------------------------------------------
