@@ -73,7 +73,8 @@ def attend_groups(
         k, v = (jnp.concatenate([_for_every_row(x, k), y], axis=1) for x, y in zip(root, (k, v), strict=True))
     if config.backend in KERNELS:
         return _in_parts(q, k, v, real, layout.parts(before), config)
-    return splash(q, k, v, real, GroupMask(layout, before), config.block, config.backend == "splash_interpret")
+    mask = GroupMask(layout, before, config.block)
+    return splash(q, k, v, real, mask, config.backend == "splash_interpret")
 
 
 def attend_images(q: Array, k: Array, v: Array, real: Array, config: AttentionConfig) -> Array:
@@ -85,7 +86,7 @@ def attend_images(q: Array, k: Array, v: Array, real: Array, config: AttentionCo
     patches = q.shape[1]
     if config.backend in KERNELS:
         return _in_parts(q, k, v, real, (merge.Part((0, patches), (0, patches)),), config)
-    return splash(q, k, v, real, WholeMask(patches), config.block, config.backend == "splash_interpret")
+    return splash(q, k, v, real, WholeMask(patches, config.block), config.backend == "splash_interpret")
 
 
 def _only_real(real: Array, *arrays: Array) -> tuple[Array, ...]:

@@ -24,7 +24,14 @@ _LANES = 128  # the kernel's tiles have sides of multiples of it
 
 
 class _Mask(splash_attention_mask.Mask):
-    """A mask that is computed tile by tile. Equal masks have equal fields: heads share one."""
+    """A mask that is computed tile by tile. Equal masks have equal fields: heads share one.
+
+    In front of a row's own keys stand `before` ones that every query sees, and then none up to key number `filled`, so
+    that large tiles divide all keys.
+    """
+
+    before: int
+    block: int  # upper bound of a tile's sides
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         rows, columns = (np.arange(size)[cut] for cut, size in zip(index, self.shape, strict=True))
@@ -33,6 +40,23 @@ class _Mask(splash_attention_mask.Mask):
     def visible(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
+    @property
+    def length(self) -> int:
+        """Queries, and keys of their own."""
+        raise NotImplementedError
+
+    @property
+    def filled(self) -> int:
+        """The largest tile is taken that needs at most an eighth more keys than whole lanes do."""
+        least = -(-(self.before + self.length) // _LANES) * _LANES
+        tile = max(size for size in _sides(self.block) if -least % size <= least // 8)
+        return least + -least % tile - self.length
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Queries, keys."""
+        return self.length, self.filled + self.length
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupMask(_Mask):
@@ -40,15 +64,11 @@ class GroupMask(_Mask):
 
     layout: GroupLayout
     before: int
+    block: int
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Queries, keys; the tokens before are filled up to whole lanes."""
-        return self.layout.length, self.filled + self.layout.length
-
-    @property
-    def filled(self) -> int:
-        return -self.before % _LANES + self.before
+    def length(self) -> int:
+        return self.layout.length
 
     def visible(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
         return (key < self.before) | (key >= self.filled) & self.layout.sees(query, key - self.filled)
@@ -58,16 +78,16 @@ class GroupMask(_Mask):
 class WholeMask(_Mask):
     """Everybody sees everybody."""
 
-    length: int
+    tokens: int
+    block: int
     before: int = 0
-    filled: int = 0
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.length, self.length
+    def length(self) -> int:
+        return self.tokens
 
     def visible(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
-        return np.ones(np.broadcast_shapes(query.shape, key.shape), bool)
+        return np.broadcast_to(key >= self.filled, np.broadcast_shapes(query.shape, key.shape))
 
 
 def splash(
@@ -76,7 +96,6 @@ def splash(
     v: Array,
     real: Array,
     mask: GroupMask | WholeMask,
-    block: int,
     interpret: bool,
 ) -> Array:
     """Attention under `mask` and `real`, on every device for its own rows and heads.
@@ -85,7 +104,6 @@ def splash(
       q: `[B, T, N, H]`, scaled.
       k, v: `[B, before + T, K, H]`.
       real: bool `[B, T]`.
-      block: upper bound of a tile's sides.
       interpret: whether to run the kernel's steps as ordinary operations, on any device.
 
     Returns:
@@ -105,7 +123,7 @@ def splash(
     ids = real.astype(jnp.int32)
     ids_of_keys = jnp.pad(ids, ((0, 0), (mask.filled, 0)), constant_values=1)
     q, k, v = ((x.swapaxes(1, 2)) for x in (q, k, v))
-    run = functools.partial(_local, mask=mask, block=block, interpret=interpret)
+    run = functools.partial(_local, mask=mask, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:  # XLA cannot split a kernel: every device is told to run it on its own part
         batch = None if q.shape[0] % batch_shards(mesh) else BATCH_AXES
@@ -114,24 +132,29 @@ def splash(
     return run(q, k, v, ids, ids_of_keys).swapaxes(1, 2)
 
 
-def _local(
-    q: Array, k: Array, v: Array, ids: Array, ids_of_keys: Array, mask: _Mask, block: int, interpret: bool
-) -> Array:
+def _local(q: Array, k: Array, v: Array, ids: Array, ids_of_keys: Array, mask: _Mask, interpret: bool) -> Array:
     """The kernel over rows `[b, n, T, H]`, `[b, k, S, H]` of one device."""
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         splash_attention_mask.MultiHeadMask([mask] * q.shape[1]),
-        block_sizes=_tiles(mask.shape, block),
+        block_sizes=tiles(mask),
         interpret=interpret,
     )
     segments = splash_attention_kernel.SegmentIds(ids, ids_of_keys)
     return jax.vmap(kernel)(q, k, v, segments)
 
 
-def _tiles(shape: tuple[int, ...], block: int) -> splash_attention_kernel.BlockSizes:
-    """The largest tiles that divide the numbers of queries and of keys."""
-    row, column = (
-        max(size for size in range(_LANES, max(block, _LANES) + 1, _LANES) if length % size == 0) for length in shape
-    )
+def _sides(block: int) -> range:
+    """Possible sides of a tile."""
+    return range(_LANES, max(block, _LANES) + 1, _LANES)
+
+
+def tiles(mask: _Mask) -> splash_attention_kernel.BlockSizes:
+    """The largest tiles that divide the numbers of queries and of keys.
+
+    Keys' and queries' gradients have a kernel each. The fused one would keep the gradients of all queries once for each
+    tile of keys, rounded, and sum them afterwards.
+    """
+    row, column = (max(size for size in _sides(mask.block) if length % size == 0) for length in mask.shape)
     return splash_attention_kernel.BlockSizes(
         block_q=row,
         block_kv=column,

@@ -14,6 +14,7 @@ from maestro_jax.errors import ConfigError
 from maestro_jax.parallel.mesh import MeshConfig, make_mesh
 from maestro_jax.policy.attention.groups import GroupLayout, causal
 from maestro_jax.policy.attention.interface import AttentionConfig, attend_groups, attend_images
+from maestro_jax.policy.attention.splash import GroupMask, WholeMask, tiles
 from tests.policy.attention import plain
 from tests.policy.reference import assert_near
 
@@ -184,3 +185,26 @@ def test_splash_says_which_lengths_it_needs() -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ConfigError, match="'flash' is unknown; use one of blocks, splash"):
         AttentionConfig("flash")
+
+
+@pytest.mark.parametrize(
+    ("length", "before", "keys", "tile"),
+    [
+        (8192, 271, 8704, 512),  # whole lanes are 67 x 128
+        (8192, 0, 8192, 512),
+        (640, 0, 640, 128),  # larger tiles would need a fifth more keys
+        (128, 7, 256, 256),
+    ],
+)
+def test_keys_of_splash_are_filled_up_to_large_tiles(length: int, before: int, keys: int, tile: int) -> None:
+    mask = GroupMask(causal(length), before, block=512)
+    assert mask.shape == (length, keys)
+    sizes = tiles(mask)
+    assert (sizes.block_kv, sizes.block_kv_dkv, sizes.block_kv_dq) == (tile, tile, tile)
+    last = mask[length - 1 : length, :]
+    assert last.sum() == before + length  # what is filled up nobody sees
+
+
+def test_filled_keys_of_images_are_seen_by_nobody() -> None:
+    mask = WholeMask(384 + 8192, block=512)
+    assert mask.shape == (8576, 8704) and mask[5:6, :].sum() == 8576
