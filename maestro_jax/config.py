@@ -159,6 +159,11 @@ def _check(config: Config, trains: bool) -> None:
     render_system_prompt(config.registry, rollout.max_calls, config.policy.system_prompt)  # its names are known
     if not trains:
         return
+    if rollout.earlier_thoughts != "keep":
+        raise ConfigError(
+            f'config.rollout.earlier_thoughts="{rollout.earlier_thoughts}" gives every turn another history, and '
+            'training computes an episode in one pass; set it to "keep", and to "drop" for an evaluation only'
+        )
     _check_ahead(rollout, grpo)
     _check_grpo(grpo)
     _check_checkpoint(config.checkpoint)

@@ -23,7 +23,7 @@ from maestro_jax.observe.listening import Show, showing
 from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel.mesh import make_mesh
 from maestro_jax.policy.config import PolicyArchitecture
-from maestro_jax.policy.tokens import load_tokens
+from maestro_jax.policy.tokens import ASSISTANT_HEADER, load_tokens
 from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.rollout.exchange import EpisodeConfig
 from maestro_jax.rollout.limits import Limits
@@ -142,8 +142,10 @@ def compile_programs(
         return count_tokens(config, text)[0]
 
     try:
-        config = sized_episodes(config, count, progress.note)
-        observation = Limits.of(config.registry, fields(EpisodeConfig, config.rollout), count).observation
+        source = config.policy.tokenizer or config.policy.init_from
+        header = load_tokens(source).header if source and Path(source).is_dir() else ASSISTANT_HEADER
+        config = sized_episodes(config, count, progress.note, header=header)
+        observation = Limits.of(config.registry, fields(EpisodeConfig, config.rollout), count, header).observation
         sizes = RunSizes.of(config, root, observation)
         if not target.devices:
             return [estimate_update(config, architecture, sizes, target)]

@@ -26,6 +26,7 @@ from maestro_jax.parallel import cluster, preemption
 from maestro_jax.policy.config import open_architecture
 from maestro_jax.policy.hf_export import hf_config
 from maestro_jax.registry.record.journal import Journal
+from maestro_jax.rollout.protocol import opens_thought
 from maestro_jax.rollout.supply import Supply
 from maestro_jax.session.binding import check_same_run, holds_calls, settings_hashes
 from maestro_jax.session.calls import open_calls, try_servers
@@ -143,7 +144,7 @@ def train(
             return open_params(config, architecture, mesh)
 
         has_router = config.warm_start.steps and not config.warm_start.demonstrations
-        demonstrated = router.longest_turn(tokens.count) if has_router else 0
+        demonstrated = router.longest_turn(tokens.count, opens_thought(tokens.header)) if has_router else 0
         rollouts = open_rollouts(config, architecture, load, tokens, calls, shown, demonstrated)
         closing.callback(rollouts.scorer.graders.close)
         config = rollouts.config

@@ -45,10 +45,22 @@ Agree = Callable[[Sequence[int]], Sequence[int]]
 
 
 class Prompts:
-    """Builds the prompts of tasks for one registry text."""
+    """Builds the prompts of tasks for one registry text.
 
-    def __init__(self, tokens: Tokens, architecture: PolicyArchitecture, system: str, config: PromptConfig):
+    Args:
+      left_out: the end of the header behind the question, where the episode brings it along.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        architecture: PolicyArchitecture,
+        system: str,
+        config: PromptConfig,
+        left_out: str = "",
+    ):
         _check_tokens(tokens, architecture)
+        self.left_out = left_out
         self.tokens = tokens
         self.architecture = architecture
         self.config = config
@@ -120,9 +132,9 @@ class Prompts:
         if not text.startswith(self.root_text):
             raise ConfigError(
                 "the chat template writes the system turn differently where a user turn follows, so that groups "
-                "cannot share it; use the published template of a Qwen3-VL Instruct checkpoint"
+                "cannot share it; use the published template of a Qwen3-VL checkpoint"
             )
-        before, after = text.removeprefix(self.root_text).split(marker)
+        before, after = text.removeprefix(self.root_text).removesuffix(self.left_out).split(marker)
         # Tokens reach across other borders: the line end of "user\n" merges with those of the question.
         start = max((found.end() for found in self.special.finditer(before)), default=0)
         end = next((found.start() for found in self.special.finditer(after)), len(after))

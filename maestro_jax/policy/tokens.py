@@ -5,6 +5,7 @@ what was sampled, an observation is encoded by the exchange. Nothing is ever dec
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from maestro_jax.errors import ConfigError
 
 END_OF_TURN = "<|im_end|>"
 IMAGE = "<|image_pad|>"
+ASSISTANT_HEADER = "<|im_start|>assistant\n"  # of the templates of checkpoints that do not think
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -56,6 +58,29 @@ class Tokens:
     def size(self) -> int:
         """Number of ids, special and added ones included."""
         return len(self.tokenizer)  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def header(self) -> str:
+        """What the chat template writes where a turn of the policy begins; `ASSISTANT_HEADER`, and "<think>" behind it
+        in the templates of checkpoints that think.
+
+        Raises:
+          ConfigError: the template writes no such header behind a conversation.
+        """
+        messages = [{"role": "user", "content": [{"type": "text", "text": "0"}]}]
+        without, whole = (
+            self.tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+                messages, tokenize=False, add_generation_prompt=generate
+            )
+            for generate in (False, True)
+        )
+        header = whole.removeprefix(without)
+        if not header or header == whole:
+            raise ConfigError(
+                "the chat template writes no header for the assistant's turn behind a conversation "
+                "(add_generation_prompt); use the published template of a Qwen3-VL checkpoint"
+            )
+        return header
 
     def special_id(self, text: str) -> int | None:
         """The id of a special token, None if the vocabulary has no such one."""

@@ -1,6 +1,7 @@
 """Settings of episodes and decoding, with their defaults."""
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,7 +10,10 @@ class RolloutConfig:
 
     Attributes:
       max_calls: calls per episode; after them the policy may only answer.
-      turn_budget: most tokens of one turn.
+      turn_budget: most tokens of one turn, its thought included.
+      earlier_thoughts: of a checkpoint whose chat template opens thoughts: "keep" leaves those of earlier turns in the
+        context, as they were sampled; "drop" shows earlier turns as the template renders them, without. Training keeps
+        them: it computes a whole episode in one pass, in which every turn has the same history.
       observation_tokens: most tokens of an observation's text.
       room: most tokens of a member, turns and observations together; 0: what the longest episode needs, computed from
         the settings above and the run's tokens (`rollout/limits.py`). A smaller one cuts longer episodes.
@@ -37,6 +41,7 @@ class RolloutConfig:
 
     max_calls: int = 4
     turn_budget: int = 256
+    earlier_thoughts: Literal["keep", "drop"] = "keep"
     observation_tokens: int = 160
     room: int = 0
     member_buckets: tuple[int, ...] = (512, 1024)

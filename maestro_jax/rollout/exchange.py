@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from maestro_jax.errors import ConfigError
 from maestro_jax.parallel import preemption
 from maestro_jax.parallel.mesh import BATCH_AXES
-from maestro_jax.policy.tokens import END_OF_TURN, Tokens
+from maestro_jax.policy.tokens import ASSISTANT_HEADER, END_OF_TURN, Tokens
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.registry.skills.running import failure
 from maestro_jax.rollout import protocol
@@ -36,9 +36,8 @@ from maestro_jax.types import Observation, Status, StopReason
 Array = jax.Array
 log = logging.getLogger(__name__)
 
-# An observation is a proper user turn behind the policy's own, and a new assistant header.
+# An observation is a proper user turn behind the policy's own, and a new header of the template's.
 _BEFORE = f"{END_OF_TURN}\n<|im_start|>user\n"
-_AFTER = f"{END_OF_TURN}\n<|im_start|>assistant\n"
 NO_CALLS_LEFT = " Answer now."
 # A token of its own behind any text, however often it stands there: as text, an episode has the ids that were trained.
 _FILLER = " ."
@@ -47,19 +46,20 @@ _LETTERS = 32  # of a token, at most, where only the head and the tail of a long
 _PATIENCE_SECONDS, _PATIENCE_AMONG_PROCESSES = 1.0, 0.02
 
 
-def observation_frame(body: str, last: bool) -> str:
+def observation_frame(body: str, last: bool, header: str = ASSISTANT_HEADER) -> str:
     """What stands between two turns of the policy around an observation; `body` begins with a space, if with anything.
 
     Args:
       last: whether no call is left.
+      header: of the next turn (`Tokens.header`).
     """
     note = NO_CALLS_LEFT if last else ""
-    return f"{_BEFORE}{protocol.OBSERVATION_OPEN}{body} {protocol.OBSERVATION_CLOSE}{note}{_AFTER}"
+    return f"{_BEFORE}{protocol.OBSERVATION_OPEN}{body} {protocol.OBSERVATION_CLOSE}{note}{END_OF_TURN}\n{header}"
 
 
-def observation_frames() -> list[str]:
+def observation_frames(header: str = ASSISTANT_HEADER) -> list[str]:
     """The text around observations, for the training of a tiny tokenizer."""
-    return [observation_frame(f" 0{_FILLER}", last) for last in (False, True)]
+    return [observation_frame(f" 0{_FILLER}", last, header) for last in (False, True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,7 @@ class EpisodeConfig:
     deadline: float  # seconds an episode may wait for experts, over all its calls
     turn_budget: int
     room: int
+    earlier_thoughts: str = "keep"  # or "drop", as of `RolloutConfig`
 
 
 class Exchange:
@@ -99,8 +100,12 @@ class Exchange:
         dispatcher.reader = self._read_ahead
         self._rounds: dict[int, int] = {}  # of each shard
         self._last_news = 0  # round in which a shard of this process last found something to do
+        opening = protocol.opened_thought(tokens.header)
+        self.in_thought = bool(opening)  # whether turns begin inside a thought
+        # Where earlier thoughts are dropped, the tag that opened them goes, too: so it stands in no prompt (`Prompts`).
+        self.opening_thought = tokens.encode(opening) if config.earlier_thoughts == "drop" else []
         self.before = tokens.encode(_BEFORE)
-        self.after = tokens.encode(_AFTER)
+        self.after = tokens.encode(f"{END_OF_TURN}\n{tokens.header}")
         self.filler = tokens.encode(_FILLER)
         self.opening = tokens.encode(protocol.OBSERVATION_OPEN)
         self.closing = tokens.encode(f" {protocol.OBSERVATION_CLOSE}")
@@ -110,6 +115,13 @@ class Exchange:
         # O: the longest observation with everything around it.
         longest = Observation("0 " * (config.observation_tokens + config.observation_multiple), Status.OK)
         self.observation_bucket = len(self.observation_ids(longest, last=True))
+        if config.earlier_thoughts == "drop":
+            if not opening or self.after[-len(self.opening_thought) :] != self.opening_thought:
+                raise ConfigError(
+                    'config.rollout.earlier_thoughts="drop" needs a chat template that opens a thought in every turn, '
+                    'as those of Thinking checkpoints do; set it to "keep"'
+                )
+            self.observation_bucket += config.turn_budget + 1  # the turn is read again, and is closed
 
     def begin(self, schedulers: dict[int, Scheduler], version: int) -> None:
         """Serves these shards from now on, under a policy of this version. Replies to others' calls are kept."""
@@ -253,7 +265,7 @@ class Exchange:
 
     def _act(self, scheduler: Scheduler, trajectory: Trajectory, turn: list[int], stop: StopReason) -> None:
         """Parses a turn that has ended: a call goes out, an answer ends the episode."""
-        parsed = protocol.parse_turn(self.tokens.decode(turn), stop, self.resolver)
+        parsed = protocol.parse_turn(self.tokens.decode(turn), stop, self.resolver, self.in_thought)
         trajectory.turns += 1
         trajectory.well_formed &= parsed.well_formed
         trajectory.closed_turn = stop is StopReason.END_OF_TURN
@@ -305,11 +317,32 @@ class Exchange:
         ids = self._framed(self.body_ids(observation.text) if body is None else body, last)
         if trajectory.closed_turn:
             ids = ids[1:]  # the policy has closed its turn itself
-        if len(trajectory.tokens) + len(ids) >= self.config.room:
+        if len(trajectory.tokens) + len(ids) >= self.config.room or not self._drop_thought(trajectory, ids):
             trajectory.well_formed = False
             scheduler.finish(trajectory)
         else:
             scheduler.ready(trajectory, ids)
+
+    def _drop_thought(self, trajectory: Trajectory, ids: list[int]) -> bool:
+        """Has the last turn read again without its thought, before its observation `ids`, if thoughts are dropped.
+
+        What stays of it is what the published Thinking template renders: the text behind the last closing tag.
+
+        Returns:
+          Whether there is room for that and for another turn.
+        """
+        if not self.opening_thought:
+            return True
+        text = self.tokens.decode(trajectory.last_turn)
+        shown = text.rpartition(protocol.THINK_CLOSE)[2].lstrip("\n") if protocol.THINK_CLOSE in text else text
+        again = self.tokens.encode_foreign(shown)
+        full = len(trajectory.tokens) + len(ids) + self.config.turn_budget > self.config.room
+        if full or len(again) > self.config.turn_budget:  # as text, ids may be read as more of them
+            return False
+        trajectory.again = [*again, *self.before[:1]] if trajectory.closed_turn else again
+        trajectory.rewind = trajectory.turn_start
+        trajectory.turn_start += len(trajectory.again) + len(ids) - len(self.opening_thought)
+        return True
 
     def _wait_for_news(self, shard: int) -> None:
         """Returns as soon as a shard of this process has something to do in this round, or patience ends."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from maestro_jax.errors import ConfigError
+from maestro_jax.policy.tokens import ASSISTANT_HEADER
 from maestro_jax.registry.description.config import RegistryConfig
 from maestro_jax.rollout import protocol
 from maestro_jax.rollout.exchange import EpisodeConfig, observation_frame
@@ -17,7 +18,7 @@ class Limits:
 
     Attributes:
       call: of the shortest call that the registry resolves, with a query of one token.
-      answer: of the shortest answer, of one token.
+      answer: of the shortest answer, of one token. Both close the thought that the template has opened, if it does.
       text: of the longest text of an observation, filled up.
       frame, last_frame: around an observation; around the one after which no call is left.
     """
@@ -29,9 +30,13 @@ class Limits:
     last_frame: int
 
     @classmethod
-    def of(cls, registry: RegistryConfig, episode: EpisodeConfig, count: Count) -> "Limits":
+    def of(
+        cls, registry: RegistryConfig, episode: EpisodeConfig, count: Count, header: str = ASSISTANT_HEADER
+    ) -> "Limits":
+        """Those of a registry and a tokenizer; `header` is its template's (`Tokens.header`)."""
+        begin = protocol.inside_thought("") if protocol.opens_thought(header) else ""
         calls = [
-            f"{protocol.CALL_OPEN} {expert.name}@@{skill.name}: {protocol.CALL_CLOSE}"
+            f"{begin}{protocol.CALL_OPEN} {expert.name}@@{skill.name}: {protocol.CALL_CLOSE}"
             for expert in registry.shown_experts
             for skill in registry.shown_skills
             if registry.allows(skill, expert.name)
@@ -39,10 +44,10 @@ class Limits:
         multiple = episode.observation_multiple
         return cls(
             call=min(map(count, calls), default=0) + 1,
-            answer=count(f"{protocol.ANSWER_OPEN} {protocol.ANSWER_CLOSE}") + 1,
+            answer=count(f"{begin}{protocol.ANSWER_OPEN} {protocol.ANSWER_CLOSE}") + 1,
             text=-(-episode.observation_tokens // multiple) * multiple,
-            frame=count(observation_frame("", last=False)),
-            last_frame=count(observation_frame("", last=True)),
+            frame=count(observation_frame("", last=False, header=header)),
+            last_frame=count(observation_frame("", last=True, header=header)),
         )
 
     @property

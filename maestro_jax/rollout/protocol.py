@@ -5,8 +5,14 @@ answer, or nothing valid) and whether it kept the format. Also the other directi
 harmless here before the policy reads it.
 
     turn   := think? ( call | answer )
+    think  := <think> text </think>
     call   := <search> Expert@@Skill: query </search>
     answer := <answer> text </answer>
+
+The templates of some checkpoints open the thought themselves, behind the header of every turn. The turn begins inside
+of it and closes it:
+
+    turn   := text </think> ( call | answer )
 
 Only text the policy itself wrote is parsed, and only in the exact spelling on which decoding stops.
 """
@@ -69,8 +75,35 @@ class Resolver(Protocol):
     def resolve(self, expert: str, skill: str) -> Pair | str: ...
 
 
-def parse_turn(text: str, stop: StopReason, registry: Resolver) -> ParsedTurn:
-    """Parses the text of one policy turn, without the prompt, observations or the end-of-turn token."""
+def opened_thought(header: str) -> str:
+    """The opening tag, with what follows, at the end of a header (`Tokens.header`); empty where it opens no thought."""
+    return header[header.rindex(THINK_OPEN) :] if opens_thought(header) else ""
+
+
+def opens_thought(header: str) -> bool:
+    """Whether a turn behind this header begins inside a thought."""
+    return header.rstrip().endswith(THINK_OPEN)
+
+
+def inside_thought(text: str) -> str:
+    """A turn, with a thought in its tags or none, as a policy writes it whose header has opened the thought.
+
+    Line ends are those that the published Qwen3-VL Thinking template writes around a thought.
+    """
+    thought, closed, action = text.partition(THINK_CLOSE)
+    if not closed:
+        thought, action = "", text
+    if (bare := thought.lstrip()).startswith(THINK_OPEN):
+        thought = bare.removeprefix(THINK_OPEN)
+    return "".join((thought.strip("\n"), f"\n{THINK_CLOSE}\n\n", action.lstrip("\n")))
+
+
+def parse_turn(text: str, stop: StopReason, registry: Resolver, in_thought: bool = False) -> ParsedTurn:
+    """Parses the text of one policy turn, without the prompt, observations or the end-of-turn token.
+
+    Args:
+      in_thought: whether its header has opened a thought (`opens_thought`), which the turn has to close.
+    """
     tags = list(_TAG.finditer(text))
     actions = [tag for tag in tags if tag[0] in (CALL_OPEN, CALL_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)]
     names = [tag[0] for tag in actions]
@@ -79,7 +112,8 @@ def parse_turn(text: str, stop: StopReason, registry: Resolver) -> ParsedTurn:
     opening, closing = actions
     body = text[opening.end() : closing.start()].strip()
     shape = [tag[0] for tag in tags]
-    balanced = shape in (names, [THINK_OPEN, THINK_CLOSE, *names])
+    thoughts = [[THINK_CLOSE]] if in_thought else [[], [THINK_OPEN, THINK_CLOSE]]
+    balanced = any(shape == [*thought, *names] for thought in thoughts)
     well_formed = balanced and not text[closing.end() :].strip()
     if opening[0] == ANSWER_OPEN:
         return ParsedTurn(TurnKind.ANSWER, answer=body, well_formed=well_formed and bool(body))

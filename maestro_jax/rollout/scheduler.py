@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -131,10 +131,15 @@ def _no_orders(capacity: Capacity) -> Orders:
 
 
 class Scheduler:
-    """One shard's trajectories. `plan` is called between chunks; the caller holds a lock."""
+    """One shard's trajectories. `plan` is called between chunks; the caller holds a lock.
 
-    def __init__(self, capacity: Capacity):
+    Args:
+      opening: what every trajectory reads before its first turn, where that does not stand in its prompt.
+    """
+
+    def __init__(self, capacity: Capacity, opening: Sequence[int] = ()):
         self.capacity = capacity
+        self.opening = opening
         self.lanes: list[Trajectory | None] = [None] * capacity.lanes
         self.slots: list[GroupRecord | None] = [None] * capacity.groups
         self.queue: collections.deque[GroupRecord] = collections.deque()  # not admitted
@@ -273,14 +278,19 @@ class Scheduler:
         ready = [(lane, t) for lane, t in enumerate(self.lanes) if t is not None and t.stage is Stage.READY]
         chosen = ready[: self.capacity.append_rows]
         for row, (lane, trajectory) in enumerate(chosen):
+            if trajectory.rewind is not None:  # a seat says how much of the cache counts, and leaves it as it is
+                self._seat(orders, lane, trajectory, trajectory.rewind)
             self._append(orders, row, lane, trajectory)
         return len(chosen)
 
     def _append(self, orders: Orders, row: int, lane: int, trajectory: Trajectory) -> None:
-        ids = trajectory.observation
+        ids = [*trajectory.again, *trajectory.observation]
+        start = trajectory.held if trajectory.rewind is None else trajectory.rewind
         orders.append_lanes[row], orders.observation_length[row] = lane, len(ids)
         orders.observation[row, : len(ids)] = ids
-        trajectory.was_told(ids)
+        trajectory.was_told(trajectory.observation)
+        trajectory.dropped = len(trajectory.tokens) - (start + len(ids))
+        trajectory.again, trajectory.rewind = [], None
         trajectory.observation, trajectory.stage = [], Stage.DECODING
         trajectory.timing.begun = time.monotonic()
         trajectory.timing.unread += trajectory.timing.begun - trajectory.timing.answered
@@ -294,7 +304,7 @@ class Scheduler:
             trajectory = self.returning.popleft()
             parked = trajectory.parked
             assert parked is not None  # only parked ones are returning
-            self._seat(orders, lane, trajectory, len(trajectory.tokens))
+            self._seat(orders, lane, trajectory, trajectory.held if trajectory.rewind is None else trajectory.rewind)
             if parked.pages:
                 row = int(np.argmax(orders.load_lanes == self.capacity.lanes))
                 orders.load_lanes[row] = lane
@@ -311,8 +321,12 @@ class Scheduler:
         while self.fresh and (lane := self._take_lane(orders)) is not None:
             trajectory = self.fresh.popleft()
             self._seat(orders, lane, trajectory, 0)
-            trajectory.stage = Stage.DECODING
             trajectory.timing.assigned = trajectory.timing.begun = time.monotonic()
+            if self.opening:
+                trajectory.again = [*self.opening]
+                self.ready(trajectory, [])
+            else:
+                trajectory.stage = Stage.DECODING
 
     def _seat(self, orders: Orders, lane: int, trajectory: Trajectory, length: int) -> None:
         group = trajectory.group
@@ -322,8 +336,8 @@ class Scheduler:
         orders.changed[lane] = orders.status[lane] = 1
         orders.member_slot[lane] = group.slot * self.capacity.members + trajectory.member
         orders.length[lane] = length
-        # An observation starts the next turn.
-        orders.turn[lane] = trajectory.turns - 1 if length else 0
+        # An observation starts the next turn, and so does what opens the first thought.
+        orders.turn[lane] = trajectory.turns - 1 if length or trajectory.turns or self.opening else 0
         orders.keys[lane] = trajectory.key
 
     @property
@@ -367,15 +381,15 @@ class Scheduler:
             trajectory.parked = Parked([], size=self._bytes_of(trajectory))
             self.host_bytes += trajectory.parked.size
             # Not the trajectory: a reply may end it before the orders are carried out.
-            self.unloaded.append((trajectory.parked, len(trajectory.tokens)))
+            self.unloaded.append((trajectory.parked, trajectory.held))
         self.lanes[lane] = None
         return True
 
     def _pages_of(self, trajectory: Trajectory) -> int:
-        return -(-len(trajectory.tokens) // self.capacity.page)
+        return -(-trajectory.held // self.capacity.page)
 
     def _bytes_of(self, trajectory: Trajectory) -> int:
-        return len(trajectory.tokens) * self.capacity.token_bytes
+        return trajectory.held * self.capacity.token_bytes
 
     def _release(self, parked: Parked) -> None:
         self._vacated += parked.pages

@@ -53,7 +53,7 @@ class Session:
         self.compiled = compiled
         self.exchange = exchange
         self.noise = np.float32(not greedy)
-        self.schedulers = {shard: Scheduler(compiled.capacity) for shard in local_shards}
+        self.schedulers = {shard: Scheduler(compiled.capacity, exchange.opening_thought) for shard in local_shards}
         self.submitted = 0  # groups
         self.version = -1
         self._held: tuple[Groups, Lanes, LaneKV] | None = None

@@ -82,6 +82,13 @@ class Trajectory:
     group: "GroupRecord | None" = None
     pending: Call | None = None
     observation: list[int] = dataclasses.field(default_factory=list)  # ids that are to be appended
+    # Where earlier thoughts are dropped, the cache holds other tokens than the lists above.
+    again: list[int] = dataclasses.field(
+        default_factory=list
+    )  # to be read before the observation: what stays of the turn
+    rewind: int | None = None  # how many tokens of the cache stay when they are read; None: all
+    turn_start: int = 0  # tokens in the cache before the tag that opened the current turn's thought
+    dropped: int = 0  # tokens of the lists above that the cache lacks
     closed_turn: bool = False  # whether the policy ended its last turn itself
     turn_versions: list[int] = dataclasses.field(default_factory=list)  # of the turn that is being written
     parked: Parked | None = None
@@ -89,6 +96,17 @@ class Trajectory:
     @property
     def finished(self) -> bool:
         return self.stage is Stage.FINISHED
+
+    @property
+    def held(self) -> int:
+        """Tokens in its cache."""
+        return len(self.tokens) - self.dropped
+
+    @property
+    def last_turn(self) -> list[int]:
+        """What the policy wrote since it was last told something."""
+        own = sum(1 for _ in itertools.takewhile(bool, reversed(self.authored)))
+        return self.tokens[len(self.tokens) - own :]
 
     @property
     def asker(self) -> str:

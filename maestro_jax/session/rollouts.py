@@ -13,7 +13,7 @@ from maestro_jax.observe.progress import Progress
 from maestro_jax.parallel.mesh import batch_shards, make_mesh
 from maestro_jax.policy.config import PolicyArchitecture
 from maestro_jax.policy.prompts import PromptConfig, Prompts
-from maestro_jax.policy.tokens import Tokens
+from maestro_jax.policy.tokens import ASSISTANT_HEADER, Tokens
 from maestro_jax.registry.description.prompt import render_system_prompt
 from maestro_jax.rewards.graders import Graders
 from maestro_jax.rewards.reward import Scorer
@@ -21,8 +21,11 @@ from maestro_jax.rollout.engine import Engine, EngineConfig, rollout_sizes
 from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
 from maestro_jax.rollout.judging import Judging
 from maestro_jax.rollout.limits import Limits, check_room, check_turns
+from maestro_jax.rollout.protocol import opened_thought, opens_thought
 from maestro_jax.session.calls import Calls
 from maestro_jax.session.policy import fields
+
+SHORT_THOUGHT = 1024  # tokens of a turn; below, a published checkpoint that thinks would mostly be cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +67,10 @@ def open_rollouts(
     Raises:
       ConfigError: turns or episodes do not fit their budgets, or the config does not fit the devices.
     """
-    config = sized_episodes(config, tokens.count, progress.note, demonstrated)
+    config = sized_episodes(config, tokens.count, progress.note, demonstrated, tokens.header)
     system = render_system_prompt(config.registry, config.rollout.max_calls, config.policy.system_prompt)
-    prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy))
+    left_out = opened_thought(tokens.header) if config.rollout.earlier_thoughts == "drop" else ""
+    prompts = Prompts(tokens, architecture, system, fields(PromptConfig, config.policy), left_out)
     exchange = Exchange(tokens, config.registry, calls.dispatcher, fields(EpisodeConfig, config.rollout))
     progress.note(f"registry prompt: {len(prompts.root)} tokens, shared by every group")
     mesh = make_mesh(config.mesh)
@@ -81,7 +85,11 @@ def open_rollouts(
 
 
 def sized_episodes(
-    config: Config, count: Callable[[str], int], note: Callable[[str], None], demonstrated: int = 0
+    config: Config,
+    count: Callable[[str], int],
+    note: Callable[[str], None],
+    demonstrated: int = 0,
+    header: str = ASSISTANT_HEADER,
 ) -> Config:
     """The config with the room that its episodes need, where it gives none, as the last of the member buckets.
 
@@ -89,13 +97,19 @@ def sized_episodes(
       count: tokens of a text.
       note: hears what a given room cuts.
       demonstrated: as of `check_turns`.
+      header: of the policy's turns (`Tokens.header`).
 
     Raises:
       ConfigError: no legal turn fits into the turn budget, or no short episode into the room.
     """
     rollout, episode = config.rollout, fields(EpisodeConfig, config.rollout)
-    limits = Limits.of(config.registry, episode, count)
+    limits = Limits.of(config.registry, episode, count, header)
     check_turns(limits, episode, demonstrated)
+    if opens_thought(header) and rollout.turn_budget < SHORT_THOUGHT:
+        note(
+            f"the chat template opens a thought in every turn, and config.rollout.turn_budget={rollout.turn_budget} "
+            f"cuts turns whose thought is longer; published checkpoints think for thousands of tokens"
+        )
     if rollout.room and (cut := check_room(limits, episode)):
         note(cut)
     room = rollout.room or limits.room(episode)

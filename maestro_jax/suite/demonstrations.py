@@ -59,15 +59,21 @@ class WeakRouter:
         text = self.config.thoughts.get(source, "")
         return f"{protocol.THINK_OPEN} {text} {protocol.THINK_CLOSE}" if text else ""
 
-    def longest_turn(self, count: Callable[[str], int]) -> int:
-        """Most tokens that it writes before a reply, as `count` counts those of a text."""
+    def longest_turn(self, count: Callable[[str], int], in_thought: bool = False) -> int:
+        """Most tokens that it writes before a reply, as `count` counts those of a text.
+
+        Args:
+          in_thought: as of `parse_turn`.
+        """
         calls = [
             call_text(Call(expert.name, skill.name, phrase))
             for expert in self.registry.shown_experts
             for skill in self.registry.shown_skills
             for phrase in self.config.queries.get(skill.name, (_QUERY,))
         ]
-        return max((count(self.thought(source)) for source in self.config.thoughts), default=0) + max(map(count, calls))
+        thoughts = [self.thought(source) for source in self.config.thoughts] or [""]
+        begin = protocol.inside_thought if in_thought else str
+        return max(count(begin(thought)) for thought in thoughts) + max(map(count, calls))
 
     def texts(self) -> list[str]:
         """Everything the router can write before an answer, for the tokenizer's training."""
@@ -230,12 +236,16 @@ def letter_pieces(tokens: Tokens) -> list[str]:
 def _write(thought: str, steps: Sequence[tuple[Call, Observation]], exchange: Exchange) -> Written:
     """A thought, calls with what came back, and an answer that quotes the last reply as far as it was shown."""
     tokens = exchange.tokens
-    pieces: list[tuple[Sequence[int], bool]] = [(tokens.encode(thought), True)]
+    begin = protocol.inside_thought if exchange.in_thought else str
+    unspoken = tokens.encode(begin(""))  # before every later turn
+    pieces: list[tuple[Sequence[int], bool]] = [(tokens.encode(begin(thought)), True)]
     for number, (call, observation) in enumerate(steps, start=1):
+        if number > 1:
+            pieces.append((unspoken, True))
         pieces.append((tokens.encode(call_text(call)), True))
         pieces.append((exchange.observation_ids(observation, number >= exchange.config.max_calls), False))
     opening, closing = tokens.encode(protocol.ANSWER_OPEN), tokens.encode(f" {protocol.ANSWER_CLOSE}")
-    pieces.append(([*opening, *exchange.body_ids(steps[-1][1].text), *closing], True))
+    pieces.append(([*unspoken, *opening, *exchange.body_ids(steps[-1][1].text), *closing], True))
     return as_ids(pieces)
 
 

@@ -9,7 +9,8 @@ A user's own come from JSONL files in the usual shape of chat data, one episode 
      "images": ["a/1.png"]}
 
 Every turn is held against the grammar and the budgets of the run (`rollout/protocol.py`). Observations pass through the
-exchange, so that an episode has the ids that a rollout of it would have.
+exchange, so that an episode has the ids that a rollout of it would have. A thought stands in its tags in the content,
+or in "reasoning_content"; where the chat template opens thoughts, the opening tag goes into the header of the turn.
 """
 
 import dataclasses
@@ -150,6 +151,9 @@ def read_chat(row: Row, name: str, image_root: ImageRoot | None) -> Chat:
             cure = f"write the call as content: {protocol.CALL_OPEN} Expert@@Skill: query {protocol.CALL_CLOSE}"
             raise row.error(f"{field}.tool_calls", f"are not read; {cure}")
         text, shown_images = _content(row, f"{field}.content", message.get("content"))
+        if number % 2 and (thought := message.get("reasoning_content")):
+            thought = row.text_of(thought, f"{field}.reasoning_content").strip("\n")
+            text = f"{protocol.THINK_OPEN}\n{thought}\n{protocol.THINK_CLOSE}\n\n{text}"
         if number == 0:
             images = _images(row, shown_images, image_root)
         elif shown_images:
@@ -213,9 +217,9 @@ def write_chat(chat: Chat, row: Row, exchange: Exchange) -> Written:
     for number, (field, text) in enumerate(chat.turns):
         if special := next((special for special in tokens.special_texts if special in text), ""):
             raise row.error(field, f"holds the special token {special!r}, which no turn has as text; remove it")
-        ids = tokens.encode(text)
+        ids = tokens.encode(protocol.inside_thought(text) if exchange.in_thought else text)
         is_last = number == len(chat.turns) - 1
-        parsed = protocol.parse_turn(tokens.decode(ids), StopReason.CALL, exchange.resolver)
+        parsed = protocol.parse_turn(tokens.decode(ids), StopReason.CALL, exchange.resolver, exchange.in_thought)
         if parsed.kind is protocol.TurnKind.MALFORMED:
             raise row.error(field, f"is no turn: {parsed.error} Correct it, or remove the row")
         if not parsed.well_formed:

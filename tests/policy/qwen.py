@@ -5,6 +5,8 @@ those of the published Qwen3-VL tokenizer; the chat template is written anew to 
 """
 
 import base64
+import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -12,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from maestro_jax.policy.tokens import byte_level_alphabet
+from maestro_jax.policy.tokens import Tokens, byte_level_alphabet
 
 RANKS = 151_643
 ROWS = 151_936  # of the embedding table: the ids behind the added tokens are unused
@@ -79,6 +81,54 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
+
+# That of the published Thinking checkpoints, written anew likewise. It opens a thought where a turn begins. Of earlier
+# turns, it leaves the thoughts out; of the last message, if that is the assistant's, it keeps it.
+THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
+    """\
+{%- for message in messages -%}
+    {%- if message.role in ('user', 'assistant') -%}
+        {{- '<|im_start|>' ~ message.role ~ '\\n' ~ parts(message.content) ~ '<|im_end|>\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+""",
+    """\
+{%- set asked = namespace(last=messages | length - 1) -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}{%- set asked.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}
+        {{- '<|im_start|>user\\n' ~ parts(message.content) ~ '<|im_end|>\\n' -}}
+    {%- elif message.role == 'assistant' -%}
+        {%- set said = parts(message.content) -%}
+        {%- set thought = '' -%}
+        {%- if message.reasoning_content is string -%}
+            {%- set thought = message.reasoning_content -%}
+        {%- elif '</think>' in said -%}
+            {%- set thought = said.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+            {%- set said = said.split('</think>')[-1].lstrip('\\n') -%}
+        {%- endif -%}
+        {{- '<|im_start|>assistant\\n' -}}
+        {%- if loop.index0 > asked.last and (loop.last or thought) -%}
+            {{- '<think>\\n' ~ thought.strip('\\n') ~ '\\n</think>\\n\\n' ~ said.lstrip('\\n') -}}
+        {%- else -%}
+            {{- said -}}
+        {%- endif -%}
+        {{- '<|im_end|>\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}
+""",
+)
+
+
+def thinking(tokens: Tokens) -> Tokens:
+    """The same tokenizer with the template of a Thinking checkpoint."""
+    tokenizer: Any = copy.copy(tokens.tokenizer)
+    tokenizer.chat_template = THINKING_TEMPLATE
+    return dataclasses.replace(tokens, tokenizer=tokenizer)
 
 
 @functools.cache

@@ -13,13 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from configs import quickstart
+from maestro_jax.config import parse_config
 from maestro_jax.policy.prompts import PromptConfig, Prompts
 from maestro_jax.policy.tokens import Tokens
 from maestro_jax.rollout.automaton import CLOSING_TAGS, START, build_automaton
-from maestro_jax.rollout.exchange import Exchange
-from maestro_jax.types import StopReason, Task
+from maestro_jax.rollout.exchange import EpisodeConfig, Exchange
+from maestro_jax.rollout.limits import Limits
+from maestro_jax.rollout.protocol import parse_turn
+from maestro_jax.session.policy import fields as session_fields
+from maestro_jax.types import Observation, Status, StopReason, Task
 from tests.policy import qwen, reference
-from tests.rollout import test_as_text
+from tests.rollout import test_as_text, toy
 
 # ---- ids ---------------------------------------------------------------------------------------------------
 
@@ -313,6 +318,61 @@ def test_a_prompt_reads_as_published(prompts: Prompts) -> None:
         f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{pictures}How many?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+# ---- checkpoints that think --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinking(qwen_tokens: Tokens) -> Tokens:
+    return qwen.thinking(qwen_tokens)
+
+
+TURNS = [
+    "A chart.\n</think>\n\n<search> Glyph@@Reading: 红色 </search>",
+    "Hm.\n</think>\n\n<search> Glyph@@Reading: again </search>",
+    "So I am sure.\n</think>\n\n<answer> 4 </answer>",
+]
+
+
+@pytest.mark.parametrize("question", ["How many?", "\n\n2 + 2 =\n", "I'm <think>"])
+def test_every_turn_begins_behind_the_ids_that_transformers_renders(thinking: Tokens, question: str) -> None:
+    """The whole conversation is rendered anew at every turn; of the turns before, what was sampled stands in it."""
+    config = EpisodeConfig(
+        max_calls=2, observation_tokens=12, observation_multiple=1, deadline=30.0, turn_budget=64, room=512
+    )
+    prompts = Prompts(thinking, reference.architecture_for(thinking), SYSTEM, CONFIG)
+    exchange = Exchange(thinking, toy.Names(), toy.Desk(), config)  # type: ignore[arg-type]
+    batch = prompts.batch([Task("toy/train/1", question, (), ("4",), "toy")])
+    ids = [*batch.root.tolist(), *batch.tokens[0][batch.mask[0]].tolist()]
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    tokenizer: Any = thinking.tokenizer
+    for number, turn in enumerate(TURNS, start=1):
+        shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for before, text in enumerate(TURNS[: number - 1], start=1):
+            shown = shown.replace(f"turn {before}", f"<think>\n{text}")
+        assert shown.endswith("<|im_start|>assistant\n<think>\n")
+        assert tokenizer.encode(shown, add_special_tokens=False) == ids
+        parsed = parse_turn(turn, StopReason.CALL, toy.Names(), exchange.in_thought)
+        assert parsed.well_formed
+        if number < len(TURNS):
+            last = number == config.max_calls
+            said = exchange.observation_ids(Observation("7 Ä", Status.OK), last)
+            ids += [*thinking.encode(turn), *said]
+            note = " Answer now." if last else ""
+            told = {"role": "user", "content": f"<information> 7 Ä </information>{note}"}
+            messages += [{"role": "assistant", "content": f"turn {number}"}, told]
+
+
+def test_the_shortest_turn_closes_the_thought(thinking: Tokens, qwen_tokens: Tokens) -> None:
+    config = parse_config(quickstart.get_config())
+    episode = session_fields(EpisodeConfig, config.rollout)
+    plain = Limits.of(config.registry, episode, qwen_tokens.count, qwen_tokens.header)
+    limits = Limits.of(config.registry, episode, thinking.count, thinking.header)
+    assert limits.call - plain.call == limits.answer - plain.answer == len(thinking.encode("\n</think>\n\n"))
+    assert limits.frame - plain.frame == limits.last_frame - plain.last_frame == len(thinking.encode("<think>\n"))
+    exchange = Exchange(thinking, toy.Names(), toy.Desk(), episode)  # type: ignore[arg-type]
+    assert limits.observation == exchange.observation_bucket
 
 
 def test_pictures_have_numbers_on_demand(qwen_tokens: Tokens) -> None:

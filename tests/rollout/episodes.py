@@ -30,6 +30,7 @@ from maestro_jax.policy.tokens import END_OF_TURN, SPECIAL_TOKENS, Tokens, load_
 from maestro_jax.registry.dispatch import Dispatcher
 from maestro_jax.rollout.engine import Engine, EngineConfig, Rollout
 from maestro_jax.rollout.exchange import Counts, EpisodeConfig, Exchange, observation_frames
+from maestro_jax.rollout.protocol import opened_thought
 from maestro_jax.rollout.session import Session
 from maestro_jax.types import Call, Observation, Status, Task, Usage
 from tests.policy import reference
@@ -42,16 +43,19 @@ CALL_WORDS = [f"<search> {expert}@@{skill}: {expert.lower()}</search>" for exper
 CUT_CALL = ("<search> Glyph@@Reading: cut</sea", "rch> so")
 ANSWER_WORD = "<answer> seven </answer>"
 WORDS = (*CALL_WORDS, *CUT_CALL, ANSWER_WORD)
+WHOLE_TURNS = (*CALL_WORDS, ANSWER_WORD)
 FILLER = " ."  # of observations; a word of its own, not one that is learned: what the policy says hangs on the ids
 VOCABULARY = 384  # rows of the tables; some belong to no token, as in the published checkpoint
 
 
-def make_tokens(directory: Path) -> Tokens:
+def make_tokens(directory: Path, before: str = "") -> Tokens:
+    """The tokenizer; `before` stands in every word that is a whole turn, in front of its call or answer."""
     frames = [frame.replace(FILLER, "") for frame in observation_frames()]
     texts = [*toy.CALLS, toy.ANSWER, "how many 0 1 2 3 4 5 6 7 8 9?", *frames] * 50
     tokens = train_tokens(texts, VOCABULARY - 16 - len(WORDS), directory)
     tokenizer: Any = tokens.tokenizer
-    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in (*WORDS, FILLER)])
+    words = [f"{before}{word}" if word in WHOLE_TURNS else word for word in (*WORDS, FILLER)]
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
     tokenizer.save_pretrained(str(directory))
     return load_tokens(directory)
 
@@ -70,15 +74,15 @@ def model_config() -> dict[str, Any]:
     return found | {f"{name}_token_id": token for name, token in images.items()} | {"tie_word_embeddings": False}
 
 
-def torch_model(tokens: Tokens) -> Any:
-    """transformers' model in fp32, random but for the words that it likes to write."""
+def torch_model(tokens: Tokens, before: str = "") -> Any:
+    """transformers' model in fp32, random but for the words that it likes to write; `before` as of `make_tokens`."""
     import torch
 
     model = reference.reference_model(model_config()).float()
     head, table = model.lm_head.weight, model.model.language_model.embed_tokens.weight
     with torch.no_grad():
         for word, loudness in LOUDNESS.items():
-            head[tokens.encode(word)[0]] *= loudness
+            head[tokens.encode(f"{before}{word}" if word in WHOLE_TURNS else word)[0]] *= loudness
         cut, rest = (tokens.encode(word)[0] for word in CUT_CALL)
         head[rest] = 2 * table[cut]
         table[cut] *= 20
@@ -134,11 +138,11 @@ def _png(size: tuple[int, int], seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def make_prompts(talker: Talker) -> Prompts:
+def make_prompts(talker: Talker, left_out: str = "") -> Prompts:
     limits = PromptConfig(
         prefix_buckets=(48,), image_buckets=(12,), images_per_task=2, min_pixels=32 * 32, max_pixels=32 * 96
     )
-    return Prompts(talker.tokens, talker.policy.architecture, "You may call.", limits)
+    return Prompts(talker.tokens, talker.policy.architecture, "You may call.", limits, left_out)
 
 
 def reply(question: str, query: str) -> str:
@@ -251,7 +255,8 @@ def engine(
     params = jax.device_put(jax.tree.map(np.asarray, params), shardings)  # from the host: a mesh may span processes
     with contextlib.closing(dispatcher):
         exchange = Exchange(talker.tokens, toy.Names(), dispatcher, episode)
-        yield Runner(CountingEngine(graph, mesh, make_prompts(talker), exchange, config), params)
+        left_out = opened_thought(talker.tokens.header) if episode.earlier_thoughts == "drop" else ""
+        yield Runner(CountingEngine(graph, mesh, make_prompts(talker, left_out), exchange, config), params)
 
 
 @dataclasses.dataclass(frozen=True)

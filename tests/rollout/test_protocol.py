@@ -14,7 +14,9 @@ from maestro_jax.rollout.protocol import (
     ParsedTurn,
     TurnKind,
     cap_ids,
+    inside_thought,
     neutralise,
+    opens_thought,
     parse_turn,
     wrap_observation,
 )
@@ -49,6 +51,49 @@ def parse(text: str, stop: StopReason = StopReason.CALL) -> ParsedTurn:
 def test_calls(text: str) -> None:
     call = Call("Chart-Lens", "Chart_Solver", "the red bar")
     assert parse(text) == ParsedTurn(TurnKind.CALL, call=call, well_formed=True)
+
+
+# ---- templates that open the thought -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", ["<|im_start|>assistant\n<think>\n", "<|im_start|>assistant\n<think>"])
+def test_a_header_may_open_a_thought(header: str) -> None:
+    assert opens_thought(header)
+    assert not opens_thought("<|im_start|>assistant\n")
+    assert not opens_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n")  # an empty thought, closed again
+
+
+@pytest.mark.parametrize("thought", ["a chart\n</think>\n\n", "</think>", "\n</think>", "I look. </think> So: "])
+def test_a_turn_that_begins_in_a_thought_closes_it(thought: str) -> None:
+    call = Call("Chart-Lens", "Chart_Solver", "the red bar")
+    found = parse_turn(thought + CALL_TEXT, StopReason.CALL, Names(), in_thought=True)
+    assert found == ParsedTurn(TurnKind.CALL, call=call, well_formed=True)
+    assert not parse(thought + CALL_TEXT).well_formed  # as every turn of a checkpoint that thinks counted once
+    answer = parse_turn(f"{thought}<answer> 4 </answer>", StopReason.ANSWER, Names(), in_thought=True)
+    assert answer == ParsedTurn(TurnKind.ANSWER, answer="4", well_formed=True)
+
+
+@pytest.mark.parametrize("thought", ["", "a chart", "<think> a </think>", "a </think> b </think>", "</think><think>"])
+def test_a_turn_that_does_not_close_its_thought_once_breaks_the_format(thought: str) -> None:
+    found = parse_turn(thought + CALL_TEXT, StopReason.CALL, Names(), in_thought=True)
+    assert found.call is not None and not found.well_formed
+
+
+@pytest.mark.parametrize(
+    ("written", "sampled"),
+    [
+        (CALL_TEXT, f"\n</think>\n\n{CALL_TEXT}"),
+        (f"<think>\na chart\n</think>\n\n{CALL_TEXT}", f"a chart\n</think>\n\n{CALL_TEXT}"),
+        (f"<think> a chart </think>{CALL_TEXT}", f" a chart \n</think>\n\n{CALL_TEXT}"),
+        (f"a chart\n</think>\n\n{CALL_TEXT}", f"a chart\n</think>\n\n{CALL_TEXT}"),
+    ],
+)
+def test_a_written_turn_is_what_stands_behind_the_opened_thought(written: str, sampled: str) -> None:
+    assert inside_thought(written) == sampled and inside_thought(sampled) == sampled
+    assert parse_turn(sampled, StopReason.CALL, Names(), in_thought=True).well_formed
+
+
+# ---- calls and answers -------------------------------------------------------------------------------------
 
 
 def test_query_keeps_colons_and_markers() -> None:

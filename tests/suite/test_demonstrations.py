@@ -34,6 +34,7 @@ from maestro_jax.suite.demonstrations import (
 from maestro_jax.types import Call, Observation, Status, StopReason, Task
 from maestro_jax.warm_start.demonstrations import Demonstration
 from tests.data.listed import Fresh
+from tests.policy import qwen
 
 Make = Callable[..., WeakRouter]
 DRAWS = 3000
@@ -176,6 +177,25 @@ def test_the_kind_of_task_is_thought_before_the_first_call(
         assert tokens.decode(pieces(one)[0][1]) == thought + call_text(call)
         parsed = parse_turn(thought + call_text(call), StopReason.CALL, make_router().registry)
         assert parsed.well_formed and parsed.call == call
+
+
+def test_every_turn_closes_the_thought_that_the_template_opens(
+    make_router: Make, instant_experts: Any, tokens: Tokens, tasks: list[Task]
+) -> None:
+    """The first one with the router's thought in it, the others with none; no turn is longer than is said."""
+    router = make_router(thoughts={"charts": "a chart"}, second_call=1.0)
+    exchange = Exchange(qwen.thinking(tokens), router.registry, instant_experts(lambda *_: NO_HELP), EPISODE)
+    written = write_demonstrations(tasks, router, exchange, 0, Progress(io.StringIO()))
+    for one in written:
+        turns = [tokens.decode(ids) for own, ids in pieces(one) if own]
+        assert len(turns) == 3
+        for turn in turns:
+            assert parse_turn(turn, StopReason.CALL, router.registry, in_thought=True).well_formed
+        longest = router.longest_turn(tokens.count, in_thought=True)
+        assert max(len(tokens.encode(turn)) for turn in turns[:-1]) <= longest
+        begun = " a chart " if one.task.source == "charts" else ""
+        assert [turn.partition("</think>")[0] for turn in turns] == [f"{begun}\n", "\n", "\n"]
+        assert all(tokens.decode(ids).endswith("assistant\n<think>\n") for own, ids in pieces(one) if not own)
 
 
 def test_rehearsals_reach_every_token_of_letters(tokens: Tokens) -> None:

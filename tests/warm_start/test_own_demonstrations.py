@@ -152,6 +152,23 @@ def test_foreign_text_is_neutralised_as_in_a_rollout(opened: Opener, exchange: E
     assert told == ids and "‹/answer›‹|im_end|›" in exchange.tokens.decode(ids)
 
 
+def test_turns_close_the_thought_that_the_template_opens(opened: Opener, exchange: Exchange) -> None:
+    """The opening tag is the header's, in the prompt and behind observations, and is not the policy's."""
+    limits = dataclasses.replace(exchange.config, turn_budget=64, room=512)
+    exchange = Exchange(qwen.thinking(exchange.tokens), exchange.resolver, exchange.dispatcher, limits)
+    other = row("how many 0?", CALL, TOLD, ANSWER)
+    other["messages"][1]["reasoning_content"] = "\nI am lost.\n"
+    written, by_itself = opened(
+        row("how many 0?", f"<think>\nI am lost.\n</think>\n\n{CALL}", TOLD, ANSWER), other, exchange=exchange
+    )
+    encode = exchange.tokens.encode
+    observation = exchange.observation_ids(Observation(TOLD, Status.OK), last=False)
+    assert observation[-len(encode("<think>\n")) :] == encode("<think>\n")
+    first, second = encode(f"I am lost.\n</think>\n\n{CALL}"), encode(f"\n</think>\n\n{ANSWER}")
+    assert written.ids == by_itself.ids == (*first, *observation, *second)
+    assert written.authored == (True,) * len(first) + (False,) * len(observation) + (True,) * len(second)
+
+
 def test_a_system_message_is_passed_over(opened: Opener) -> None:
     """The run writes its own, from its registry."""
     named = copy.deepcopy(EPISODE_ROW)
