@@ -134,7 +134,7 @@ def warm_start(
         mesh,
         config.seed,
         done,
-        given.append,
+        note_tasks=given.append,
     )
 
     def save(done: int, state: TrainState) -> None:

@@ -52,13 +52,14 @@ def make_shapes() -> tuple[optax.GradientTransformation, TrainState]:
 
 
 def make_state(axes: Sequence[int], seed: int) -> TrainState:
-    """A train state of random bits: two states of one seed are equal, on whichever mesh."""
+    """A train state of random bits that are finite numbers: two states of one seed are equal, on whichever mesh."""
     optimizer, shapes = make_shapes()
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: math.prod(axes)])
     rng, places = np.random.default_rng(seed), param_shardings(shapes.params, mesh, ShardingRules())
 
     def random_bits(leaf: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.Array:
-        bits = np.frombuffer(rng.bytes(math.prod(leaf.shape) * 4), leaf.dtype).reshape(leaf.shape)
+        words = np.frombuffer(rng.bytes(math.prod(leaf.shape) * 4), np.uint32) & 0xBFFFFFFF  # no exponent of all ones
+        bits = words.view(leaf.dtype).reshape(leaf.shape)
         return jax.make_array_from_callback(leaf.shape, place, lambda index: bits[index])
 
     params = jax.tree.map(random_bits, shapes.params, places)

@@ -388,7 +388,7 @@ class Stopped:
         with pytest.raises(preemption.Preempted):
             training.warm_start(config, workdir, rollouts, nobody, nobody, calls, progress)
 
-    def _finetune(self, step: Any, state: Any, groups: Any, most: int, *rest: Any) -> Iterator[Any]:
+    def _finetune(self, step: Any, state: Any, groups: Any, most: int, *rest: Any, note_tasks: Any) -> Iterator[Any]:
         done = rest[-1]
         self.began.append(done)
         self.groups, self.most = groups, most
