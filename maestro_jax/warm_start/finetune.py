@@ -45,7 +45,7 @@ def finetune(
         chosen, order = order[:groups], order[groups:]
         if number <= done:
             continue
-        given = [list(demonstrations[i]) for i in chosen]  # once: each may be read from disk whenever it is asked for
+        given = [list(demonstrations[i]) for i in chosen]  # once, as in `collate`
         batch = collate(given, prompts, buckets, mesh, most)
         note_tasks([group[0].task.id for group in given])
         with jax.set_mesh(mesh):
@@ -61,6 +61,7 @@ def collate(
     Args:
       most: tokens in the loss of the group that has most in any batch, so that all are compiled for the same.
     """
+    groups = [list(group) for group in groups]  # once: each may be read from disk whenever it is asked for
     longest = max(len(member.ids) for group in groups for member in group)
     cure = "set config.rollout.room=0, which is computed, or raise turn_budget: an answer quotes a whole observation"
     width = bucket(longest, buckets, "a demonstration", cure)
