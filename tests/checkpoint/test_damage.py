@@ -26,7 +26,7 @@ UNREAD = ("_CHECKPOINT_METADATA", "commit_success.txt")  # what Orbax writes whe
 
 def make_state(fill: int | None = None) -> dict[str, jax.Array]:
     """Names like those of a train state; arrays that do not compress, since no bits of them are alike."""
-    bits = np.random.default_rng(0).integers(0, 2**32, (64, 32), dtype=np.uint32)
+    bits = np.random.default_rng(0).integers(0, 2**32, (64, 32), dtype=np.uint32) & 0xBFFFFFFF  # finite numbers
     weights = jnp.asarray(bits if fill is None else np.full_like(bits, fill)).view(jnp.float32)
     return {"params/w/value": weights, "opt_state/mu": weights[::-1].astype(jnp.bfloat16), "step": jnp.int32(3)}
 
