@@ -53,6 +53,7 @@ def test_a_small_run_for_four_chips(tmp_path: Path) -> None:
     assert found["programs"]["accumulate"]["largest_all_gather"] == 768 * 128 * 4
 
 
+@pytest.mark.slow  # the compiler refuses only what is large
 def test_one_that_is_refused_is_told_what_fits(tmp_path: Path) -> None:
     much = ["--config.grpo.groups=512", "--config.grpo.group_size=32", "--config.rollout.member_buckets=(128,1024)"]
     arguments = ["--config=configs/quickstart.py", "--topology=v5e:2x2", "--programs=update", *LENGTHS, *much]

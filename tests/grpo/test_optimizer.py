@@ -163,7 +163,7 @@ def test_a_second_moment_falls_though_a_step_is_less_than_its_last_place(moments
     np.testing.assert_allclose(left, 0.999**1000, rtol=0.1)
 
 
-@pytest.mark.parametrize("b2", [0.95, 0.999])
+@pytest.mark.parametrize("b2", [0.999, pytest.param(0.95, marks=pytest.mark.slow)])
 def test_training_follows_fp32_moments(b2: float) -> None:
     """A small regression, features of very different sizes: over many orders of its data, the loss falls as with fp32.
 
