@@ -83,9 +83,7 @@ class Trajectory:
     pending: Call | None = None
     observation: list[int] = dataclasses.field(default_factory=list)  # ids that are to be appended
     # Where earlier thoughts are dropped, the cache holds other tokens than the lists above.
-    again: list[int] = dataclasses.field(
-        default_factory=list
-    )  # to be read before the observation: what stays of the turn
+    again: list[int] = dataclasses.field(default_factory=list)  # what stays of the turn: read before the observation
     rewind: int | None = None  # how many tokens of the cache stay when they are read; None: all
     turn_start: int = 0  # tokens in the cache before the tag that opened the current turn's thought
     dropped: int = 0  # tokens of the lists above that the cache lacks

@@ -84,7 +84,7 @@ def test_groups(config: AttentionConfig, axes: tuple[int, int, int]) -> None:
         assert_same(value_and_gradients(x, real, LAYOUT, config), wanted)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.builds(GroupLayout, st.integers(1, 40), st.integers(0, 3), st.integers(1, 9)),
     st.integers(1, 50),
